@@ -1,0 +1,60 @@
+"""Publish and load sparse autoencoders on the Hugging Face Hub.
+
+Names are resolved on first use, so that `import hubsae` costs next to nothing and imports no torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hubsae.version import __version__
+
+if TYPE_CHECKING:
+    from hubsae.core.codes import SparseCodes
+    from hubsae.core.config import SAEConfig
+    from hubsae.core.errors import HubSAEError
+    from hubsae.core.hooks import HookPoint
+    from hubsae.core.metadata import Metadata
+    from hubsae.core.normalizer import Normalizer
+    from hubsae.core.sae import HubSAE
+
+__all__ = [
+    "HookPoint",
+    "HubSAE",
+    "HubSAEError",
+    "Metadata",
+    "Normalizer",
+    "SAEConfig",
+    "SparseCodes",
+    "__version__",
+]
+
+# public name -> the module that defines it
+_HOME = {
+    "HookPoint": "hubsae.core.hooks",
+    "HubSAE": "hubsae.core.sae",
+    "HubSAEError": "hubsae.core.errors",
+    "Metadata": "hubsae.core.metadata",
+    "Normalizer": "hubsae.core.normalizer",
+    "SAEConfig": "hubsae.core.config",
+    "SparseCodes": "hubsae.core.codes",
+}
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name not in _HOME:
+        try:  # a room, such as hubsae.localhub
+            return import_module(f"hubsae.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"hubsae.{name}":
+                raise
+            raise AttributeError(f"module 'hubsae' has no attribute {name!r}") from None
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

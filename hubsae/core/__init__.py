@@ -1,0 +1,1 @@
+"""The canonical SAE and what travels with it: config, codes, normaliser, metadata, hooks."""

@@ -1,0 +1,112 @@
+"""Files on disk: written whole or not at all, hashed, and never outside their folder."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from hubsae.core.errors import FormatError
+
+CHUNK = 1 << 20
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is synced and renamed into place.
+
+    On an error, and after a kill, the old file is as it was.
+
+    >>> with tempfile.TemporaryDirectory() as d:
+    ...     with atomic_path(Path(d) / "a.txt") as tmp:
+    ...         _ = tmp.write_text("whole")
+    ...     (Path(d) / "a.txt").read_text()
+    'whole'
+    """
+    final = Path(path)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        # mkstemp makes files private; a release should be as readable as any other file
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, final)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text_atomic(path: str | os.PathLike[str], text: str) -> Path:
+    """Write `text` as UTF-8, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+    return Path(path)
+
+
+def write_json_atomic(path: str | os.PathLike[str], value: Any) -> Path:
+    """Write `value` as readable JSON, whole or not at all; NaN and infinity are refused."""
+    return write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_csv_atomic(path: str | os.PathLike[str], rows: Sequence[dict[str, Any]]) -> Path:
+    """Write rows as CSV; the columns are the union of the keys in order of first appearance."""
+    columns: dict[str, None] = {}
+    for row in rows:
+        columns.update(dict.fromkeys(row))
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return write_text_atomic(path, text.getvalue())
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Read JSON, or say which file is broken and where."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FormatError(path, "a JSON file", "no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise FormatError(path, "JSON", f"text that does not parse ({error})") from error
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """The sha256 of a file's bytes, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def safe_join(root: str | os.PathLike[str], *parts: str) -> Path:
+    """Join and refuse whatever would leave `root`: absolute parts, `..`, drive letters, odd slashes.
+
+    >>> safe_join("release", "saes/layer6").as_posix()
+    'release/saes/layer6'
+    >>> safe_join("release", "../secret")
+    Traceback (most recent call last):
+    ...
+    hubsae.core.errors.FormatError: ../secret: expected a path inside the folder, found one that leaves it
+    """
+    for part in parts:
+        pure = PurePosixPath(part)
+        drive = len(part) > 1 and part[1] == ":"
+        if "\\" in part or "\0" in part or drive or pure.is_absolute() or ".." in pure.parts:
+            raise FormatError(part, "a path inside the folder", "one that leaves it")
+    return Path(root).joinpath(*parts)

@@ -1,0 +1,79 @@
+"""Input statistics of the activations an SAE was trained on, kept beside its weights.
+
+Folded into the weights they are not needed to run the SAE; they are kept so that the training space can be
+recovered (`unfold`) for a warm start, and so that a reader can tell what scale the activations had.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from hubsae.core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Normalizer:
+    """z = (x - mean) / std per dimension, and what is known of the activations.
+
+    >>> n = Normalizer(mean=torch.tensor([1.0, 2.0]), std=torch.tensor([2.0, 4.0]))
+    >>> n.apply(torch.tensor([[3.0, 2.0]]))
+    tensor([[1., 0.]])
+    """
+
+    mean: Tensor
+    """[d_in]"""
+    std: Tensor
+    """[d_in], all above zero; a scalar normaliser has the same value everywhere."""
+    count: int = 0
+    """Tokens the statistics were computed on; 0 where that is not known."""
+    norm_percentiles: dict[str, float] = field(default_factory=dict)
+    """Percentiles of the token norms, such as {"50": 11.2, "99": 14.0}."""
+
+    def __post_init__(self) -> None:
+        if self.mean.ndim != 1 or self.mean.shape != self.std.shape:
+            raise ConfigError(
+                f"normaliser mean {tuple(self.mean.shape)} and std {tuple(self.std.shape)} must both be [d_in]"
+            )
+        if not bool(torch.isfinite(self.mean).all()) or not bool(torch.isfinite(self.std).all()):
+            raise ConfigError("normaliser statistics hold NaN or infinity")
+        if not bool((self.std > 0).all()):
+            raise ConfigError(
+                f"{int((self.std <= 0).sum())} of {self.std.numel()} dimensions have a standard deviation of zero",
+                hint="give constant dimensions std 1, or add a small epsilon when the statistics are computed",
+            )
+
+    @property
+    def d_in(self) -> int:
+        """Width of the activations."""
+        return self.mean.shape[0]
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Raw activations [..., d_in] into the training space."""
+        return (x - self.mean.to(x)) / self.std.to(x)
+
+    def undo(self, z: Tensor) -> Tensor:
+        """The inverse of `apply`."""
+        return z * self.std.to(z) + self.mean.to(z)
+
+    def to(self, *args, **kwargs) -> Normalizer:
+        """The same statistics elsewhere."""
+        return replace(self, mean=self.mean.to(*args, **kwargs), std=self.std.to(*args, **kwargs))
+
+    @staticmethod
+    def from_activations(x: Tensor, *, eps: float = 0.0) -> Normalizer:
+        """Statistics of a matrix of activations [tokens, d_in], computed in float64.
+
+        Dimensions that do not vary get std 1, so that they pass unscaled.
+        """
+        wide = x.double()
+        mean = wide.mean(0)
+        std = (wide - mean).square().mean(0).sqrt() + eps
+        std = torch.where(std > 0, std, torch.ones_like(std))
+        norms = wide.norm(dim=1)
+        marks = (1, 50, 99, 100)
+        values = torch.quantile(norms[: 1 << 22], torch.tensor([m / 100 for m in marks], dtype=norms.dtype))
+        percentiles = {str(mark): float(value) for mark, value in zip(marks, values, strict=True)}
+        return Normalizer(mean, std, x.shape[0], percentiles)

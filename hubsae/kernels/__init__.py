@@ -1,0 +1,1 @@
+"""Encode, select and decode on plain tensors: the arithmetic that everything else stands on."""
