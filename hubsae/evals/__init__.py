@@ -1,0 +1,24 @@
+"""Metrics said exactly: reconstruction, splice, drift. Each number has one name, a scope and a token count.
+
+>>> import torch
+>>> from hubsae import evals
+>>> from hubsae.core.config import SAEConfig
+>>> from hubsae.core.sae import HubSAE
+>>> sae = HubSAE.random(SAEConfig(architecture="topk", d_in=4, d_sae=8, k=2))
+>>> result = evals.reconstruction({"mine": sae}, torch.randn(50, 4))
+>>> result["mine"].get("fvu").n_tokens
+50
+"""
+
+from hubsae.evals.definitions import DEFINITIONS, SCOPES, Measure, to_metrics
+from hubsae.evals.reconstruction import ReconstructionResult, SAEReconstruction, reconstruction
+
+__all__ = [
+    "DEFINITIONS",
+    "SCOPES",
+    "Measure",
+    "ReconstructionResult",
+    "SAEReconstruction",
+    "reconstruction",
+    "to_metrics",
+]

@@ -1,0 +1,112 @@
+"""Every metric's one name and one definition; nothing computes a number under a name that is not here.
+
+x is the raw activation of a token, x̂ its reconstruction, n the tokens of the scope, d the width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from hubsae.core.metadata import Metric
+
+SCOPES: dict[str, str] = {
+    "all": "every token",
+    "no_position_0": "every token except the first of its sequence, where massive activations sit",
+    "position_0": "the first token of each sequence only",
+    "prompt": "tokens of the prompt",
+    "response": "tokens of the response",
+    "prompt_no_position_0": "tokens of the prompt except the first of the sequence",
+}
+
+DEFINITIONS: dict[str, str] = {
+    "mse": "Σ‖x − x̂‖² / (n·d): mean over tokens and dimensions, in raw activation space",
+    "nmse_pooled": "mse / unbiased variance over all n·d elements (one scalar; dimension means not removed)",
+    "fvu": "Σ‖x − x̂‖² / Σ‖x − mean(x)‖², the mean taken per dimension over the scope",
+    "fve": "1 − fvu",
+    "fve_centred": "1 − Σ‖e − mean(e)‖² / Σ‖x − mean(x)‖² with e = x − x̂: forgives a constant error",
+    "cosine": "mean over tokens of cos(x, x̂)",
+    "l2_ratio": "mean over tokens of ‖x̂‖ / ‖x‖",
+    "relative_bias": "Σ‖x̂‖² / Σ x·x̂ : 1 where the reconstruction does not shrink",
+    "l0": "mean number of latents with z ≠ 0 per token",
+    "l1": "mean over tokens of Σ|z|",
+    "dead_fraction": "share of latents with z ≠ 0 on none of the n tokens; n is part of the number",
+    "n_dead": "number of latents with z ≠ 0 on none of the n tokens; n is part of the number",
+    "position_0_only_fraction": "share of latents that fire, but on no token after the first of a sequence",
+    "effective_features": "2^H, H the entropy in bits of the firing densities normalised to sum one",
+    "ce_clean": "mean over predicted tokens of −log p, the model untouched (nats)",
+    "ce_sae": "the same with the activations replaced by their reconstruction",
+    "ce_mean": "the same with the activations replaced by one mean vector",
+    "ce_zero": "the same with the activations replaced by zeros",
+    "delta_ce": "ce_sae − ce_clean",
+    "frac_recovered_mean": "(ce_mean − ce_sae) / (ce_mean − ce_clean)",
+    "frac_recovered_zero": "(ce_zero − ce_sae) / (ce_zero − ce_clean)",
+    "kl": "mean over predicted positions of KL(p_clean ‖ p_sae), in nats",
+    "kl_mean": "mean over predicted positions of KL(p_clean ‖ p_mean-ablated)",
+    "kl_zero": "mean over predicted positions of KL(p_clean ‖ p_zero-ablated)",
+}
+
+INTERVAL = "95 % percentile bootstrap"
+
+
+class Measure(NamedTuple):
+    """One number with everything needed to compare it with another.
+
+    >>> Measure("l0", 64.0, "all", 1000, None, None).row()["definition"]
+    'mean number of latents with z ≠ 0 per token'
+    """
+
+    name: str
+    """Key of DEFINITIONS."""
+    value: float | None
+    """None where it is not defined; `note` says why."""
+    scope: str
+    """Key of SCOPES: which tokens."""
+    n_tokens: int
+    """Tokens it was computed on."""
+    interval: tuple[float, float] | None
+    """Confidence interval, None where it cannot be had."""
+    interval_kind: str | None
+    """How the interval was made, and over how many units."""
+    note: str | None = None
+    """Why a value is missing, or what to know about it."""
+
+    @property
+    def definition(self) -> str:
+        """The formula in one line."""
+        return DEFINITIONS[self.name]
+
+    def row(self, **more: object) -> dict[str, object]:
+        """One line of a tidy table."""
+        low, high = self.interval or (None, None)
+        return {
+            **more,
+            "metric": self.name,
+            "scope": self.scope,
+            "value": self.value,
+            "low": low,
+            "high": high,
+            "n_tokens": self.n_tokens,
+            "interval": self.interval_kind,
+            "definition": self.definition,
+            "note": self.note,
+        }
+
+    def to_metric(self) -> Metric | None:
+        """The entry of metadata.json; None where the value is not defined."""
+        if self.value is None:
+            return None
+        return Metric(
+            name=self.name,
+            value=self.value,
+            definition=self.definition,
+            n_tokens=self.n_tokens,
+            scope=self.scope,
+            interval=self.interval,
+            interval_kind=self.interval_kind,
+            source="hubsae",
+        )
+
+
+def to_metrics(measures: list[Measure]) -> list[Metric]:
+    """Entries for metadata.json; measures without a defined value are left out."""
+    return [metric for measure in measures if (metric := measure.to_metric()) is not None]

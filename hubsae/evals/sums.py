@@ -1,0 +1,125 @@
+"""Sums whose result does not depend on the order or the grouping of what is added.
+
+Evaluation adds the same block results in different orders when the batch size, the number of ranks or the
+merging of shards changes. Plain float64 would then differ in the last bits. Two tools prevent that:
+
+- `CompensatedSum`: three float64 per entry, added with error-free transformations (Knuth's two-sum). What is
+  lost is of the order of 2^-159 of the total, so the value rounded to float64 is the same for every order.
+- `FixedPointSum`: two int64 per entry; integer addition is associative, so scatter-adds on a GPU, where the
+  order of atomics is not fixed, give the same bits too. Used for per-latent sums.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+# FixedPointSum: the high limb counts units of 2^-10, the low limb units of 2^-44 of what remains.
+HIGH_BITS = 10
+LOW_BITS = 44
+
+
+def two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """a + b rounded, and exactly what the rounding lost."""
+    total = a + b
+    part = total - a
+    return total, (a - (total - part)) + (b - part)
+
+
+class CompensatedSum:
+    """A float64 tensor of running sums with two tensors of what rounding lost.
+
+    >>> s = CompensatedSum(1)
+    >>> for value in (1e16, 1.0, -1e16):
+    ...     s.add(torch.tensor([value], dtype=torch.float64))
+    >>> s.value()
+    tensor([1.], dtype=torch.float64)
+    """
+
+    def __init__(self, *shape: int):
+        self.parts = torch.zeros(3, *shape, dtype=torch.float64)
+
+    def add(self, values: Tensor, rows: Tensor | None = None) -> None:
+        """Add to all entries, or to the given distinct rows of the first dimension."""
+        carry = values.detach().to("cpu", torch.float64)
+        parts = self.parts if rows is None else self.parts[:, rows]
+        first, carry = two_sum(parts[0], carry)
+        second, carry = two_sum(parts[1], carry)
+        fresh = torch.stack([first, second, parts[2] + carry])
+        if rows is None:
+            self.parts = fresh
+        else:
+            self.parts[:, rows] = fresh
+
+    def merge(self, other: CompensatedSum) -> None:
+        """Add what another rank or shard has summed."""
+        for part in other.parts:
+            self.add(part)
+
+    def total(self, rows: Tensor | None = None) -> CompensatedSum:
+        """The sum over the first dimension, or over some of its rows, with nothing lost."""
+        out = CompensatedSum(*self.parts.shape[2:])
+        parts = self.parts if rows is None else self.parts[:, rows]
+        # halves are added to each other until one row is left: log2(rows) vectorised steps
+        while parts.shape[1] > 1:
+            half = parts.shape[1] // 2
+            folded = CompensatedSum()
+            folded.parts = parts[:, :half]
+            for part in parts[:, half : 2 * half]:
+                folded.add(part)
+            parts = torch.cat([folded.parts, parts[:, 2 * half :]], dim=1)
+        if parts.shape[1]:
+            out.parts = parts[:, 0]
+        return out
+
+    def value(self) -> Tensor:
+        """The sums, rounded once to float64."""
+        first, low = two_sum(self.parts[0], self.parts[1])
+        return first + (low + self.parts[2])
+
+    def exact(self, *index: int) -> Fraction:
+        """One entry as an exact number, for differences that would cancel in float64."""
+        return sum((Fraction(float(part)) for part in self.parts[(slice(None), *index)]), Fraction(0))
+
+    def grown(self, rows: int) -> None:
+        """Append zero rows to the first dimension until it has `rows`."""
+        have = self.parts.shape[1]
+        if rows > have:
+            more = self.parts.new_zeros(3, rows - have, *self.parts.shape[2:])
+            self.parts = torch.cat([self.parts, more], dim=1)
+
+
+class FixedPointSum:
+    """Per-latent sums of activations, exact in units of 2^-44 whatever the order.
+
+    Good for |value| below 2^20 and up to 2^30 firings of a latent.
+
+    >>> s = FixedPointSum(3)
+    >>> s.add(torch.tensor([0, 2, 0]), torch.tensor([1.5, 2.0, 0.25]))
+    >>> s.value()
+    tensor([1.7500, 0.0000, 2.0000], dtype=torch.float64)
+    """
+
+    def __init__(self, size: int):
+        self.limbs = torch.zeros(2, size, dtype=torch.int64)
+
+    def add(self, where: Tensor, values: Tensor) -> None:
+        """Scatter-add `values` [m] to the entries `where` [m]."""
+        if self.limbs.device != values.device:
+            self.limbs = self.limbs.to(values.device)
+        wide = values.double()
+        high = torch.round(wide * 2.0**HIGH_BITS)
+        low = torch.round((wide - high * 2.0**-HIGH_BITS) * 2.0**LOW_BITS)
+        self.limbs[0].index_add_(0, where, high.long())
+        self.limbs[1].index_add_(0, where, low.long())
+
+    def merge(self, other: FixedPointSum) -> None:
+        """Add what another rank or shard has summed."""
+        self.limbs = self.limbs + other.limbs.to(self.limbs.device)
+
+    def value(self) -> Tensor:
+        """The sums as float64."""
+        limbs = self.limbs.cpu().double()
+        return limbs[0] * 2.0**-HIGH_BITS + limbs[1] * 2.0**-LOW_BITS
