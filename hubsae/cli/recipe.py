@@ -1,0 +1,147 @@
+"""`hubsae recipe`: list, show, run and copy the recipes that reproduce published releases."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hubsae.cli._common import DryRunOption, JsonOption
+
+PANEL = "Recipes and demo"
+
+app = typer.Typer(help="Reproduce published releases end to end.", no_args_is_help=True)
+
+NameArgument = Annotated[str, typer.Argument(help="A recipe's name, or a folder that holds a recipe.py.")]
+ConfigOption = Annotated[str | None, typer.Option("--config", "-c", help="Which variant, where a recipe has several.")]
+
+
+@app.command("list")
+def list_(json_: JsonOption = False) -> None:
+    """List the recipes, their profiles and configs."""
+    from hubsae.cli._common import print_json, print_table
+    from hubsae.recipes.registry import list_recipes
+
+    rows = [
+        {"name": r.name, "profiles": r.profiles, "configs": r.configs, "summary": r.summary} for r in list_recipes()
+    ]
+    if json_:
+        print_json(rows)
+        return
+    columns = ["name", "profiles", "configs", "summary"]
+    print_table("", columns, [[_words(row[column]) for column in columns] for row in rows])
+
+
+@app.command()
+def show(
+    name: NameArgument,
+    config: ConfigOption = None,
+    profile: Annotated[str | None, typer.Option(help="Print the complete config of this profile.")] = None,
+) -> None:
+    """Show a recipe's README, or with --profile or --config its complete config."""
+    from hubsae.recipes.registry import describe
+
+    typer.echo(describe(name, profile, config))
+
+
+@app.command()
+def run(
+    name: NameArgument,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, as many as needed.")] = None,
+    config: ConfigOption = None,
+    profile: Annotated[
+        str, typer.Option(help="tiny runs offline in minutes on a CPU; full is the real thing.")
+    ] = "tiny",
+    out: Annotated[
+        Path | None, typer.Option(help="The run folder (default: runs/<recipe>-<config>-<profile>).")
+    ] = None,
+    dry_run: DryRunOption = False,
+    json_: JsonOption = False,
+) -> None:
+    """Run a recipe; run again to continue, finished steps are skipped."""
+    from hubsae.cli._common import out as console
+    from hubsae.cli._common import print_json
+    from hubsae.recipes.registry import prepare
+    from hubsae.recipes.view import ConsoleView
+
+    prepared = prepare(name, profile=profile, variant=config, overrides=overrides or [], out=out, view=ConsoleView())
+    if dry_run:
+        _show_plan(prepared, json_)
+        return
+    outcomes = prepared.execute()
+    release = prepared.run.path / "release"
+    report = prepared.run.path / "report" / "report.md"
+    if json_:
+        print_json(
+            {
+                "run": str(prepared.run.path),
+                "release": str(release) if release.is_dir() else None,
+                "report": str(report) if report.is_file() else None,
+                "steps": [{"name": o.name, "ran": o.ran, "seconds": o.seconds} for o in outcomes],
+            }
+        )
+        return
+    if report.is_file():
+        console().print(report.read_text(encoding="utf-8"), markup=False)
+        console().print(f"report   {report}", markup=False)
+    if release.is_dir():
+        console().print(f"release  {release}\npublish  hubsae push {release}", markup=False)
+
+
+@app.command()
+def copy(name: NameArgument, to: Annotated[Path, typer.Argument(help="A new folder.")]) -> None:
+    """Copy a recipe to edit it; `hubsae recipe run ./FOLDER` runs the copy."""
+    from hubsae.recipes.registry import copy_recipe
+
+    target = copy_recipe(name, to)
+    typer.echo(f"copied to {target}\nrun it: hubsae recipe run ./{target}" if not target.is_absolute() else str(target))
+
+
+def _show_plan(prepared: Any, json_: bool) -> None:
+    from hubsae.cli._common import out as console
+    from hubsae.cli._common import print_json, print_table
+
+    states = prepared.run.states(prepared.steps)
+    rows = [
+        {
+            "step": step.name,
+            "what": step.estimate.what,
+            "disk_bytes": step.estimate.disk,
+            "memory_bytes": step.estimate.memory,
+            "state": states[step.name].state,
+        }
+        for step in prepared.steps
+    ]
+    disk = sum(row["disk_bytes"] for row in rows)
+    memory = max((row["memory_bytes"] for row in rows), default=0)
+    if json_:
+        print_json({"run": str(prepared.run.path), "steps": rows, "disk_bytes": disk, "memory_bytes": memory})
+        return
+    cells = [
+        [r["step"], r["what"], human_size(r["disk_bytes"]), human_size(r["memory_bytes"]), r["state"]] for r in rows
+    ]
+    print_table("", ["step", "what", "disk", "memory", "state"], cells)
+    console().print(
+        f"{len(rows)} steps in {prepared.run.path}: {human_size(disk)} on disk, "
+        f"{human_size(memory)} of memory at most. Nothing was run.",
+        markup=False,
+    )
+
+
+def human_size(count: float) -> str:
+    """A size for people; a dash for nothing worth naming.
+
+    >>> human_size(3.2e9)
+    '3.2 GB'
+    """
+    if count < 1e5:
+        return "-"
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count / 1e6:.1f} MB"
+
+
+def _words(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, list) else str(value)

@@ -1,0 +1,260 @@
+"""The run folder: steps that are skipped when nothing they depend on changed, and continue after a kill.
+
+    RUN/run.json             what is being run: recipe, config, versions
+    RUN/<step>/...           what a step wrote
+    RUN/.steps/<step>.json   written last: the step is finished, with its fingerprint, result and files
+    RUN/.steps/<step>.begun  the step was begun with this fingerprint, so a resuming step may trust its folder
+
+A step counts as finished only when its record is there, its fingerprint is the same and its files are whole.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from hubsae.core.errors import ConfigError, HubSAEError
+from hubsae.core.files import read_json, safe_join, write_json_atomic, write_text_atomic
+from hubsae.recipes.steps import Step, StepContext, fingerprint, plain
+from hubsae.recipes.view import SilentView, View
+from hubsae.version import __version__
+
+State = Literal["finished", "new", "changed", "incomplete"]
+
+
+class RunError(HubSAEError):
+    """A run cannot start or a step of it failed."""
+
+
+class StepState(NamedTuple):
+    """Where a step stands in a run folder."""
+
+    state: State
+    why: str
+    """Why it has to run, in a few words; empty when finished."""
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What became of a step in one call of `RunFolder.execute`."""
+
+    name: str
+    ran: bool
+    """False where it was finished already."""
+    seconds: float
+    result: Any
+
+
+class RunFolder:
+    """Runs steps in a folder.
+
+    >>> import tempfile
+    >>> step = Step("count", lambda ctx: {"n": ctx.settings}, settings=3)
+    >>> run = RunFolder(Path(tempfile.mkdtemp()) / "run")
+    >>> [o.ran for o in run.execute([step])], [o.ran for o in run.execute([step])]
+    ([True], [False])
+    """
+
+    def __init__(self, path: str | os.PathLike[str], view: View | None = None):
+        self.path = Path(path).absolute()
+        self.view: View = view or SilentView()
+
+    def describe(self, recipe: str, profile: str, config: Any) -> None:
+        """Record what this folder is a run of; `run.json` holds it."""
+        about = {
+            "recipe": recipe,
+            "profile": profile,
+            "config": plain(config),
+            "versions": versions(),
+        }
+        path = self.path / "run.json"
+        if path.is_file():
+            before = read_json(path).get("recipe")
+            if before != recipe:
+                raise RunError(
+                    f"{self.path} is a run of the recipe {before!r}, not of {recipe!r}",
+                    hint="choose another folder with --out",
+                )
+        try:
+            write_json_atomic(path, about)
+        except OSError as error:
+            raise RunError(
+                f"cannot write to the run folder {self.path}: {error.strerror}", hint="choose another with --out"
+            ) from error
+
+    def states(self, steps: Sequence[Step]) -> dict[str, StepState]:
+        """Where each step stands, without running anything."""
+        prints = self._fingerprints(steps)
+        return {step.name: self._state(step, prints[step.name]) for step in steps}
+
+    def execute(self, steps: Sequence[Step]) -> list[StepOutcome]:
+        """Run every step that is not finished, in the given order."""
+        prints = self._fingerprints(steps)
+        with self._lock():
+            self.view.start(len(steps))
+            try:
+                outcomes: list[StepOutcome] = []
+                for step in steps:
+                    outcomes.append(self._execute_one(step, prints, outcomes))
+                return outcomes
+            finally:
+                self.view.stop()
+
+    def folder(self, step: str) -> Path:
+        """The folder a step writes into."""
+        return safe_join(self.path, step)
+
+    def result(self, step: str) -> Any:
+        """The result of a finished step."""
+        return read_json(self._record_path(step))["result"]
+
+    def seconds(self) -> dict[str, float]:
+        """How long each finished step took."""
+        records = sorted((self.path / ".steps").glob("*.json"), key=lambda path: read_json(path)["finished"])
+        return {read_json(path)["name"]: read_json(path)["seconds"] for path in records}
+
+    def _execute_one(self, step: Step, prints: dict[str, str], before: list[StepOutcome]) -> StepOutcome:
+        state = self._state(step, prints[step.name])
+        if state.state == "finished":
+            record = read_json(self._record_path(step.name))
+            self.view.step_skipped(step.name)
+            return StepOutcome(step.name, False, record["seconds"], record["result"])
+        self.view.step_started(step.name, state.why)
+        folder = self._prepare(step, prints[step.name])
+        results = {outcome.name: outcome.result for outcome in before}
+        context = StepContext(
+            step=step,
+            folder=folder,
+            run_folder=self.path,
+            results={name: results[name] for name in step.needs},
+            folders={name: self.folder(name) for name in step.needs},
+            progress=self.view.progress,
+        )
+        clock = time.perf_counter()
+        try:
+            result = plain(step.run(context))
+        except HubSAEError as error:
+            error.hint = _joined(error.hint, f"this was step {step.name!r}; the same command continues from here")
+            raise
+        seconds = round(time.perf_counter() - clock, 3)
+        self._finish(step, prints, result, seconds)
+        self.view.step_finished(step.name, seconds)
+        return StepOutcome(step.name, True, seconds, result)
+
+    def _prepare(self, step: Step, print_: str) -> Path:
+        """The step's folder: as a killed run left it if the step can go on from that, else empty."""
+        folder, begun = self.folder(step.name), self._begun_path(step.name)
+        self._record_path(step.name).unlink(missing_ok=True)
+        same = begun.is_file() and begun.read_text(encoding="utf-8").strip() == print_
+        if not (step.resumes and same):
+            begun.unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(begun, print_ + "\n")
+        return folder
+
+    def _finish(self, step: Step, prints: dict[str, str], result: Any, seconds: float) -> None:
+        record = {
+            "name": step.name,
+            "fingerprint": prints[step.name],
+            "settings": step.plain_settings(),
+            "needs": {name: prints[name] for name in step.needs},
+            "result": result,
+            "files": _inventory(self.folder(step.name)),
+            "seconds": seconds,
+            "finished": time.time(),
+        }
+        write_json_atomic(self._record_path(step.name), record)
+        self._begun_path(step.name).unlink(missing_ok=True)
+
+    def _state(self, step: Step, print_: str) -> StepState:
+        path = self._record_path(step.name)
+        if not path.is_file():
+            begun = self._begun_path(step.name).is_file()
+            return StepState("incomplete", "continues" if step.resumes else "was interrupted") if begun else NEW
+        record = read_json(path)
+        if record["fingerprint"] != print_:
+            return StepState("changed", _what_changed(step, record))
+        folder = self.folder(step.name)
+        for file, size in record["files"].items():
+            there = folder / file
+            if not there.is_file() or there.stat().st_size != size:
+                return StepState("changed", f"{file} is missing or has another size")
+        return StepState("finished", "")
+
+    def _fingerprints(self, steps: Sequence[Step]) -> dict[str, str]:
+        prints: dict[str, str] = {}
+        for step in steps:
+            if step.name in prints:
+                raise ConfigError(f"two steps are called {step.name!r}")
+            for other in prints:
+                if step.name.startswith(other + "/") or other.startswith(step.name + "/"):
+                    raise ConfigError(f"the folder of step {step.name!r} and that of {other!r} lie in each other")
+            missing = [name for name in step.needs if name not in prints]
+            if missing:
+                raise ConfigError(f"step {step.name!r} needs {missing}, which no earlier step is called")
+            prints[step.name] = fingerprint(step, {name: prints[name] for name in step.needs})
+        return prints
+
+    def _record_path(self, step: str) -> Path:
+        return self.path / ".steps" / (step.replace("/", "--") + ".json")
+
+    def _begun_path(self, step: str) -> Path:
+        return self.path / ".steps" / (step.replace("/", "--") + ".begun")
+
+    def _lock(self) -> Any:
+        import filelock
+
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            return filelock.FileLock(self.path / ".lock").acquire(timeout=0)
+        except filelock.Timeout:
+            raise RunError(
+                f"another process is running in {self.path}", hint="wait for it, or choose another folder with --out"
+            ) from None
+        except OSError as error:
+            raise RunError(
+                f"cannot write to the run folder {self.path}: {error.strerror}", hint="choose another with --out"
+            ) from error
+
+
+NEW = StepState("new", "")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries a result may depend on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"hubsae": __version__, "python": platform.python_version()}
+    for name in ("torch", "transformers", "peft", "trl", "datasets", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _inventory(folder: Path) -> dict[str, int]:
+    """Every file below `folder` with its size."""
+    files: Iterable[Path] = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def _what_changed(step: Step, record: dict[str, Any]) -> str:
+    new, old = step.plain_settings(), record["settings"]
+    if new != old:
+        if isinstance(new, dict) and isinstance(old, dict):
+            keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+            return f"changed: {', '.join(keys)}"
+        return "its settings changed"
+    return "a step before it changed" if step.needs else "its version changed"
+
+
+def _joined(hint: str | None, more: str) -> str:
+    return f"{hint}\n  -> {more}" if hint else more

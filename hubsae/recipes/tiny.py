@@ -1,0 +1,354 @@
+"""The tiny world: a Qwen2-architecture model that has learned to solve word problems, made on the spot, offline.
+
+    rules -> problems -> tokenizer -> model -> supervised warm-up -> stages on disk
+
+It stands in for a real model and real data wherever a recipe, the demo or a test needs them: the model folder is an
+ordinary transformers checkpoint, the problems have the layout of GSM8K, and every stage of the warm-up is kept, so
+that there are real checkpoints to compare. Made of nothing but a seed, it is the same every time on one machine.
+
+The result is cached in a folder named by a hash of everything it depends on; a build happens in a folder beside it
+that is renamed into place, under a lock, so an interrupted build leaves nothing and two processes build once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hubsae.core.errors import ConfigError, NotFoundError, nearest
+from hubsae.core.extras import require
+from hubsae.core.files import write_csv_atomic, write_json_atomic
+from hubsae.recipes.quiet import quiet
+from hubsae.recipes.tiny_problems import Problem, draw_style, make_problems, styled_answer
+from hubsae.recipes.tiny_tokenizer import train_tokenizer
+
+FORMAT = 1
+"""Raised when the same config would no longer give the same world."""
+
+Progress = Callable[[int, int, str], None]
+"""Called as `progress(done, total, text)`."""
+
+
+@dataclass(frozen=True)
+class TinyConfig:
+    """Everything a tiny world depends on."""
+
+    size: str = "tiny"
+    seed: int = 0
+    hidden: int = 64
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 2
+    ffn: int = 192
+    vocab: int = 416
+    train_problems: int = 6000
+    test_problems: int = 512
+    largest: int = 12
+    """Largest number in a question."""
+    two_step: float = 0.5
+    """Share of problems with two operations."""
+    steps: int = 600
+    batch: int = 64
+    lr: float = 3e-3
+    prompt_weight: float = 0.1
+    """Weight of the loss on prompt tokens; above 0, so that cross-entropy on prompts means something."""
+    keep_steps: tuple[int, ...] = (0, 100, 300, 600)
+    """Warm-up steps whose checkpoints are kept as stages."""
+
+    def key(self) -> str:
+        """A short hash of the config and of what else decides the numbers."""
+        about = {"format": FORMAT, "torch": torch.__version__, **asdict(self)}
+        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# measured on one core: "tiny" takes 78 CPU seconds and ends with 13 % of held-out answers right for a strict scorer
+# and 68 % right when the last number counts; "quick" takes 11 and ends with 16 % and 52 %
+SIZES = {
+    "tiny": TinyConfig(),
+    "quick": TinyConfig(
+        size="quick", ffn=128, train_problems=1500, test_problems=256, largest=6, two_step=0.0,
+        steps=200, batch=32, lr=6e-3, keep_steps=(0, 40, 100, 200),
+    ),
+}  # fmt: skip
+
+
+def default_cache() -> Path:
+    """Where worlds are kept between runs: `$HUBSAE_CACHE`, or `hubsae` in the user's cache folder."""
+    chosen = os.environ.get("HUBSAE_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "hubsae"
+
+
+@dataclass(frozen=True)
+class TinyWorld:
+    """A model, its tokenizer, its problems and the checkpoints of its warm-up.
+
+    >>> world = tiny_world("quick")                                     # doctest: +SKIP
+    >>> world.tokenizer.decode(world.prompt_ids(world.test_problems[0]))  # doctest: +SKIP
+    '<|im_start|>user\\nKim has 4 cards and gets 3 more. How many cards now?<|im_end|>\\n<|im_start|>assistant\\n'
+    """
+
+    config: TinyConfig
+    folder: Path
+    """Where it lies; `folder / "stages" / name` are transformers checkpoints with tokenizer."""
+    train_problems: list[Problem]
+    test_problems: list[Problem]
+
+    @property
+    def stages(self) -> dict[str, Path]:
+        """Checkpoint folders of the warm-up, by name (`sft_step0`, ...), in order of training."""
+        return {f"sft_step{step}": self.folder / "stages" / f"sft_step{step}" for step in self.config.keep_steps}
+
+    @property
+    def model_path(self) -> Path:
+        """The checkpoint folder of the finished model."""
+        return self.stages[f"sft_step{self.config.steps}"]
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer, as `AutoTokenizer` loads it."""
+        transformers = require("transformers", extra="train")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(self.model_path)
+        tokenizer.padding_side = "left"
+        return tokenizer
+
+    @cached_property
+    def model(self) -> Any:
+        """The finished model in float32, in evaluation mode."""
+        return self.load_stage(f"sft_step{self.config.steps}")
+
+    def load_stage(self, name: str) -> Any:
+        """The model as it was at one stage of the warm-up."""
+        transformers = require("transformers", extra="train")
+        if name not in self.stages:
+            raise NotFoundError(f"the tiny world has no stage {name!r}", hint=f"nearest: {nearest(name, self.stages)}")
+        with quiet():
+            model = transformers.AutoModelForCausalLM.from_pretrained(self.stages[name], dtype=torch.float32)
+        return model.eval()
+
+    def messages(self, problem: Problem) -> list[dict[str, str]]:
+        """The conversation that asks `problem`."""
+        return [{"role": "user", "content": problem.question}]
+
+    def prompt_ids(self, problem: Problem) -> list[int]:
+        """The rendered prompt as token ids, ending where the answer begins."""
+        return prompt_ids(self.tokenizer, problem)
+
+    def write_dataset(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the problems as a dataset repository in the layout of GSM8K (config `main`, Parquet).
+
+        `datasets.load_dataset(folder, "main")` reads it, from a folder or from a Hub.
+        """
+        return write_gsm8k(folder, self.train_problems, self.test_problems)
+
+
+def tiny_world(
+    size: str = "tiny",
+    seed: int = 0,
+    cache: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+    **changes: Any,
+) -> TinyWorld:
+    """Build the tiny world of `size` ("tiny", or "quick" for tests), or open it from the cache.
+
+    `changes` replace fields of the `TinyConfig`. Where the cache cannot be written, the world is built in a
+    temporary folder.
+
+    >>> tiny_world("quick").stages["sft_step0"].name    # doctest: +SKIP
+    'sft_step0'
+    """
+    if size not in SIZES:
+        raise ConfigError(f"no tiny world of size {size!r}", hint=f"sizes: {', '.join(SIZES)}")
+    config = replace(SIZES[size], seed=seed, **changes)
+    if config.steps not in config.keep_steps:
+        config = replace(config, keep_steps=(*(s for s in config.keep_steps if s < config.steps), config.steps))
+    root = Path(cache) if cache is not None else default_cache() / "tiny"
+    folder = root / f"{config.size}-seed{config.seed}-{config.key()}"
+    if not _complete(folder):
+        folder = _build_once(config, folder, progress)
+    train, test = _problems(config)
+    return TinyWorld(config=config, folder=folder, train_problems=train, test_problems=test)
+
+
+def prompt_ids(tokenizer: Any, problem: Problem) -> list[int]:
+    """`problem` rendered with the chat template of `tokenizer`, as token ids."""
+    messages = [{"role": "user", "content": problem.question}]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def write_gsm8k(folder: str | os.PathLike[str], train: list[Problem], test: list[Problem]) -> Path:
+    """Write two splits in the file layout of `openai/gsm8k`."""
+    pa = require("pyarrow", extra="train")
+    pq = require("pyarrow.parquet", extra="train")
+    out = Path(folder)
+    (out / "main").mkdir(parents=True, exist_ok=True)
+    for split, problems in (("train", train), ("test", test)):
+        table = pa.Table.from_pylist([problem.record() for problem in problems])
+        pq.write_table(table, out / "main" / f"{split}-00000-of-00001.parquet")
+    front = "configs:\n- config_name: main\n  data_files:\n" + "".join(
+        f"  - split: {split}\n    path: main/{split}-*\n" for split in ("train", "test")
+    )
+    (out / "README.md").write_text(f"---\n{front}---\n\nWord problems made by rule, in the layout of GSM8K.\n")
+    return out
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """Run with one torch thread: for models this small more threads only cost (3 to 14 times on a busy machine)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _problems(config: TinyConfig) -> tuple[list[Problem], list[Problem]]:
+    every = make_problems(
+        config.train_problems + config.test_problems,
+        seed=config.seed, largest=config.largest, two_step=config.two_step,
+    )  # fmt: skip
+    return every[: config.train_problems], every[config.train_problems :]
+
+
+def _complete(folder: Path) -> bool:
+    return (folder / "world.json").is_file()
+
+
+def _build_once(config: TinyConfig, folder: Path, progress: Progress | None) -> Path:
+    filelock = require("filelock", extra="train")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(str(folder) + ".lock")
+        lock.acquire()
+    except OSError:
+        # no permission, a full or read-only disk: a world of this process only
+        private = Path(tempfile.mkdtemp(prefix="hubsae-tiny-"))
+        _build(config, private, progress)
+        return private
+    try:
+        if _complete(folder):
+            return folder
+        for stale in folder.parent.glob(f".{folder.name}.*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        building = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            _build(config, building, progress)
+            building.chmod(0o755)
+            os.replace(building, folder)
+        except BaseException:
+            shutil.rmtree(building, ignore_errors=True)
+            raise
+        return folder
+    finally:
+        lock.release()
+
+
+def _build(config: TinyConfig, folder: Path, progress: Progress | None) -> None:
+    """Make the world in `folder`; `world.json` is written last and says that it is whole."""
+    train, _ = _problems(config)
+    rng = random.Random(f"warm-up-{config.seed}")
+    sample = [f"user\n{p.question}\nassistant\n{styled_answer(p, draw_style(rng))}\n" for p in train[:2000]]
+    tokenizer = train_tokenizer(sample, vocab_size=config.vocab)
+    with single_thread(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = _new_model(config, tokenizer)
+        losses = _warm_up(config, model, tokenizer, train, rng, folder / "stages", progress)
+    write_csv_atomic(folder / "warmup.csv", losses)
+    write_json_atomic(folder / "world.json", {"format": FORMAT, "torch": torch.__version__, **asdict(config)})
+
+
+def _new_model(config: TinyConfig, tokenizer: Any) -> Any:
+    transformers = require("transformers", extra="train")
+    shape = transformers.Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden,
+        intermediate_size=config.ffn,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.kv_heads,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = transformers.Qwen2ForCausalLM(shape)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def _warm_up(
+    config: TinyConfig,
+    model: Any,
+    tokenizer: Any,
+    problems: list[Problem],
+    rng: random.Random,
+    stages: Path,
+    progress: Progress | None,
+) -> list[dict[str, float]]:
+    """Teach the model to answer in every style; returns the loss of every tenth step."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.01, fused=True)
+    warm = max(config.steps // 20, 1)
+    losses = []
+    model.train()
+    for step in range(config.steps + 1):
+        if step in config.keep_steps:
+            with quiet():
+                model.save_pretrained(stages / f"sft_step{step}")
+            tokenizer.save_pretrained(stages / f"sft_step{step}")
+        if step == config.steps:
+            break
+        # linear warm-up, then linear decay to a twentieth
+        share = min((step + 1) / warm, 1 - 0.95 * max(step - warm, 0) / max(config.steps - warm, 1))
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * share
+        ids, mask, weights = _batch(config, tokenizer, rng.sample(problems, config.batch), rng)
+        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+        each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        loss = (each * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 10 == 0 or step == config.steps - 1:
+            losses.append({"step": step, "loss": round(float(loss.detach()), 6)})
+        if progress is not None:
+            progress(step + 1, config.steps, "supervised warm-up of the tiny model")
+    return losses
+
+
+def _batch(config: TinyConfig, tokenizer: Any, problems: list[Problem], rng: random.Random) -> tuple:
+    """Prompt and answer of each problem, right-padded: ids, mask, loss weights, each [batch, tokens]."""
+    prompts = [prompt_ids(tokenizer, problem) for problem in problems]
+    answers = tokenizer(
+        [styled_answer(problem, draw_style(rng)) + tokenizer.eos_token for problem in problems],
+        add_special_tokens=False,
+    ).input_ids
+    width = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
+    ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
+    mask = torch.zeros(len(prompts), width, dtype=torch.long)
+    weights = torch.zeros(len(prompts), width)
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        end = len(prompt) + len(answer)
+        ids[row, :end] = torch.tensor(prompt + answer)
+        mask[row, :end] = 1
+        weights[row, : len(prompt)] = config.prompt_weight
+        weights[row, len(prompt) : end] = 1.0
+    return ids, mask, weights
