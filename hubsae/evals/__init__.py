@@ -12,6 +12,7 @@
 
 from hubsae.evals.definitions import DEFINITIONS, SCOPES, Measure, to_metrics
 from hubsae.evals.reconstruction import ReconstructionResult, SAEReconstruction, reconstruction
+from hubsae.evals.splice import SpliceResult, splice, splice_many
 
 __all__ = [
     "DEFINITIONS",
@@ -19,6 +20,9 @@ __all__ = [
     "Measure",
     "ReconstructionResult",
     "SAEReconstruction",
+    "SpliceResult",
     "reconstruction",
+    "splice",
+    "splice_many",
     "to_metrics",
 ]

@@ -158,7 +158,7 @@ def split_batch(batch: Any) -> tuple[Tensor, Mapping[str, Any]]:
         columns = dict(batch)
         name = next(n for n in ("x", "activations", "acts", "vector") if n in columns)
         return columns.pop(name), {n: v for n, v in columns.items() if v is not None}
-    x = batch[0] if isinstance(batch, tuple) and not hasattr(batch, "x") else batch.x
+    x = batch[0] if isinstance(batch, tuple) and not hasattr(batch, "x") else getattr(batch, "x")  # noqa: B009
     rest = batch[1] if isinstance(batch, tuple) and not hasattr(batch, "columns") and len(batch) > 1 else None
     columns = getattr(batch, "columns", rest) or {}
     return x, {n: v for n, v in dict(columns).items() if v is not None}

@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,6 +90,9 @@ class SAEReconstruction:
     histogram: list[DensityBin]
     batch_rule_rows: int | None
     """Rows each selection saw, where the SAE selects over a batch; None where codes do not depend on it."""
+    draws: dict[tuple[str, str], np.ndarray]
+    """Bootstrap values by (metric, scope). Two passes over the same samples draw the same groups, so the
+    differences of their draws are paired."""
 
     def get(self, metric: str, scope: str = "all") -> Measure:
         """A measure by name and scope, or an error that lists what there is."""
@@ -271,7 +275,8 @@ def read_off(sums: Sums, saes: Mapping[str, HubSAE]) -> ReconstructionResult:
     for name, sae in saes.items():
         batch_rule = sae.config.architecture == "batch_topk" and sae.config.threshold is None
         features = _features(sums, name, n_tokens)
-        measures = [m for scope in scopes for m in _measures(sums, name, scope, kind)]
+        draws: dict[tuple[str, str], np.ndarray] = {}
+        measures = [m for scope in scopes for m in _measures(sums, name, scope, kind, draws)]
         out[name] = SAEReconstruction(
             name=name,
             measures=measures + _feature_measures(sums, name, features),
@@ -279,6 +284,7 @@ def read_off(sums: Sums, saes: Mapping[str, HubSAE]) -> ReconstructionResult:
             deciles=_deciles(sums, name),
             histogram=_histogram(features),
             batch_rule_rows=rows_at_once(sae.d_sae, BLOCK_ROWS) if batch_rule else None,
+            draws=draws,
         )
     return ReconstructionResult(out, n_tokens, [s.name for s in scopes])
 
@@ -334,7 +340,9 @@ def _read_scope(sums: Sums, name: str) -> _Scope | None:
     )
 
 
-def _measures(sums: Sums, name: str, scope: _Scope, kind: str) -> list[Measure]:
+def _measures(
+    sums: Sums, name: str, scope: _Scope, kind: str, keep: dict[tuple[str, str], np.ndarray]
+) -> list[Measure]:
     state = sums.saes[name]
     d = sums.d
     total = dict(zip(ROW_STATS, state.stats.total(scope.keys).value().tolist(), strict=True))
@@ -345,6 +353,8 @@ def _measures(sums: Sums, name: str, scope: _Scope, kind: str) -> list[Measure]:
 
     def put(metric: str, value: float | None, draws: np.ndarray | None, note: str | None = None) -> None:
         interval = None
+        if value is not None and draws is not None:
+            keep[metric, scope.name] = draws
         if value is not None and draws is not None and scope.draws.shape[1] > 1:
             interval = bootstrap.percentile_interval(draws)
         out.append(Measure(metric, value, scope.name, scope.n, interval, kind if interval else None, note))
@@ -419,7 +429,7 @@ def _histogram(features: FeatureStats) -> list[DensityBin]:
     bars = [DensityBin(None, None, int((density == 0).sum()))]
     log = torch.log10(density[density > 0]).clamp_min(DENSITY_EDGES[0])
     inside = (log / 0.25).floor().mul(0.25).clamp(DENSITY_EDGES[0], DENSITY_EDGES[-2])
-    for low, high in zip(DENSITY_EDGES[:-1], DENSITY_EDGES[1:], strict=True):
+    for low, high in pairwise(DENSITY_EDGES):
         bars.append(DensityBin(low, high, int((inside == low).sum())))
     return bars
 

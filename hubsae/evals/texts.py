@@ -1,0 +1,187 @@
+"""Texts for a splice evaluation: token ids, and which of them are the response."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hubsae.core.errors import DataError
+
+PROMPT_KEYS = ("prompt", "question")
+RESPONSE_KEYS = ("response", "completion", "answer")
+
+
+class Tokens(NamedTuple):
+    """One text."""
+
+    ids: Tensor
+    """[length] int64, without padding"""
+    is_response: Tensor | None
+    """[length] bool; None where prompt and response are not told apart"""
+
+
+class Batch(NamedTuple):
+    """Texts of similar length, padded on the right: the first `lengths[i]` tokens of a row are real."""
+
+    ids: Tensor
+    """[texts, longest]"""
+    mask: Tensor
+    """[texts, longest] bool"""
+    is_response: Tensor
+    """[texts, longest] bool; all false where not told apart"""
+    which: Tensor
+    """[texts] index of each row in the whole list"""
+
+
+def encode_texts(texts: Any, tokenizer: Any = None, *, max_length: int | None = None) -> tuple[list[Tokens], int]:
+    """Token ids of texts of any accepted kind, and how many were cut at `max_length`.
+
+    A text is a string; a pair (prompt, response); a mapping with `prompt` and `response` (or `completion`,
+    or `question` and `answer`), with chat `messages`, or with `input_ids` (and `attention_mask`, `is_prompt`);
+    or a list or tensor of ids. A 2-D tensor, or what a tokenizer returned, is taken row by row.
+
+    >>> encoded, cut = encode_texts([[5, 6, 7], [8, 9]], max_length=2)
+    >>> [t.ids.tolist() for t in encoded], cut
+    ([[5, 6], [8, 9]], 1)
+    """
+    out: list[Tokens] = []
+    cut = 0
+    for text in _each(texts):
+        tokens = _encode(text, tokenizer)
+        if max_length is not None and tokens.ids.numel() > max_length:
+            cut += 1
+            response = tokens.is_response
+            tokens = Tokens(tokens.ids[:max_length], None if response is None else response[:max_length])
+        out.append(tokens)
+    if not out:
+        raise DataError("no texts to evaluate")
+    return out, cut
+
+
+def _each(texts: Any) -> Iterable[Any]:
+    if isinstance(texts, str):
+        return [texts]
+    if isinstance(texts, Tensor):
+        return list(texts) if texts.ndim == 2 else [texts]
+    # a tokenizer's BatchEncoding is a UserDict and not a dict
+    if "input_ids" in texts if isinstance(texts, Mapping) or hasattr(texts, "keys") else False:
+        ids = torch.as_tensor(texts["input_ids"])
+        if ids.ndim == 1:
+            return [dict(texts)]
+        keys = [k for k in ("input_ids", "attention_mask", "is_prompt") if k in texts]
+        return [{k: torch.as_tensor(texts[k])[i] for k in keys} for i in range(ids.shape[0])]
+    return texts
+
+
+def _encode(text: Any, tokenizer: Any) -> Tokens:
+    if isinstance(text, Tensor):
+        return Tokens(text.reshape(-1).long().cpu(), None)
+    if isinstance(text, Mapping):
+        return _encode_mapping(text, tokenizer)
+    if isinstance(text, Sequence) and not isinstance(text, str):
+        if len(text) == 2 and all(isinstance(part, str) for part in text):
+            return _encode_pair(text[0], text[1], tokenizer)
+        if all(isinstance(item, int) for item in text):
+            return Tokens(torch.tensor(list(text), dtype=torch.int64), None)
+    if isinstance(text, str):
+        return Tokens(_ids(_need(tokenizer)(text)), None)
+    raise DataError(
+        f"cannot read a text from {type(text).__name__}",
+        hint="pass strings, (prompt, response) pairs, mappings with prompt and response, or token ids",
+    )
+
+
+def _encode_mapping(text: Mapping[str, Any], tokenizer: Any) -> Tokens:
+    if "input_ids" in text:
+        ids = torch.as_tensor(text["input_ids"]).reshape(-1).long().cpu()
+        mask = text.get("attention_mask")
+        keep = torch.ones_like(ids, dtype=torch.bool) if mask is None else torch.as_tensor(mask).bool().cpu()
+        prompt = text.get("is_prompt")
+        response = None if prompt is None else ~torch.as_tensor(prompt).bool().cpu()[keep]
+        return Tokens(ids[keep], response)
+    if "messages" in text:
+        return _encode_chat(text["messages"], tokenizer)
+    prompt = next((text[k] for k in PROMPT_KEYS if k in text), None)
+    response = next((text[k] for k in RESPONSE_KEYS if k in text), None)
+    if isinstance(prompt, str) and isinstance(response, str):
+        return _encode_pair(prompt, response, tokenizer)
+    if isinstance(text.get("text"), str):
+        return _encode(text["text"], tokenizer)
+    raise DataError(
+        f"a text has the keys {', '.join(map(str, text))}",
+        hint="expected prompt and response, messages, text, or input_ids",
+    )
+
+
+def _encode_chat(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> Tokens:
+    tokenizer = _need(tokenizer)
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    if not messages or messages[-1].get("role") != "assistant":
+        return Tokens(_ids(tokenizer(whole, add_special_tokens=False)), None)
+    prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+    if not whole.startswith(prompt):
+        raise DataError(
+            "the chat template renders the prompt alone differently from the prompt with its answer, so the "
+            "response cannot be told apart",
+            hint="pass input_ids with is_prompt",
+        )
+    return _encode_pair(prompt, whole[len(prompt) :], tokenizer, add_special_tokens=False)
+
+
+def _encode_pair(prompt: str, response: str, tokenizer: Any, *, add_special_tokens: bool = True) -> Tokens:
+    """Both as one text, so that a token is what the model would see; a token belongs where it begins."""
+    tokenizer = _need(tokenizer)
+    if getattr(tokenizer, "is_fast", False):
+        encoded = tokenizer(prompt + response, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
+        spans = encoded["offset_mapping"]
+        # special tokens have the empty span (0, 0): in front they are prompt, at the end response
+        inside = [i for i, (start, end) in enumerate(spans) if end > start]
+        last = inside[-1] if inside else -1
+        begins = [start >= len(prompt) if end > start else i > last for i, (start, end) in enumerate(spans)]
+        return Tokens(_ids(encoded), torch.tensor(begins, dtype=torch.bool))
+    first = _ids(tokenizer(prompt, add_special_tokens=add_special_tokens))
+    second = _ids(tokenizer(response, add_special_tokens=False))
+    return Tokens(
+        torch.cat([first, second]),
+        torch.cat([torch.zeros_like(first), torch.ones_like(second)]).bool(),
+    )
+
+
+def _ids(encoded: Any) -> Tensor:
+    return torch.as_tensor(encoded["input_ids"]).reshape(-1).long()
+
+
+def _need(tokenizer: Any) -> Any:
+    if tokenizer is None:
+        raise DataError("texts given as strings need a tokenizer", hint="pass tokenizer=, or token ids")
+    return tokenizer
+
+
+def batches(texts: Sequence[Tokens], batch_tokens: int) -> list[Batch]:
+    """Texts sorted by length into padded batches of at most `batch_tokens` places each; empty ones are left out."""
+    order = sorted((i for i in range(len(texts)) if texts[i].ids.numel()), key=lambda i: -texts[i].ids.numel())
+    groups: list[list[int]] = []
+    for index in order:
+        longest = texts[groups[-1][0]].ids.numel() if groups else 0
+        if not groups or (len(groups[-1]) + 1) * longest > batch_tokens:
+            groups.append([])
+        groups[-1].append(index)
+    return [_pad([texts[i] for i in group], group) for group in groups]
+
+
+def _pad(texts: list[Tokens], which: list[int]) -> Batch:
+    longest = max(t.ids.numel() for t in texts)
+    # the pad id is never looked at: its positions are masked for attention, loss and splice alike
+    ids = torch.zeros(len(texts), longest, dtype=torch.int64)
+    mask = torch.zeros(len(texts), longest, dtype=torch.bool)
+    response = torch.zeros_like(mask)
+    for row, text in enumerate(texts):
+        n = text.ids.numel()
+        ids[row, :n] = text.ids
+        mask[row, :n] = True
+        if text.is_response is not None:
+            response[row, :n] = text.is_response
+    return Batch(ids, mask, response, torch.tensor(which))
