@@ -1,0 +1,307 @@
+"""What a repo or a local folder holds, looked up once: its commit, its SAEs, their files.
+
+With a manifest (`config.json` of a release) one request tells everything, and it is the request that the Hub counts
+as a download. Without one the repo's file list is grouped into SAEs by name (see `layouts`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hubsae.core.errors import HubSAEError, NotFoundError, nearest
+from hubsae.core.files import write_json_atomic
+from hubsae.core.metadata import FILE_NAME as METADATA_NAME
+from hubsae.core.metadata import Metadata
+from hubsae.formats.manifest import MANIFEST_NAME, FileEntry, Manifest
+from hubsae.formats.names import parse_path
+from hubsae.hub.client import HubClient, RemoteFile, split_repo
+from hubsae.hub.errors import AmbiguousSAEError, RepoNotFoundError, SAENotFoundError
+from hubsae.hub.layouts import Unit, short_id, units
+from hubsae.hub.retry import status_of
+
+FILTERS = (
+    "layer", "stage", "k", "architecture", "d_in", "d_sae", "hook_point", "base_model", "base_model_revision",
+)  # fmt: skip
+CACHE_NOTES = ".hubsae"
+
+
+@dataclass(frozen=True)
+class ExpectedFile:
+    """A file of an SAE and what is known of it before it is here."""
+
+    path: str
+    size: int | None = None
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One SAE of a catalog."""
+
+    id: str
+    path: str
+    files: tuple[ExpectedFile, ...]
+    fields: dict[str, Any] = field(default_factory=dict)
+    """What is known without opening it: layer, stage, k ...; absent is unknown."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    native: bool = False
+    """Listed by a manifest, hence a hubsae folder."""
+
+    @property
+    def size(self) -> int | None:
+        """Bytes of all its files, where known."""
+        sizes = [file.size for file in self.files]
+        return None if any(size is None for size in sizes) else sum(size or 0 for size in sizes)
+
+    def row(self) -> dict[str, Any]:
+        """As a row of a table."""
+        keep = ("layer", "stage", "architecture", "d_in", "d_sae", "k", "hook_point")
+        return {"id": self.id} | {name: self.fields.get(name) for name in keep} | self.metrics | {"bytes": self.size}
+
+
+@dataclass
+class Catalog:
+    """The SAEs of a repo at one commit, or of a local folder."""
+
+    source: str
+    """As the person wrote it, for messages."""
+    entries: list[Entry]
+    manifest: Manifest | None = None
+    root: Path | None = None
+    """For local folders."""
+    repo_id: str | None = None
+    sha: str | None = None
+    revision: str | None = None
+
+    def choose(self, id: str | None = None, filters: dict[str, Any] | None = None) -> Entry:
+        """The one SAE that is meant, or an error that lists what could be."""
+        found = self.select(id, filters)
+        if len(found) == 1:
+            return found[0]
+        shown = _describe(found)
+        raise AmbiguousSAEError(
+            f"{len(found)} SAEs of {self.source} fit{_wanted(id, filters)}:\n{shown}",
+            hint="give an id (the first column), or filters that leave one: "
+            + ", ".join(_telling_fields(found) or ["layer=", "stage=", "k="]),
+        )
+
+    def select(self, id: str | None = None, filters: dict[str, Any] | None = None) -> list[Entry]:
+        """Every SAE that fits; an error with the nearest choices if there is none."""
+        if not self.entries:
+            raise SAENotFoundError(
+                f"{self.source} holds no SAE in a format that hubsae reads",
+                hint=f"its files: `hubsae show {self.source}`; formats: `hubsae formats`, or docs/formats.md",
+            )
+        filters = checked_filters(filters or {})
+        entries = self.entries if id is None else self._by_id(id)
+        fitting = [e for e in entries if all(_fits(e, name, value) for name, value in filters.items())]
+        if fitting:
+            return fitting
+        problems = []
+        for name, value in filters.items():
+            there = list(dict.fromkeys(e.fields[name] for e in entries if e.fields.get(name) is not None))
+            if value not in there:
+                problems.append(f"{name}: {', '.join(str(v) for v in sorted(there, key=_sortable)) or 'not known'}")
+        hint = "there are " + "; ".join(problems) if problems else f"SAEs there:\n{_describe(entries)}"
+        raise SAENotFoundError(f"no SAE of {self.source} fits{_wanted(id, filters)}", hint=hint)
+
+    def _by_id(self, id: str) -> list[Entry]:
+        wanted = id.strip("/").removeprefix("./") or "."
+        exact = [e for e in self.entries if wanted in (e.id, e.path, short_id(e.id))]
+        if exact:
+            return exact
+        inside = [e for e in self.entries if e.id.startswith(f"{wanted}/")]
+        if inside:  # a folder of SAEs: filters may leave one of it
+            return inside
+        raise SAENotFoundError(
+            f"{self.source} has no SAE {id!r}",
+            hint=f"nearest: {nearest(wanted, [e.id for e in self.entries])}\n     all: hubsae ls {self.source}",
+        )
+
+
+# -- opening -----------------------------------------------------------------------------------------------------
+
+
+def open_catalog(
+    client: HubClient, repo_or_path: str | os.PathLike[str], revision: str | None = None, *, force: bool = False
+) -> Catalog:
+    """Look up a local folder or file, or a repo at a revision."""
+    text = os.fspath(repo_or_path)
+    local = Path(text).expanduser()
+    if local.exists():
+        return local_catalog(local)
+    looks_local = isinstance(repo_or_path, os.PathLike) or text.startswith((".", "/", "~")) or text.count("/") > 1
+    if looks_local:
+        hint = None
+        if text.count("/") > 1 and not text.startswith((".", "/", "~")):
+            repo, rest = "/".join(text.split("/")[:2]), "/".join(text.split("/")[2:])
+            hint = f"an SAE inside a repo is its own argument: from_pretrained({repo!r}, {rest!r})"
+        raise NotFoundError(f"there is no folder or file {text}", hint=hint)
+    repo_id, revision = split_repo(text, revision)
+    return remote_catalog(client, repo_id, revision, force=force)
+
+
+def local_catalog(path: Path) -> Catalog:
+    """A release folder, an SAE folder, one file, or a folder of many."""
+    if path.is_file():
+        unit = Unit(path.name, path.name, (path.name,), parse_path(path.name))
+        return Catalog(str(path), [_local_entry(path.parent, unit)], root=path.parent)
+    if (path / MANIFEST_NAME).is_file():
+        try:
+            content = json.loads((path / MANIFEST_NAME).read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            content = None
+        if Manifest.is_manifest(content):
+            manifest = Manifest.parse(content, path / MANIFEST_NAME)
+            return Catalog(str(path), [_native(entry) for entry in manifest], manifest, root=path)
+    paths = [p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()]
+    return Catalog(str(path), [_local_entry(path, unit) for unit in units(paths)], root=path)
+
+
+def _local_entry(root: Path, unit: Unit) -> Entry:
+    """An SAE on disk that no manifest lists; its record says more than its name."""
+    files = tuple(ExpectedFile(file, (root / file).stat().st_size) for file in unit.files)
+    known = {name: value for name, value in unit.name.known().items() if name in FILTERS}
+    record = root / unit.path / METADATA_NAME
+    if record.is_file() and isinstance(content := _json_or_none(record), dict) and "hubsae_format" in content:
+        metadata = Metadata.from_dict(content, where=record)
+        told = {
+            **{name: getattr(metadata.config, name) for name in ("architecture", "d_in", "d_sae", "k")},
+            "layer": metadata.hook.layer,
+            "stage": metadata.base_model.stage,
+            "hook_point": metadata.hook.module_path,
+            "base_model": metadata.base_model.id,
+            "base_model_revision": metadata.base_model.revision,
+        }
+        known |= {name: value for name, value in told.items() if value is not None}
+        return Entry(unit.id, unit.path, files, known, {m.name: m.value for m in metadata.metrics})
+    return Entry(unit.id, unit.path, files, known)
+
+
+def remote_catalog(client: HubClient, repo_id: str, revision: str | None = None, *, force: bool = False) -> Catalog:
+    """A repo at one commit: one HEAD if its manifest is cached, one listing more if it has none."""
+    source = f"{repo_id}@{revision}" if revision else repo_id
+    sha, path = _manifest_file(client, repo_id, revision, force)
+    if path is not None:
+        content = _json_or_none(path)
+        if Manifest.is_manifest(content):
+            manifest = Manifest.parse(content, f"{source}/{MANIFEST_NAME}")
+            return Catalog(source, [_native(entry) for entry in manifest], manifest, None, repo_id, sha, revision)
+    tree = _listing(client, repo_id, sha)
+    entries = [_entry(unit, tree) for unit in units(tree)]
+    return Catalog(source, entries, None, None, repo_id, sha, revision)
+
+
+def _manifest_file(client: HubClient, repo_id: str, revision: str | None, force: bool) -> tuple[str, Path | None]:
+    """The commit, and the cached `config.json` at it (None where the repo has none)."""
+    try:
+        path = client.download(repo_id, MANIFEST_NAME, revision=revision, force=force)
+        return path.parent.name, path
+    except HubSAEError as error:
+        cause = error.__cause__
+        answer = getattr(cause, "response", None)
+        sha = answer.headers.get("X-Repo-Commit") if answer is not None else None
+        no_such_file = isinstance(error, NotFoundError) and status_of(cause) == 404 if cause else False
+        if no_such_file and sha and not isinstance(error, RepoNotFoundError):
+            return sha, None
+        if client.offline:
+            # not cached because there is none, or because nobody asked: the listing tells
+            sha = client.resolve(repo_id, revision)
+            if _listing_file(client, repo_id, sha).is_file():
+                return sha, None
+        raise
+
+
+def _listing_file(client: HubClient, repo_id: str, sha: str) -> Path:
+    return client.cached_snapshot(repo_id, sha).parents[1] / CACHE_NOTES / f"tree-{sha}.json"
+
+
+def _listing(client: HubClient, repo_id: str, sha: str) -> dict[str, RemoteFile]:
+    """The files of a commit, kept in the cache: a commit does not change."""
+    file = _listing_file(client, repo_id, sha)
+    kept = _json_or_none(file) if file.is_file() else None
+    if isinstance(kept, list):
+        return {item["path"]: RemoteFile(**item) for item in kept}
+    tree = client.tree(repo_id, sha)
+    try:
+        write_json_atomic(file, [vars(item) for item in tree.values()])
+    except OSError:
+        pass  # a cache that cannot be written costs a request next time
+    return tree
+
+
+def _json_or_none(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+        return None
+
+
+def _native(entry: Any) -> Entry:
+    fields = {name: getattr(entry, name) for name in FILTERS if getattr(entry, name, None) is not None}
+    files = tuple(_expected(file) for file in entry.files)
+    return Entry(entry.id, entry.path, files, fields, dict(entry.metrics), native=True)
+
+
+def _expected(file: FileEntry) -> ExpectedFile:
+    return ExpectedFile(file.path, file.size, file.sha256)
+
+
+def _entry(unit: Unit, tree: dict[str, RemoteFile]) -> Entry:
+    files = tuple(
+        ExpectedFile(path, tree[path].size, tree[path].sha256) if path in tree else ExpectedFile(path)
+        for path in unit.files
+    )
+    known = {name: value for name, value in unit.name.known().items() if name in FILTERS}
+    return Entry(unit.id, unit.path, files, known)
+
+
+def checked_filters(given: dict[str, Any]) -> dict[str, Any]:
+    """Filters that were given; an unknown name is an error."""
+    for name in given:
+        if name not in FILTERS:
+            raise SAENotFoundError(f"there is no filter {name!r}", hint=f"filters: {', '.join(FILTERS)}")
+    return {name: value for name, value in given.items() if value is not None}
+
+
+# -- words -------------------------------------------------------------------------------------------------------
+
+
+def _fits(entry: Entry, name: str, value: Any) -> bool:
+    known = entry.fields.get(name)
+    # what a file's name does not say may still be so; the reader gets it as a choice
+    return known == value or (known is None and not entry.native)
+
+
+def _wanted(id: str | None, filters: dict[str, Any] | None) -> str:
+    parts = [repr(id)] if id is not None else []
+    parts += [f"{name}={value!r}" for name, value in (filters or {}).items() if value is not None]
+    return f" {', '.join(parts)}" if parts else ""
+
+
+def _describe(entries: Sequence[Entry], most: int = 12) -> str:
+    lines = []
+    for entry in entries[:most]:
+        known = ", ".join(
+            f"{name} {entry.fields[name]}"
+            for name in ("layer", "stage", "architecture", "k", "d_sae")
+            if name in entry.fields
+        )
+        lines.append(f"       {entry.id}" + (f"  ({known})" if known else ""))
+    if len(entries) > most:
+        lines.append(f"       ... and {len(entries) - most} more")
+    return "\n".join(lines)
+
+
+def _telling_fields(entries: Sequence[Entry]) -> list[str]:
+    """Fields in which these entries differ."""
+    return [f"{name}=" for name in FILTERS if len({str(e.fields.get(name)) for e in entries}) > 1][:3]
+
+
+def _sortable(value: Any) -> tuple[bool, Any]:
+    return (isinstance(value, str), value)

@@ -1,0 +1,277 @@
+"""The one room that holds a connection to a Hub: who we are, where it is, and the few requests hubsae makes.
+
+Everything above (push, load, cards, datasets) speaks to the Hub through `HubClient`, so that each request carries
+the library's name and version, each failure is retried where that helps, and each error says what to do next.
+The endpoint is passed with every call: `HF_ENDPOINT` is read by the client library once, at its import.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from hubsae.core.errors import HubSAEError
+from hubsae.hub.errors import AccessError, explained
+from hubsae.hub.retry import RetryPolicy, retrying
+from hubsae.version import __version__
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+T = TypeVar("T")
+
+LIBRARY = "hubsae"
+_SHA = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """One file of a repo as its tree lists it."""
+
+    path: str
+    size: int
+    git_oid: str
+    sha256: str | None
+    """Only for files kept as large objects (LFS, Xet)."""
+
+
+def split_repo(repo: str, revision: str | None = None) -> tuple[str, str | None]:
+    """`name/repo@revision` as (repo id, revision).
+
+    >>> split_repo("me/my-sae@v1.0")
+    ('me/my-sae', 'v1.0')
+    >>> split_repo("me/my-sae", "refs/pr/3")
+    ('me/my-sae', 'refs/pr/3')
+    """
+    repo_id, at, inline = repo.partition("@")
+    if at and revision and inline != revision:
+        raise HubSAEError(
+            f"two revisions: {repo!r} names {inline!r}, and revision={revision!r} is given",
+            hint="give one of them",
+        )
+    return repo_id, (inline if at and inline else revision)
+
+
+@dataclass
+class HubClient:
+    """A Hub, a token and a cache.
+
+    >>> HubClient(endpoint="http://127.0.0.1:9").page("me/sae")
+    'http://127.0.0.1:9/me/sae'
+    """
+
+    token: str | bool | None = None
+    endpoint: str = ""
+    cache_dir: str | os.PathLike[str] = ""
+    local_files_only: bool = False
+    policy: RetryPolicy = field(default_factory=RetryPolicy.from_environment)
+    notify: Callable[[str], None] | None = None
+    """Gets one line for whatever a person who waits would like to know."""
+
+    def __post_init__(self) -> None:
+        from huggingface_hub import constants
+
+        # set after the import of huggingface_hub (notebooks, tests), the environment still counts
+        asked = self.endpoint or os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
+        self.endpoint = asked.rstrip("/")
+        self.cache_dir = Path(self.cache_dir or constants.HF_HUB_CACHE).expanduser()
+
+    @cached_property
+    def api(self) -> HfApi:
+        """The client library's API object for this Hub."""
+        from huggingface_hub import HfApi
+
+        return HfApi(endpoint=self.endpoint, token=self.token, library_name=LIBRARY, library_version=__version__)
+
+    @property
+    def offline(self) -> bool:
+        """Whether only the cache may be used."""
+        from huggingface_hub import constants
+
+        return self.local_files_only or bool(constants.HF_HUB_OFFLINE)
+
+    def page(self, repo_id: str | None, repo_type: str = "model", revision: str | None = None) -> str:
+        """The web address of a repo."""
+        prefix = "" if repo_type == "model" else f"{repo_type}s/"
+        return f"{self.endpoint}/{prefix}{repo_id}" + (f"/tree/{revision}" if revision else "")
+
+    def say(self, line: str) -> None:
+        """Tell whoever listens."""
+        if self.notify is not None:
+            self.notify(line)
+
+    def retry(self, call: Callable[[], T], what: str) -> T:
+        """Run one request, again after transient failures."""
+        return retrying(call, policy=self.policy, what=what, notify=self.notify)
+
+    # -- asking ------------------------------------------------------------------------------------------------
+
+    def whoami(self) -> str:
+        """The name behind the token."""
+        with explained(self):
+            from huggingface_hub.errors import LocalTokenNotFoundError
+
+            try:
+                return self.retry(self.api.whoami, "asking who you are")["name"]
+            except LocalTokenNotFoundError:
+                raise AccessError(
+                    f"no token for {self.endpoint}", hint="log in with `hf auth login`, or set HF_TOKEN"
+                ) from None
+
+    def head(self, repo_id: str, revision: str | None = None, *, repo_type: str = "model") -> str:
+        """The commit that a branch, tag or pull request points at."""
+        with explained(self, repo_id, revision=revision, repo_type=repo_type):
+            info = self.retry(
+                lambda: self.api.repo_info(repo_id, repo_type=repo_type, revision=revision),
+                f"looking up {repo_id}",
+            )
+        return str(info.sha)
+
+    def resolve(self, repo_id: str, revision: str | None = None, *, repo_type: str = "model") -> str:
+        """Like `head`, and from the cache when the Hub cannot be asked."""
+        if revision is not None and _SHA.fullmatch(revision):
+            return revision
+        with explained(self, repo_id, revision=revision, repo_type=repo_type):
+            return str(
+                self.retry(
+                    lambda: self.api.resolve_revision(
+                        repo_id,
+                        repo_type=repo_type,
+                        revision=revision,
+                        cache_dir=str(self.cache_dir),
+                        local_files_only=self.local_files_only,
+                    ),
+                    f"looking up {repo_id}",
+                )
+            )
+
+    def tree(self, repo_id: str, revision: str | None = None, *, repo_type: str = "model") -> dict[str, RemoteFile]:
+        """Every file of a revision by its path."""
+        from huggingface_hub.hf_api import RepoFile
+
+        def ask() -> dict[str, RemoteFile]:
+            entries = self.api.list_repo_tree(repo_id, repo_type=repo_type, revision=revision, recursive=True)
+            return {
+                e.path: RemoteFile(e.path, e.size, e.blob_id, e.lfs.sha256 if e.lfs else None)
+                for e in entries
+                if isinstance(e, RepoFile)
+            }
+
+        with explained(self, repo_id, revision=revision, repo_type=repo_type):
+            return self.retry(ask, f"listing {repo_id}")
+
+    # -- fetching ----------------------------------------------------------------------------------------------
+
+    def download(
+        self,
+        repo_id: str,
+        path: str,
+        *,
+        revision: str | None = None,
+        repo_type: str = "model",
+        force: bool = False,
+    ) -> Path:
+        """One file, through the shared cache; its path in the snapshot folder."""
+        from huggingface_hub import hf_hub_download
+
+        with explained(self, repo_id, revision=revision, path=path, repo_type=repo_type):
+            return Path(
+                self.retry(
+                    lambda: hf_hub_download(
+                        repo_id,
+                        path,
+                        repo_type=repo_type,
+                        revision=revision,
+                        cache_dir=str(self.cache_dir),
+                        endpoint=self.endpoint,
+                        token=self.token,
+                        local_files_only=self.offline,
+                        force_download=force,
+                        library_name=LIBRARY,
+                        library_version=__version__,
+                    ),
+                    f"fetching {path}",
+                )
+            )
+
+    def cached_snapshot(self, repo_id: str, sha: str, *, repo_type: str = "model") -> Path:
+        """The folder where the cache keeps this commit's files (it need not exist)."""
+        from huggingface_hub.file_download import repo_folder_name
+
+        folder = repo_folder_name(repo_id=repo_id, repo_type=repo_type)
+        return Path(self.cache_dir) / folder / "snapshots" / sha
+
+    def read_range(self, repo_id: str, path: str, start: int, stop: int, *, revision: str | None = None) -> bytes:
+        """The bytes [start, stop) of a remote file, without downloading the rest."""
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import get_session, hf_raise_for_status
+
+        url = hf_hub_url(repo_id, path, revision=revision, endpoint=self.endpoint)
+
+        def ask() -> bytes:
+            headers: dict[str, Any] = {**self.api._build_hf_headers(), "Range": f"bytes={start}-{stop - 1}"}
+            answer = get_session().get(url, headers=headers, follow_redirects=True, timeout=30)
+            hf_raise_for_status(answer)
+            return answer.content[: stop - start]
+
+        with explained(self, repo_id, revision=revision, path=path):
+            return self.retry(ask, f"reading {path}")
+
+    # -- changing ----------------------------------------------------------------------------------------------
+
+    def ensure_repo(self, repo_id: str, *, private: bool | None = None, repo_type: str = "model") -> str:
+        """Create the repo unless it is there; its full id (with the namespace)."""
+        with explained(self, repo_id, repo_type=repo_type, writing=True):
+            url = self.retry(
+                lambda: self.api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True),
+                f"creating {repo_id}",
+            )
+        return url.repo_id
+
+    def ensure_branch(self, repo_id: str, branch: str, *, repo_type: str = "model") -> None:
+        """Create the branch from main unless it is there."""
+        with explained(self, repo_id, revision=branch, repo_type=repo_type, writing=True):
+            self.retry(
+                lambda: self.api.create_branch(repo_id, branch=branch, repo_type=repo_type, exist_ok=True),
+                f"creating branch {branch}",
+            )
+
+    def ensure_tag(self, repo_id: str, tag: str, sha: str, *, repo_type: str = "model") -> bool:
+        """Tag `sha`; True if the tag is new. A tag that points elsewhere is an error, never moved."""
+        existing = self.tags(repo_id, repo_type=repo_type).get(tag)
+        if existing is None:
+            with explained(self, repo_id, revision=sha, repo_type=repo_type, writing=True):
+                self.retry(
+                    lambda: self.api.create_tag(repo_id, tag=tag, revision=sha, repo_type=repo_type, exist_ok=True),
+                    f"creating tag {tag}",
+                )
+            existing = self.tags(repo_id, repo_type=repo_type).get(tag)
+            if existing == sha:
+                return True
+        if existing == sha:
+            return False
+        raise HubSAEError(
+            f"{repo_id} has a tag {tag!r} already, on commit {str(existing)[:10]}; this release is {sha[:10]}",
+            hint=f"use another tag, or delete the old one: hf repo tag delete {repo_id} {tag}",
+        )
+
+    def tags(self, repo_id: str, *, repo_type: str = "model") -> dict[str, str]:
+        """Commit of each tag."""
+        with explained(self, repo_id, repo_type=repo_type):
+            refs = self.retry(
+                lambda: self.api.list_repo_refs(repo_id, repo_type=repo_type), f"listing refs of {repo_id}"
+            )
+        return {ref.name: ref.target_commit for ref in refs.tags}
+
+    def branches(self, repo_id: str, *, repo_type: str = "model") -> Iterable[str]:
+        """Names of the branches."""
+        with explained(self, repo_id, repo_type=repo_type):
+            refs = self.retry(
+                lambda: self.api.list_repo_refs(repo_id, repo_type=repo_type), f"listing refs of {repo_id}"
+            )
+        return [ref.name for ref in refs.branches]

@@ -1,0 +1,189 @@
+"""Tables and descriptions of what a repo holds, from its manifest and file headers; no weights are read."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from hubsae.core.files import safe_join
+from hubsae.hub.catalog import Catalog, Entry, checked_filters, open_catalog
+from hubsae.hub.client import HubClient
+
+MAX_HEADER = 100 << 20
+FIRST_READ = 64 << 10
+
+
+class SAETable(list[dict[str, Any]]):
+    """A list of rows (dicts) that prints as a table, in a terminal and in a notebook.
+
+    >>> print(SAETable([{"id": "layer6", "layer": 6, "k": 64, "bytes": 51_416_064}]))
+    id      layer   k   size
+    layer6      6  64  51 MB
+    """
+
+    columns_first = ("id", "layer", "stage", "architecture", "d_in", "d_sae", "k", "hook_point")
+
+    def columns(self) -> list[str]:
+        """Columns in which any row says something."""
+        names = dict.fromkeys(key for row in self for key in row)
+        return [name for name in names if any(row.get(name) is not None for row in self)]
+
+    def __str__(self) -> str:
+        names = self.columns()
+        table = [[("size" if n == "bytes" else n) for n in names]]
+        table += [[_text(row.get(name), name) for name in names] for row in self]
+        widths = [max(len(line[i]) for line in table) for i in range(len(names))]
+        right = [any(isinstance(row.get(n), int | float) for row in self) for n in names]
+        lines = (
+            "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True))
+            for line in table
+        )
+        return "\n".join(line.rstrip() for line in lines)
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        names = self.columns()
+        head = "".join(f"<th>{escape('size' if n == 'bytes' else n)}</th>" for n in names)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{escape(_text(row.get(n), n))}</td>" for n in names) + "</tr>" for row in self
+        )
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def list_saes(
+    repo_or_path: str | os.PathLike[str],
+    id: str | None = None,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    endpoint: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    **filters: Any,
+) -> SAETable:
+    """Every SAE of a repo or folder that fits: id, layer, stage, architecture, d_sae, k, metrics, size.
+
+    >>> import tempfile
+    >>> from hubsae import HubSAE, SAEConfig
+    >>> sae = HubSAE.random(SAEConfig(architecture="topk", d_in=4, d_sae=8, k=2))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     sae.save_pretrained(folder)
+    ...     [row["id"] for row in list_saes(folder)]
+    ['.']
+    """
+    client = HubClient(token, endpoint or "", cache_dir or "", local_files_only)
+    catalog = open_catalog(client, repo_or_path, revision)
+    return SAETable(entry.row() for entry in catalog.select(id, checked_filters(filters)))
+
+
+def describe(
+    repo: str,
+    id: str | None = None,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    endpoint: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    **filters: Any,
+) -> dict[str, Any]:
+    """What is at a repo, or at one SAE of it: names, shapes, metrics, record. Reads headers, never weights.
+
+    `repo` may carry the id too: `name/repo/saes_k64/layer6`, and a revision: `name/repo@v1`.
+    """
+    client = HubClient(token, endpoint or "", cache_dir or "")
+    repo, id, revision = _split_inside(repo, id, revision)
+    catalog = open_catalog(client, repo, revision)
+    overview: dict[str, Any] = {
+        "repo": catalog.repo_id or str(catalog.root),
+        "revision": catalog.revision,
+        "commit": catalog.sha,
+        "release": None if catalog.manifest is None else _release(catalog),
+        "saes": [entry.row() for entry in catalog.select(id, checked_filters(filters))],
+    }
+    chosen = catalog.select(id, checked_filters(filters))
+    if len(chosen) == 1:
+        overview["sae"] = _one(client, catalog, chosen[0])
+    return overview
+
+
+def _split_inside(repo: str, id: str | None, revision: str | None) -> tuple[str, str | None, str | None]:
+    if Path(repo).expanduser().exists() or repo.startswith((".", "/", "~")):
+        return repo, id, revision
+    name, at, rest = repo.partition("@")
+    # a revision may hold slashes (refs/pr/1), an id after it cannot be told apart: it is its own argument then
+    parts = name.split("/")
+    if len(parts) > 2:
+        name, inside = "/".join(parts[:2]), "/".join(parts[2:])
+        id = inside if id is None else f"{inside}/{id}"
+    return name, id, rest if at else revision
+
+
+def _release(catalog: Catalog) -> dict[str, Any]:
+    assert catalog.manifest is not None
+    return catalog.manifest.model_dump(exclude={"saes", "files"}, exclude_none=True)
+
+
+def _one(client: HubClient, catalog: Catalog, entry: Entry) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        **entry.row(),
+        "files": [{"path": f.path, "bytes": f.size, "sha256": f.sha256} for f in entry.files],
+    }
+    for file in entry.files:
+        if file.path.endswith(".safetensors"):
+            found.setdefault("tensors", {})[file.path] = _header(client, catalog, file.path)
+        elif file.path.rpartition("/")[2] in ("metadata.json", "cfg.json", "model.metadata.json"):
+            found[file.path.rpartition("/")[2]] = _small_json(client, catalog, file.path)
+    return found
+
+
+def _small_json(client: HubClient, catalog: Catalog, path: str) -> Any:
+    if catalog.root is not None:
+        place = safe_join(catalog.root, path)
+    else:
+        place = client.download(str(catalog.repo_id), path, revision=catalog.sha)
+    return json.loads(Path(place).read_text(encoding="utf-8"))
+
+
+def _header(client: HubClient, catalog: Catalog, path: str) -> dict[str, dict[str, Any]]:
+    """Names, types and shapes from the first bytes of a safetensors file."""
+    if catalog.root is not None:
+        with open(safe_join(catalog.root, path), "rb") as file:
+            start = file.read(FIRST_READ)
+            size = int.from_bytes(start[:8], "little")
+            if 8 + size > len(start) and size <= MAX_HEADER:
+                start += file.read(8 + size - len(start))
+    else:
+        cached = client.cached_snapshot(str(catalog.repo_id), str(catalog.sha)) / path
+        if cached.is_file():
+            with open(cached, "rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                start = size.to_bytes(8, "little") + file.read(min(size, MAX_HEADER))
+        else:
+            repo, sha = str(catalog.repo_id), str(catalog.sha)
+            start = client.read_range(repo, path, 0, FIRST_READ, revision=sha)
+            size = int.from_bytes(start[:8], "little")
+            if FIRST_READ < 8 + size <= MAX_HEADER:
+                start += client.read_range(repo, path, len(start), 8 + size, revision=sha)
+    header = json.loads(start[8 : 8 + size])
+    return {
+        name: {"dtype": value["dtype"], "shape": value["shape"]}
+        for name, value in header.items()
+        if name != "__metadata__"
+    }
+
+
+def _text(value: Any, column: str) -> str:
+    if value is None:
+        return ""
+    if column == "bytes":
+        return f"{value / 1e6:.0f} MB" if value >= 1e6 else f"{value / 1e3:.0f} kB"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def columns_of(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """Columns worth showing, for the command line."""
+    return SAETable(rows).columns()

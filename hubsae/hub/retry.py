@@ -1,0 +1,157 @@
+"""Retries of requests to a Hub: what is worth repeating, and how long to wait before.
+
+The client library repeats some of its requests and not others: `create_repo`, `create_commit`, tags and branches
+fail on the first 429 or 5xx. `retrying` covers those. It waits as long as the server says (`RateLimit` and
+`Retry-After` headers), and otherwise doubles its pause.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+T = TypeVar("T")
+
+TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """How often and how patiently to repeat a request.
+
+    >>> RetryPolicy(base=1.0, jitter=0.0).pause(attempt=3)
+    4.0
+    """
+
+    attempts: int = 6
+    """Tries in all."""
+    base: float = 1.0
+    """Seconds before the second try; doubles from then on."""
+    cap: float = 60.0
+    """Longest pause of our own choosing. A pause the server asks for may be longer."""
+    patience: float = 3600.0
+    """Longest pause that is accepted from the server's headers."""
+    jitter: float = 0.25
+    """Share of the pause that is random, so that many writers do not come back at once."""
+    sleep: Callable[[float], None] = field(default=time.sleep, repr=False)
+
+    @classmethod
+    def from_environment(cls) -> RetryPolicy:
+        """The default policy; `HUBSAE_RETRY_ATTEMPTS` and `HUBSAE_RETRY_BASE` (seconds) change it."""
+        return cls(
+            attempts=max(1, int(os.environ.get("HUBSAE_RETRY_ATTEMPTS", cls.attempts))),
+            base=float(os.environ.get("HUBSAE_RETRY_BASE", cls.base)),
+        )
+
+    def pause(self, attempt: int) -> float:
+        """Seconds to wait after the failed try number `attempt`, when the server says nothing."""
+        plain = min(self.cap, self.base * 2 ** (attempt - 1))
+        return plain * (1 + self.jitter * random.random())
+
+
+def asked_pause(headers: Mapping[str, str]) -> float | None:
+    """The pause a server asks for, in seconds, or None.
+
+    >>> asked_pause({"RateLimit": '"api";r=0;t=55'})
+    56.0
+    >>> asked_pause({"Retry-After": "7"})
+    7.0
+    >>> asked_pause({"RateLimit": '"api";r=12;t=55'}) is None
+    True
+    """
+    lowered = {key.lower(): value for key, value in headers.items()}
+    fields = dict(part.strip().split("=", 1) for part in lowered.get("ratelimit", "").split(";") if "=" in part)
+    if fields.get("r") == "0" and fields.get("t", "").isdigit():
+        return float(fields["t"]) + 1.0  # the header counts whole seconds
+    after = lowered.get("retry-after", "").strip()
+    if after.isdigit():
+        return float(after)
+    if after:
+        from email.utils import parsedate_to_datetime
+
+        try:
+            return max(0.0, parsedate_to_datetime(after).timestamp() - time.time())
+        except (TypeError, ValueError):
+            return None
+    return None
+
+
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status an exception carries, if it carries one."""
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same request may succeed later: lost connections, time-outs, 429 and 5xx."""
+    import httpx2
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    status = status_of(error)
+    if status is not None:
+        return status in TRANSIENT_STATUS
+    if isinstance(error, OfflineModeIsEnabled | httpx2.UnsupportedProtocol | httpx2.InvalidURL):
+        return False
+    if isinstance(error, httpx2.TransportError | ConnectionError | TimeoutError):
+        # hf_xet raises ConnectionError with the status only in its text
+        text = str(error)
+        return not any(f"HTTP status client error ({code}" in text for code in (400, 401, 403, 404))
+    # the LFS uploader wraps what happened to a file into a RuntimeError
+    cause = error.__cause__
+    return isinstance(error, RuntimeError) and cause is not None and is_transient(cause)
+
+
+def retrying(
+    call: Callable[[], T],
+    *,
+    policy: RetryPolicy | None = None,
+    what: str = "the request",
+    notify: Callable[[str], None] | None = None,
+    transient: Callable[[BaseException], bool] = is_transient,
+) -> T:
+    """Run `call`, again after transient failures; the last failure is raised as it is.
+
+    `notify` gets one line per repetition, e.g. to show it to a person who waits.
+
+    >>> answers = iter([ConnectionError("reset"), 42])
+    >>> def ask():
+    ...     answer = next(answers)
+    ...     if isinstance(answer, Exception):
+    ...         raise answer
+    ...     return answer
+    >>> retrying(ask, policy=RetryPolicy(base=0.0), notify=print)
+    the request failed (ConnectionError: reset); trying again in 0 s (2 of 6)
+    42
+    """
+    policy = policy or RetryPolicy.from_environment()
+    attempt = 0
+    while True:
+        attempt += 1
+        try:
+            return call()
+        except Exception as error:
+            if attempt >= policy.attempts or not transient(error):
+                raise
+            headers = getattr(getattr(error, "response", None), "headers", None)
+            asked = asked_pause(headers) if headers is not None else None
+            if asked is not None and asked > policy.patience:
+                raise
+            pause = policy.pause(attempt) if asked is None else asked
+            if notify is not None:
+                notify(
+                    f"{what} failed ({describe(error)}); trying again in {pause:.0f} s "
+                    f"({attempt + 1} of {policy.attempts})"
+                )
+            policy.sleep(pause)
+
+
+def describe(error: BaseException) -> str:
+    """One short line for an exception: the status, or its type and the first line of its text."""
+    status = status_of(error)
+    if status is not None:
+        return "429, rate limited" if status == 429 else f"HTTP {status}"
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

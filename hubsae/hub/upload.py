@@ -1,0 +1,450 @@
+"""Publish a set of files in one commit, or not at all, whatever fails and whenever the process dies.
+
+The machine, for a branch:
+
+    look      head of the branch and its tree
+    build     the caller makes the files for that state (manifest and README depend on what is there)
+    compare   with the tree: nothing to do -> done, no commit
+    send      large objects, group by group; invisible until committed, and found again by the next run
+    commit    once, with the head as its parent
+              refused, the branch moved  -> look again, build again
+              no clear answer            -> look: are our files there? then it was made. else commit again
+    check     the tree of the new commit against every file
+
+A commit names its parent, so it can only ever be made once: a repetition of one that went through unnoticed is
+refused (the branch moved), and looking again finds nothing left to do. A pull request is a branch (`refs/pr/N`) that
+is found again by a fingerprint in its description.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hubsae.core.errors import HubRequestError, HubSAEError
+from hubsae.core.files import sha256_file
+from hubsae.hub.client import HubClient, RemoteFile
+from hubsae.hub.errors import ConflictError, IntegrityError, explained
+from hubsae.hub.progress import Progress, Silent
+from hubsae.hub.retry import asked_pause, describe, is_transient, retrying, status_of
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitOperationAdd
+
+GROUP_BYTES = 64 << 20
+GROUP_FILES = 100
+MAX_REPLANS = 12
+
+
+@dataclass
+class LocalFile:
+    """A file to publish: a path on disk, or bytes made on the spot."""
+
+    path: str
+    source: Path | bytes
+    known_sha256: str | None = field(default=None, repr=False)
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes."""
+        return len(self.source) if isinstance(self.source, bytes) else self.source.stat().st_size
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the content, as large objects are compared."""
+        if self.known_sha256:
+            return self.known_sha256
+        if isinstance(self.source, bytes):
+            return hashlib.sha256(self.source).hexdigest()
+        return sha256_file(self.source)
+
+    @cached_property
+    def git_oid(self) -> str:
+        """Hash of the content as a git blob, as small files are compared."""
+        digest = hashlib.sha1(f"blob {self.size}\0".encode(), usedforsecurity=False)
+        if isinstance(self.source, bytes):
+            digest.update(self.source)
+        else:
+            with open(self.source, "rb") as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
+        return digest.hexdigest()
+
+    def same_as(self, remote: RemoteFile | None) -> bool:
+        """Whether the Hub already has exactly this content at this path."""
+        if remote is None or remote.size != self.size:
+            return False
+        return remote.sha256 == self.sha256 if remote.sha256 else remote.git_oid == self.git_oid
+
+
+@dataclass(frozen=True)
+class Diff:
+    """What a push would change on a branch."""
+
+    new: list[LocalFile]
+    changed: list[LocalFile]
+    unchanged: list[LocalFile]
+    deleted: list[str]
+
+    @property
+    def empty(self) -> bool:
+        """Nothing to do."""
+        return not (self.new or self.changed or self.deleted)
+
+    @property
+    def sent(self) -> list[LocalFile]:
+        """Files that have to reach the Hub."""
+        return self.new + self.changed
+
+    @property
+    def bytes_to_send(self) -> int:
+        """Their size."""
+        return sum(file.size for file in self.sent)
+
+
+@dataclass(frozen=True)
+class State:
+    """A branch as it was when we looked."""
+
+    head: str
+    tree: dict[str, RemoteFile]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the branch should hold afterwards: these files, and none of those."""
+
+    files: list[LocalFile]
+    delete: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Published:
+    """The outcome of a push."""
+
+    repo_id: str
+    commit: str
+    revision: str
+    committed: bool
+    """False where the Hub already held all of it."""
+    diff: Diff
+    url: str
+    pr_url: str | None = None
+
+
+Builder = Callable[[State], Contents]
+
+
+def compare(contents: Contents, tree: dict[str, RemoteFile]) -> Diff:
+    """Sort the files into new, changed, unchanged and deleted."""
+    new, changed, unchanged = [], [], []
+    for file in contents.files:
+        remote = tree.get(file.path)
+        (new if remote is None else unchanged if file.same_as(remote) else changed).append(file)
+    kept = {file.path for file in contents.files}
+    deleted = sorted(path for path in contents.delete if path in tree and path not in kept)
+    return Diff(new, changed, unchanged, deleted)
+
+
+def look(client: HubClient, repo_id: str, revision: str, *, repo_type: str = "model") -> State:
+    """The head of a branch and the files of exactly that commit."""
+    head = client.head(repo_id, revision, repo_type=repo_type)
+    return State(head, client.tree(repo_id, head, repo_type=repo_type))
+
+
+def publish(
+    client: HubClient,
+    repo_id: str,
+    build: Builder,
+    *,
+    message: str,
+    revision: str = "main",
+    repo_type: str = "model",
+    pr: bool = False,
+    progress: Progress | None = None,
+) -> Published:
+    """Bring a branch (or a pull request against it) to what `build` asks for; see the module's docstring."""
+    progress = progress or Silent()
+    target, pr_url = revision, None
+    if pr:
+        base = look(client, repo_id, revision, repo_type=repo_type)
+        contents = build(base)
+        diff = compare(contents, base.tree)
+        if diff.empty:
+            return Published(repo_id, base.head, revision, False, diff, client.page(repo_id, repo_type))
+        target, pr_url = _pull_request(client, repo_id, contents, message, revision, repo_type)
+    refused = 0
+    while True:
+        state = look(client, repo_id, target, repo_type=repo_type)
+        contents = build(state)
+        diff = compare(contents, state.tree)
+        if diff.empty:
+            commit, committed = state.head, refused > 0
+            break
+        additions = _additions(diff.sent)
+        _send(client, repo_id, additions, diff, target, repo_type, pr, progress)
+        made = _commit(client, repo_id, additions, diff, state.head, target, message, repo_type)
+        if made is not None:
+            _check(client, repo_id, made, contents, repo_type)
+            commit, committed = made, True
+            break
+        refused += 1
+        if refused > MAX_REPLANS:
+            raise ConflictError(
+                f"{repo_id}: other writers changed {target} {refused} times while this push was at work",
+                hint="run the same command again when they are done; nothing of it has to be sent twice",
+            )
+        client.say(f"{target} moved while we were uploading; planning again on top of it")
+    if pr:
+        _open(client, repo_id, target, repo_type)
+    url = pr_url or client.page(repo_id, repo_type, None if revision == "main" else revision)
+    return Published(repo_id, commit, target, committed, diff, url, pr_url)
+
+
+# -- sending large objects ---------------------------------------------------------------------------------------
+
+
+def _additions(files: Sequence[LocalFile]) -> list[CommitOperationAdd]:
+    from huggingface_hub import CommitOperationAdd
+
+    return [CommitOperationAdd(f.path, f.source if isinstance(f.source, bytes) else str(f.source)) for f in files]
+
+
+def _groups(files: Sequence[LocalFile], additions: Sequence[Any]) -> Iterator[tuple[list[Any], int]]:
+    group: list[Any] = []
+    size = 0
+    for file, addition in zip(files, additions, strict=True):
+        if group and (size + file.size > GROUP_BYTES or len(group) >= GROUP_FILES):
+            yield group, size
+            group, size = [], 0
+        group.append(addition)
+        size += file.size
+    if group:
+        yield group, size
+
+
+def _send(
+    client: HubClient,
+    repo_id: str,
+    additions: list[CommitOperationAdd],
+    diff: Diff,
+    revision: str,
+    repo_type: str,
+    pr: bool,
+    progress: Progress,
+) -> None:
+    """Upload what goes into large-object storage; the branch does not change yet."""
+    progress.start(f"uploading to {repo_id}", len(additions), diff.bytes_to_send)
+    with explained(client, repo_id, revision=revision, repo_type=repo_type, writing=True):
+        for group, size in _groups(diff.sent, additions):
+
+            def send(group: list[Any] = group) -> None:
+                client.api.preupload_lfs_files(
+                    repo_id,
+                    group,
+                    repo_type=repo_type,
+                    revision=revision,
+                    create_pr=pr or None,
+                    free_memory=False,
+                )
+
+            _with_lfs_as_fallback(client, send)
+            progress.advance(len(group), size)
+
+
+def _with_lfs_as_fallback(client: HubClient, send: Callable[[], None]) -> None:
+    from huggingface_hub import constants
+    from huggingface_hub.utils._runtime import is_xet_available
+
+    def transient(error: BaseException) -> bool:
+        return not _no_xet_here(error) and is_transient(error)
+
+    xet = is_xet_available()
+    try:
+        retrying(send, policy=client.policy, what="an upload", notify=client.notify, transient=transient)
+    except Exception as error:
+        missing = _no_xet_here(error)
+        if not xet or not (missing or is_transient(error)):
+            raise
+        why = "has no Xet storage" if missing else f"does not answer for Xet storage ({describe(error)})"
+        client.say(f"{client.endpoint} {why}; uploading by LFS instead (HF_HUB_DISABLE_XET=1 skips the attempt)")
+        # read by the client at each upload; without it there is no way to ask for LFS
+        constants.HF_HUB_DISABLE_XET = True
+        retrying(send, policy=client.policy, what="an upload", notify=client.notify)
+
+
+def _no_xet_here(error: BaseException | None) -> bool:
+    while error is not None:
+        text = str(error)
+        if "xet-write-token" in text and ("404" in text or "Not Found" in text):
+            return True
+        error = error.__cause__
+    return False
+
+
+# -- the one commit ----------------------------------------------------------------------------------------------
+
+
+def _commit(
+    client: HubClient,
+    repo_id: str,
+    additions: list[CommitOperationAdd],
+    diff: Diff,
+    parent: str,
+    revision: str,
+    message: str,
+    repo_type: str,
+) -> str | None:
+    """Make the commit on top of `parent`; its sha, or None if the branch has moved and a new plan is needed."""
+    from huggingface_hub import CommitOperationDelete
+
+    operations = [*additions, *(CommitOperationDelete(path) for path in diff.deleted)]
+    attempt = 0
+    while True:
+        attempt += 1
+        try:
+            info = client.api.create_commit(
+                repo_id,
+                operations,
+                commit_message=message,
+                repo_type=repo_type,
+                revision=revision,
+                parent_commit=parent,
+            )
+            return str(info.oid)
+        except Exception as error:
+            moved = status_of(error) in (409, 412)
+            if not moved and not is_transient(error):
+                with explained(client, repo_id, revision=revision, repo_type=repo_type, writing=True):
+                    raise
+            # whatever the answer was, the branch says what happened
+            now = look(client, repo_id, revision, repo_type=repo_type)
+            if now.head != parent:
+                if not moved and _holds(now, diff):
+                    client.say(f"the answer to the commit was lost ({describe(error)}), but it was made")
+                    return _ours(client, repo_id, now.head, parent, message, revision, repo_type)
+                return None
+            if moved or attempt >= client.policy.attempts:
+                with explained(client, repo_id, revision=revision, repo_type=repo_type, writing=True):
+                    raise
+            headers = getattr(getattr(error, "response", None), "headers", None)
+            asked = asked_pause(headers) if headers is not None else None
+            if asked is not None and asked > client.policy.patience:
+                with explained(client, repo_id, revision=revision, repo_type=repo_type, writing=True):
+                    raise
+            pause = client.policy.pause(attempt) if asked is None else asked
+            client.say(
+                f"the commit failed ({describe(error)}); nothing was changed, trying again in {pause:.0f} s "
+                f"({attempt + 1} of {client.policy.attempts})"
+            )
+            client.policy.sleep(pause)
+
+
+def _holds(state: State, diff: Diff) -> bool:
+    return all(f.same_as(state.tree.get(f.path)) for f in diff.sent) and not any(
+        path in state.tree for path in diff.deleted
+    )
+
+
+def _ours(client: HubClient, repo_id: str, head: str, parent: str, message: str, revision: str, repo_type: str) -> str:
+    """The commit that was made right on top of `parent` (others may have followed)."""
+
+    def ask() -> str:
+        newest_first = [c.commit_id for c in client.api.list_repo_commits(repo_id, revision=head, repo_type=repo_type)]
+        place = newest_first.index(parent)
+        return newest_first[place - 1]
+
+    try:
+        return client.retry(ask, "listing commits")
+    except (ValueError, HubRequestError):
+        return head
+
+
+def _check(client: HubClient, repo_id: str, commit: str, contents: Contents, repo_type: str) -> None:
+    """Every file of the new commit is the one that was meant."""
+    tree = client.tree(repo_id, commit, repo_type=repo_type)
+    wrong = [file.path for file in contents.files if not file.same_as(tree.get(file.path))]
+    wrong += [path for path in contents.delete if path in tree]
+    if wrong:
+        shown = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+        raise IntegrityError(
+            f"{repo_id}@{commit[:10]} does not hold what was sent: {shown}",
+            hint="were the local files changed during the push? run the same command again to correct them",
+        )
+
+
+# -- pull requests -----------------------------------------------------------------------------------------------
+
+
+def _pull_request(
+    client: HubClient, repo_id: str, contents: Contents, message: str, revision: str, repo_type: str
+) -> tuple[str, str]:
+    """The ref and page of our pull request for exactly this content: the open one, or a new one."""
+    if revision != "main":
+        raise HubSAEError(f"a pull request goes against main, not {revision!r}", hint="use either --pr or --revision")
+    mark = f"hubsae-push {fingerprint(contents.files)}"
+
+    def find() -> tuple[str, str] | None:
+        me = client.api.whoami()["name"]
+        for found in client.api.get_repo_discussions(
+            repo_id, repo_type=repo_type, author=me, discussion_type="pull_request"
+        ):
+            if found.status not in ("open", "draft"):
+                continue
+            details = client.api.get_discussion_details(repo_id, found.num, repo_type=repo_type)
+            texts = (getattr(event, "content", "") or "" for event in details.events)
+            if any(mark in text for text in texts):
+                return f"refs/pr/{found.num}", found.url
+        return None
+
+    def find_or_create() -> tuple[str, str]:
+        # a lost answer to the creation is found by the next try
+        found = find()
+        if found is not None:
+            return found
+        made = client.api.create_pull_request(
+            repo_id,
+            title=message,
+            description=f'Published with hubsae.\n\nTry it: `revision="refs/pr/N"`.\n\n<!-- {mark} -->',
+            repo_type=repo_type,
+        )
+        return f"refs/pr/{made.num}", made.url
+
+    with explained(client, repo_id, revision=revision, repo_type=repo_type, writing=True):
+        return client.retry(find_or_create, "opening the pull request")
+
+
+def _open(client: HubClient, repo_id: str, ref: str, repo_type: str) -> None:
+    """A pull request is born as a draft; now that it holds the whole release, open it for review."""
+    num = int(ref.rpartition("/")[2])
+
+    def ask() -> None:
+        if client.api.get_discussion_details(repo_id, num, repo_type=repo_type).status == "draft":
+            client.api.change_discussion_status(repo_id, num, "open", repo_type=repo_type)
+
+    with explained(client, repo_id, revision=ref, repo_type=repo_type, writing=True):
+        client.retry(ask, "opening the pull request for review")
+
+
+def fingerprint(files: Iterable[LocalFile]) -> str:
+    """A hash over paths and contents of a release."""
+    digest = hashlib.sha256()
+    for file in sorted(files, key=lambda f: f.path):
+        digest.update(f"{file.path}\0{file.sha256}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def files_under(root: str | os.PathLike[str]) -> list[LocalFile]:
+    """Every file below a folder, hidden ones and links to elsewhere excepted, with repo paths."""
+    base = Path(root)
+    found = []
+    for path in sorted(base.rglob("*")):
+        relative = path.relative_to(base)
+        if path.is_file() and not path.is_symlink() and not any(p.startswith(".") for p in relative.parts):
+            found.append(LocalFile(relative.as_posix(), path))
+    return found
