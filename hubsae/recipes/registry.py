@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import hubsae
+from hubsae.core.bundled import bundled
 from hubsae.core.errors import ConfigError, FormatError, NotFoundError, nearest
 from hubsae.recipes.config import RecipeConfig, compose, read_yaml, to_yaml
 from hubsae.recipes.run import RunError, RunFolder, StepOutcome
@@ -116,22 +116,13 @@ class PreparedRun:
         return self.run.execute(self.steps)
 
 
-def recipes_folder() -> Path:
-    """Where the recipes lie: beside the package in a checkout, inside it when installed."""
-    package = Path(hubsae.__path__[0])
-    for folder in (package / "_data" / "recipes", package.parent / "recipes"):
-        if folder.is_dir():
-            return folder
-    raise NotFoundError("this installation of hubsae holds no recipes", hint="reinstall it: pip install -U hubsae")
-
-
 def list_recipes() -> list[Recipe]:
     """Every recipe that comes with hubsae.
 
     >>> "rl_chain" in [recipe.name for recipe in list_recipes()]
     True
     """
-    return [Recipe(path.parent.name, path.parent) for path in sorted(recipes_folder().glob("*/recipe.py"))]
+    return [Recipe(path.parent.name, path.parent) for path in sorted(bundled("recipes").glob("*/recipe.py"))]
 
 
 def find_recipe(name: str) -> Recipe:
