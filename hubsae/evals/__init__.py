@@ -10,17 +10,24 @@
 50
 """
 
+from hubsae.evals.chains import Link
 from hubsae.evals.definitions import DEFINITIONS, SCOPES, Measure, to_metrics
+from hubsae.evals.drift import Comparison, DriftReport, compare, drift
 from hubsae.evals.reconstruction import ReconstructionResult, SAEReconstruction, reconstruction
 from hubsae.evals.splice import SpliceResult, splice, splice_many
 
 __all__ = [
     "DEFINITIONS",
     "SCOPES",
+    "Comparison",
+    "DriftReport",
+    "Link",
     "Measure",
     "ReconstructionResult",
     "SAEReconstruction",
     "SpliceResult",
+    "compare",
+    "drift",
     "reconstruction",
     "splice",
     "splice_many",
