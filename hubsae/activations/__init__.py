@@ -1,0 +1,33 @@
+"""Activations: harvest them from a model, publish them as a dataset, read them at disk speed."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hubsae.activations.dataset import ActivationDataset
+    from hubsae.activations.harvest import ActivationSet, harvest
+    from hubsae.activations.manifest import describe, finalize
+    from hubsae.activations.splits import SplitRule
+    from hubsae.activations.stats import ActivationStats
+    from hubsae.activations.writer import ActivationWriter, scale_for
+
+_HOMES = {
+    "ActivationDataset": "dataset",
+    "ActivationSet": "harvest",
+    "ActivationStats": "stats",
+    "ActivationWriter": "writer",
+    "SplitRule": "splits",
+    "describe": "manifest",
+    "finalize": "manifest",
+    "harvest": "harvest",
+    "scale_for": "writer",
+}
+__all__ = sorted(_HOMES)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

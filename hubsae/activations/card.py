@@ -1,0 +1,97 @@
+"""The card of an activation dataset: `configs:` so that every tool can load it, and a text rendered from the manifest.
+
+A card that a person has edited is not overwritten: only the block between the markers and our front matter change.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hubsae.core.files import write_text_atomic
+
+BEGIN, END = "<!-- hubsae:begin -->", "<!-- hubsae:end -->"
+TEMPLATE = "activation_dataset.md.j2"
+_SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
+_MORE = ((10_000_000, "1M<n<10M"), (100_000_000, "10M<n<100M"), (1_000_000_000, "100M<n<1B"))
+
+
+def template_folder() -> Path:
+    """Where the card templates lie: in the package, or at the top of a checkout."""
+    package = Path(__file__).parents[1]
+    inside = package / "_data" / "cards"
+    return inside if inside.is_dir() else package.parent / "cards"
+
+
+def front_matter(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The metadata the Hub and `datasets` read."""
+    configs = []
+    for number, (name, entry) in enumerate(manifest["configs"].items()):
+        files = [{"split": split, "path": f"{name}/{split}-*.parquet"} for split in entry["splits"]]
+        configs.append({"config_name": name, "data_files": files, **({"default": True} if number == 0 else {})})
+    rows = max(sum(s["rows"] for s in c["splits"].values()) for c in manifest["configs"].values())
+    size = next((label for limit, label in (*_SIZES, *_MORE) if rows < limit), "1B<n<10B")
+    return {
+        "library_name": "hubsae",
+        "tags": ["hubsae", "activations", "interpretability", "sparse-autoencoder"],
+        "size_categories": [size],
+        "configs": configs,
+    }
+
+
+def render_body(manifest: dict[str, Any], repo_id: str | None = None) -> str:
+    """The text between the markers."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(template_folder()),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["number"] = _number
+    first = next(iter(manifest["configs"].values()))
+    sources = [entry["source"] for entry in manifest["configs"].values()]
+    shared = {k: v for k, v in sources[0].items() if all(s.get(k) == v for s in sources)}
+    return environment.get_template(TEMPLATE).render(
+        manifest=manifest, first=first, shared=shared, repo=repo_id or "OWNER/NAME", run=manifest.get("run", {})
+    )
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return "not known"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def split_card(text: str) -> tuple[dict[str, Any], str]:
+    """Front matter and body of a card."""
+    if text.startswith("---\n") and "\n---\n" in text[3:]:
+        head, body = text[4:].split("\n---\n", 1)
+        try:
+            found = yaml.safe_load(head)
+        except yaml.YAMLError:
+            found = None
+        if isinstance(found, dict):
+            return found, body
+    return {}, text
+
+
+def write_card(root: Path, manifest: dict[str, Any], repo_id: str | None = None) -> Path:
+    """Write or update `README.md`; what a person wrote around the markers stays."""
+    path = root / "README.md"
+    block = f"{BEGIN}\n{render_body(manifest, repo_id).strip()}\n{END}"
+    ours = front_matter(manifest)
+    head, body = split_card(path.read_text(encoding="utf-8")) if path.is_file() else ({}, "")
+    if BEGIN in body and END in body:
+        before, rest = body.split(BEGIN, 1)
+        body = before + block + rest.split(END, 1)[1]
+    elif not body.strip():
+        body = f"\n{block}\n"
+    tags = list(dict.fromkeys([*head.get("tags", []), *ours["tags"]]))
+    merged = {**ours, **head, "tags": tags, "configs": ours["configs"], "size_categories": ours["size_categories"]}
+    text = "---\n" + yaml.safe_dump(merged, sort_keys=False, allow_unicode=True) + "---\n" + body
+    return write_text_atomic(path, text)

@@ -1,0 +1,451 @@
+"""Read activation datasets: batches at disk speed, seeded shuffling, exact resume.
+
+    ActivationDataset.open("out", "layers.18").batches(8192) -> float tensors [8192, d]
+
+Opens folders of ours, datasets on the Hub, SAELens' cached activations, and piles of `.pt`, `.npy` and
+`.safetensors` files. Batches use recycled memory (see `buffers`), so keeping a batch is safe and dropping it is free.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hubsae.activations.buffers import BufferPool
+from hubsae.activations.order import Order, Unit, plan_order
+from hubsae.activations.sources import Source, TensorSource
+from hubsae.activations.stats import ActivationStats, RunningStats
+from hubsae.core.errors import ConfigError, DataError
+
+WINDOW_BYTES = 256 << 20
+"""Vectors shuffled together: 150 k tokens at d 896, 32 k at d 4096 (float16)."""
+READERS = 8
+"""Connections used at once for a dataset that is streamed from the Hub."""
+
+Batch = Tensor | dict[str, Tensor | np.ndarray]
+
+
+@dataclass
+class _Place:
+    """Where a reader stands: everything before it has been yielded."""
+
+    epoch: int
+    window: int
+    offset: int
+    shape: dict[str, Any]
+
+
+class ActivationDataset:
+    """One config and split of an activation dataset.
+
+    >>> data = ActivationDataset.from_tensor(torch.arange(12.0).reshape(6, 2))
+    >>> len(data), data.d, next(iter(data.batches(4, shuffle=False))).shape
+    (6, 2, torch.Size([4, 2]))
+    """
+
+    def __init__(self, sources: Sequence[Source], *, config: str, split: str, path: str, configs: Sequence[str] = ()):
+        if not sources:
+            raise DataError(f"{path}: no activations in split {split!r} of {config}")
+        first = sources[0]
+        for source in sources[1:]:
+            if (source.d, source.dtype, source.scale) != (first.d, first.dtype, first.scale):
+                raise DataError(
+                    f"{source.name} does not belong beside {first.name}: vectors of {source.d} {source.dtype} "
+                    f"(scale {source.scale:g}) instead of {first.d} {first.dtype} (scale {first.scale:g})",
+                    hint="keep each config's shards in its own folder",
+                )
+            if first.header and source.header and (wrong := first.header.differences(source.header)):
+                raise DataError(f"{source.name} does not belong beside {first.name}: {'; '.join(wrong)}")
+            if (first.header is None) != (source.header is None):
+                odd = source if source.header is None else first
+                raise DataError(f"{odd.name} has a schema from elsewhere: it was not written by hubsae")
+        self.sources = list(sources)
+        self.config, self.split, self.path, self.configs = config, split, path, list(configs) or [config]
+        self.starts = np.concatenate([[0], np.cumsum([s.n_rows for s in sources])]).tolist()
+        self.n_rows = int(self.starts[-1])
+        self.d, self.stored_dtype, self.scale = first.d, first.dtype, first.scale
+        self.label_names = tuple(n for n in first.label_names if all(n in s.label_names for s in sources))
+        self.info: dict[str, Any] = dict(first.header.source) if first.header else {}
+        self._stats: ActivationStats | None = None
+        self._pools: dict[torch.dtype, BufferPool] = {}
+        self._place: _Place | None = None
+        self._resume: _Place | None = None
+        self._readers: ThreadPoolExecutor | None = None
+
+    @staticmethod
+    def open(
+        path_or_repo: str | Path,
+        config: str | int | None = None,
+        split: str = "train",
+        *,
+        revision: str | None = None,
+        stream: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        verify: bool = False,
+        vector: str | None = None,
+    ) -> ActivationDataset:
+        """Open a folder, a file, or a dataset repo (`owner/name`, `owner/name@revision`).
+
+        `config` names the hook point (`layers.18`, or 18); it may be left out where there is only one.
+        A repo is downloaded, or with `stream=True` read by ranges. `verify` checks the checksum of every page
+        at its first reading (about 0.3 us per token at d 896).
+        """
+        from hubsae.activations.opening import open_dataset
+
+        return open_dataset(
+            path_or_repo,
+            config,
+            split,
+            revision=revision,
+            stream=stream,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            verify=verify,
+            vector=vector,
+        )
+
+    @staticmethod
+    def from_tensor(vectors: Tensor, *, name: str = "tensor", **labels: Any) -> ActivationDataset:
+        """A dataset over a matrix [rows, d] in memory, with label columns if given."""
+        columns = {k: np.asarray(v) for k, v in labels.items()}
+        return ActivationDataset([TensorSource(vectors, name, columns)], config=name, split="train", path=name)
+
+    def __len__(self) -> int:
+        return self.n_rows
+
+    def __repr__(self) -> str:
+        kind = str(self.stored_dtype).removeprefix("torch.")
+        return f"ActivationDataset({self.path!r}, {self.config!r}, {self.split!r}: {self.n_rows:,} x {self.d} {kind})"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the batches unless another is asked for: as stored, float32 for bfloat16 and scaled values."""
+        return self.stored_dtype if self.scale == 1 and self.stored_dtype != torch.bfloat16 else torch.float32
+
+    @property
+    def stats(self) -> ActivationStats:
+        """Mean, std, norms. Kept in the files of our format; computed by one pass for others."""
+        if self._stats is None:
+            running = RunningStats(self.d)
+            if all(s.stats is not None for s in self.sources):
+                for source in self.sources:
+                    running.merge(cast(RunningStats, source.stats))
+            else:
+                at = 0
+                for batch in self.batches(8192, shuffle=False, dtype=torch.float32, _remember=False):
+                    rows = cast(Tensor, batch)
+                    position = np.ones(len(rows))
+                    if "position" in self.label_names:
+                        position = self._labels(["position"], [(at, len(rows))])["position"]
+                    running.see(rows, position)
+                    at += len(rows)
+            self._stats = running.result()
+        return self._stats
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    def _read(self, first: int, rows: int, out: Tensor) -> None:
+        """Stored values of rows first to first + rows."""
+        number, at = bisect_right(self.starts, first) - 1, 0
+        while at < rows:
+            inside = first + at - self.starts[number]
+            part = min(rows - at, self.sources[number].n_rows - inside)
+            if part > 0:
+                self.sources[number].read(inside, inside + part, out[at : at + part])
+                at += part
+            number += 1
+
+    def _labels(self, names: Sequence[str], units: Sequence[Unit]) -> dict[str, np.ndarray]:
+        parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
+        for first, rows in units:
+            number, at = bisect_right(self.starts, first) - 1, 0
+            while at < rows:
+                inside = first + at - self.starts[number]
+                part = min(rows - at, self.sources[number].n_rows - inside)
+                if part > 0:
+                    found = self.sources[number].labels(names, inside, inside + part)
+                    for name in names:
+                        parts[name].append(found[name])
+                    at += part
+                number += 1
+        return {name: np.concatenate(p) if p else np.empty(0) for name, p in parts.items()}
+
+    def _buffer(self, dtype: torch.dtype, rows: int) -> Tensor:
+        return self._pools.setdefault(dtype, BufferPool(dtype)).take(rows, self.d)
+
+    def _deliver(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        """Stored values as the caller wants them."""
+        if dtype == stored.dtype and self.scale == 1:
+            return stored
+        out = self._buffer(dtype, len(stored))
+        if self.scale == 1:
+            return out.copy_(stored)
+        wide = out if dtype == torch.float32 else self._buffer(torch.float32, len(stored))
+        wide.copy_(stored).mul_(1 / self.scale)  # a power of two: exact
+        return wide if dtype == torch.float32 else out.copy_(wide)
+
+    def _check_columns(self, columns: Sequence[str]) -> list[str]:
+        if missing := [c for c in columns if c not in self.label_names]:
+            have = ", ".join(self.label_names) or "none"
+            raise DataError(f"{self.path} ({self.config}) has no column {missing[0]!r}", hint=f"columns here: {have}")
+        return list(columns)
+
+    def batches(
+        self,
+        batch_size: int = 8192,
+        *,
+        shuffle: bool = True,
+        seed: int = 0,
+        epoch: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        columns: Sequence[str] = (),
+        dtype: torch.dtype | None = None,
+        drop_last: bool | None = None,
+        window_bytes: int = WINDOW_BYTES,
+        _remember: bool = True,
+    ) -> Iterator[Batch]:
+        """One epoch of batches [batch_size, d]; with `columns`, dicts of `vector` and those labels.
+
+        Between ranks rows are disjoint and every rank yields the same number of batches; that drops up to a
+        batch per rank (with one rank nothing is dropped unless `drop_last`). After `load_state_dict`
+        the first call continues behind the last batch that was yielded before.
+        """
+        if batch_size < 1:
+            raise ConfigError(f"batch_size {batch_size} is less than 1")
+        if not 0 <= rank < world_size:
+            raise ConfigError(f"rank {rank} is outside a world of {world_size}")
+        names = self._check_columns(columns)
+        dtype = dtype or self.dtype
+        in_window = shuffle or any(s.remote for s in self.sources)
+        window_rows = window_bytes // (self.d * self.stored_dtype.itemsize) if in_window else 0
+        window_rows = max(batch_size, window_rows)
+        order = plan_order(
+            self._blocks(),
+            shuffle=shuffle,
+            seed=seed,
+            epoch=epoch,
+            rank=rank,
+            world_size=world_size,
+            window_rows=window_rows,
+        )
+        shape = {"seed": seed, "shuffle": shuffle, "rank": rank, "world_size": world_size, "n_rows": self.n_rows}
+        shape["window_rows"] = window_rows
+        window, offset = self._start(epoch, shape) if _remember else (0, 0)
+        drop = world_size > 1 if drop_last is None else drop_last
+        seen = sum(n for w in order.windows[:window] for _, n in w) + offset
+        rows_left = order.n_rows - seen
+        if drop:
+            rows_left = ((order.smallest if world_size > 1 else order.n_rows) - seen) // batch_size * batch_size
+        return self._generate(order, batch_size, names, dtype, window, offset, rows_left, epoch, shape, _remember)
+
+    def _blocks(self) -> list[Unit]:
+        return [(start + f, n) for start, s in zip(self.starts, self.sources, strict=False) for f, n in s.blocks]
+
+    def _start(self, epoch: int, shape: dict[str, Any]) -> tuple[int, int]:
+        place, self._resume = self._resume, None
+        if place is None:
+            self._place = _Place(epoch, 0, 0, shape)
+            return 0, 0
+        wrong = [f"{k} {shape[k]!r} instead of {v!r}" for k, v in place.shape.items() if shape.get(k) != v]
+        if place.epoch != epoch:
+            wrong.insert(0, f"epoch {epoch} instead of {place.epoch}")
+        if wrong:
+            raise DataError(
+                f"{self.path} ({self.config}): cannot continue where the saved state stood: {', '.join(wrong)}",
+                hint="pass the same arguments as before, or do not load the state",
+            )
+        self._place = place
+        return place.window, place.offset
+
+    def _generate(
+        self,
+        order: Order,
+        batch_size: int,
+        names: list[str],
+        dtype: torch.dtype,
+        window: int,
+        offset: int,
+        rows_left: int,
+        epoch: int,
+        shape: dict[str, Any],
+        remember: bool,
+    ) -> Iterator[Batch]:
+        stored: Tensor | None = None
+        parts: dict[str, list[np.ndarray]] = {n: [] for n in names}
+        filled, goal = 0, min(batch_size, rows_left)
+        for number, rows, pool, labels in self._windows(order, window, names):
+            permutation = order.permutation(number)
+            at = offset if number == window else 0
+            while at < rows and rows_left > 0:
+                if stored is None:
+                    stored = self._buffer(self.stored_dtype, goal)
+                take = min(goal - filled, rows - at)
+                target = stored[filled : filled + take]
+                if pool is None:
+                    self._read_units(order.windows[number], at, take, target)
+                    chosen = np.arange(at, at + take)
+                elif permutation is None:
+                    chosen = np.arange(at, at + take)
+                    target.copy_(pool[at : at + take])
+                else:
+                    chosen = permutation[at : at + take]
+                    torch.index_select(pool, 0, torch.from_numpy(chosen), out=target)
+                for name in names:
+                    parts[name].append(labels[name][chosen])
+                at, filled = at + take, filled + take
+                if filled == goal:
+                    rows_left -= goal
+                    if remember:
+                        self._place = _Place(epoch, number, at, shape)
+                    vectors = self._deliver(stored, dtype)
+                    stored = None  # the caller alone holds the memory while it works on the batch
+                    if names:
+                        yield {"vector": vectors, **{n: _as_tensor(np.concatenate(p)) for n, p in parts.items()}}
+                    else:
+                        yield vectors
+                    del vectors
+                    parts = {n: [] for n in names}
+                    filled, goal = 0, min(batch_size, rows_left)
+        if remember:
+            self._place = _Place(epoch + 1, 0, 0, shape)
+
+    def _read_units(self, units: Sequence[Unit], skip: int, rows: int, out: Tensor) -> None:
+        """Rows skip to skip + rows of consecutive units, straight into the batch."""
+        at = 0
+        for first, n in units:
+            if skip < n and at < rows:
+                part = min(n - skip, rows - at)
+                self._read(first + skip, part, out[at : at + part])
+                at += part
+            skip = max(0, skip - n)
+
+    def _windows(
+        self, order: Order, start: int, names: list[str]
+    ) -> Iterator[tuple[int, int, Tensor | None, dict[str, np.ndarray]]]:
+        """Number, rows, pool of vectors (None: read in place) and labels of each window from `start` on."""
+        remote = any(s.remote for s in self.sources)
+
+        def load(number: int) -> tuple[Tensor | None, dict[str, np.ndarray]]:
+            units = order.windows[number]
+            labels = self._labels(names, units) if names else {}
+            if order.seed is None and not remote:
+                return None, labels
+            pool = self._buffer(self.stored_dtype, sum(n for _, n in units))
+            edges = np.concatenate([[0], np.cumsum([n for _, n in units])]).tolist()
+            jobs = [(first, n, pool[a : a + n]) for (first, n), a in zip(units, edges[:-1], strict=True)]
+            if remote:
+                list(self._pool_of_readers().map(lambda job: self._read(*job), jobs))
+            else:
+                for job in jobs:
+                    self._read(*job)
+            return pool, labels
+
+        if not remote:
+            for number in range(start, len(order.windows)):
+                pool, labels = load(number)
+                yield number, sum(n for _, n in order.windows[number]), pool, labels
+                del pool  # so that the next window may use its memory again
+            return
+        with ThreadPoolExecutor(1) as ahead:  # the next window travels while this one is used
+            coming = ahead.submit(load, start) if start < len(order.windows) else None
+            for number in range(start, len(order.windows)):
+                assert coming is not None
+                pool, labels = coming.result()
+                coming = ahead.submit(load, number + 1) if number + 1 < len(order.windows) else None
+                yield number, sum(n for _, n in order.windows[number]), pool, labels
+                del pool
+
+    def _pool_of_readers(self) -> ThreadPoolExecutor:
+        if self._readers is None:
+            self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="hubsae-read")
+        return self._readers
+
+    def read_all(self, max_rows: int | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
+        """The first `max_rows` vectors (all by default) in storage order, as one tensor."""
+        rows = self.n_rows if max_rows is None else min(max_rows, self.n_rows)
+        out = torch.empty(rows, self.d, dtype=dtype or self.dtype)
+        for first in range(0, rows, 8192):
+            part = min(8192, rows - first)
+            stored = self._buffer(self.stored_dtype, part)
+            self._read(first, part, stored)
+            out[first : first + part] = self._deliver(stored, out.dtype)
+        return out
+
+    def take(self, rows: Sequence[int] | np.ndarray, *, dtype: torch.dtype | None = None) -> Tensor:
+        """The vectors of the given rows, in the given order."""
+        wanted = np.asarray(rows, dtype=np.int64)
+        if len(wanted) and (wanted.min() < 0 or wanted.max() >= self.n_rows):
+            raise DataError(f"{self.path} ({self.config}) has rows 0 to {self.n_rows - 1}, not all that were asked for")
+        out = torch.empty(len(wanted), self.d, dtype=dtype or self.dtype)
+        order = np.argsort(wanted, kind="stable")
+        blocks = self._blocks()
+        edges = np.array([first for first, _ in blocks] + [self.n_rows])
+        block = np.searchsorted(edges, wanted[order], side="right") - 1
+        for number in np.unique(block):
+            first, n = blocks[number]
+            mine = order[block == number]
+            stored = self._buffer(self.stored_dtype, n)
+            self._read(first, n, stored)
+            out[torch.from_numpy(mine)] = self._deliver(
+                stored[torch.from_numpy(wanted[mine] - first)].contiguous(), out.dtype
+            )
+        return out
+
+    def columns(self, names: Sequence[str] | str | None = None) -> dict[str, np.ndarray]:
+        """Label columns of all rows in storage order; without names, all of them."""
+        chosen = [names] if isinstance(names, str) else list(names if names is not None else self.label_names)
+        return self._labels(self._check_columns(chosen), [(0, self.n_rows)])
+
+    # -- state, other forms, publishing --------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the last `batches` stands: epoch, window, offset, and what the numbers refer to."""
+        place = self._place or self._resume
+        if place is None:
+            return {}
+        return {"epoch": place.epoch, "window": place.window, "offset": place.offset, **place.shape}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Let the next `batches` continue from `state`."""
+        if not state:
+            self._resume = None
+            return
+        shape = {k: v for k, v in state.items() if k not in ("epoch", "window", "offset")}
+        self._resume = _Place(state["epoch"], state["window"], state["offset"], shape)
+
+    def as_iterable(self, batch_size: int = 8192, **options: Any) -> torch.utils.data.IterableDataset:
+        """The batches as a `torch.utils.data.IterableDataset`; `DataLoader(it, batch_size=None)` takes it.
+
+        Worker processes share the rows between them; `set_epoch` changes the order.
+        """
+        from hubsae.activations.torch_iterable import ActivationIterable
+
+        return ActivationIterable(self, batch_size, options)
+
+    def verify(self) -> int:
+        """Check header and checksum of every page; returns the number of pages checked."""
+        from hubsae.activations.opening import verify_source
+
+        return sum(verify_source(source) for source in self.sources)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
+        """Publish the whole dataset folder this config belongs to (see `hubsae.hub.datasets`)."""
+        from hubsae.hub.datasets import push_activations
+
+        return push_activations(self.path, repo_id, **options)
+
+
+def _as_tensor(column: np.ndarray) -> Tensor | np.ndarray:
+    return torch.from_numpy(column) if column.dtype.kind in "iufb" else column

@@ -1,0 +1,155 @@
+"""What a finished dataset says about itself: manifest, statistics files, card. All of it follows from the shards."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hubsae.activations.dataset import ActivationDataset
+from hubsae.activations.layout import FORMAT_VERSION, LABELS, MANIFEST, STATISTICS, configs_in, shards_in
+from hubsae.activations.sources import LocalFile, ParquetSource
+from hubsae.activations.stats import ActivationStats, RunningStats
+from hubsae.core.errors import DataError
+from hubsae.core.files import atomic_path, read_json, write_json_atomic
+from hubsae.version import __version__
+
+FORMAT_NAME = "hubsae-activations"
+
+
+def survey(root: Path) -> tuple[dict[str, Any], dict[str, ActivationStats]]:
+    """The manifest of a dataset folder and the statistics of each config, read from the shards' footers."""
+    configs: dict[str, Any] = {}
+    statistics: dict[str, ActivationStats] = {}
+    for name in configs_in(root):
+        splits: dict[str, Any] = {}
+        entry: dict[str, Any] = {}
+        running: dict[str, RunningStats] = {}
+        for split, paths in sorted(shards_in(root / name).items()):
+            sources = [ParquetSource(LocalFile(path)) for path in paths]
+            ActivationDataset(sources, config=name, split=split, path=str(root))  # refuses shards that do not belong
+            header = sources[0].header
+            if header is None:
+                raise DataError(f"{paths[0]} was not written by hubsae", hint="rewrite it: hubsae convert-activations")
+            entry = {"d": header.d, "dtype": header.dtype, "scale": header.scale}
+            entry |= {"columns": {**LABELS, **header.columns}, "source": header.source}
+            running[split] = RunningStats(header.d)
+            for source in sources:
+                assert source.stats is not None
+                running[split].merge(source.stats)
+            shards = [
+                {"file": f"{name}/{p.name}", "rows": s.n_rows, "bytes": p.stat().st_size}
+                for p, s in zip(paths, sources, strict=True)
+            ]
+            splits[split] = {
+                "rows": sum(s["rows"] for s in shards),
+                "bytes": sum(s["bytes"] for s in shards),
+                "shards": shards,
+            }
+        of = "train" if "train" in running else next(iter(running))
+        statistics[name] = running[of].result()
+        configs[name] = {**entry, "splits": splits, "statistics": {"split": of, **statistics[name].summary()}}
+    manifest = {"format": FORMAT_NAME, "version": FORMAT_VERSION, "hubsae": __version__, "configs": configs}
+    return manifest, statistics
+
+
+def finalize(root: str | Path, run: dict[str, Any] | None = None) -> Path:
+    """Write `activations.json`, the statistics files and the card of a dataset folder; safe to repeat.
+
+    `run` is what a harvest wants on record beside the shards (counts of truncated samples, say).
+    """
+    from hubsae.activations.card import write_card
+
+    root = Path(root)
+    manifest, statistics = survey(root)
+    if not manifest["configs"]:
+        raise DataError(f"{root}: nothing was written, so there is no dataset to finish")
+    path = root / MANIFEST
+    before = read_json(path) if path.is_file() else {}
+    if runs := {**before.get("run", {}), **(run or {})}:
+        manifest["run"] = runs
+    for name, stats in statistics.items():
+        write_statistics(root / name / STATISTICS, stats)
+    write_json_atomic(path, manifest)
+    write_card(root, manifest)
+    return root
+
+
+def write_statistics(path: Path, stats: ActivationStats) -> None:
+    """Mean and std per dimension as safetensors, in the names a release's `normalizer.safetensors` has."""
+    from safetensors.torch import save_file
+
+    tensors = {"mean": stats.mean, "std": stats.std}
+    tensors |= {"mean_without_first": stats.mean_without_first, "std_without_first": stats.std_without_first}
+    metadata = {"count": str(stats.count), "count_without_first": str(stats.rest.count)}
+    metadata |= {f"norm_percentile_{k}": repr(v) for k, v in stats.norm_percentiles.items()}
+    with atomic_path(path) as temporary:
+        save_file({k: v.to(torch.float64).contiguous() for k, v in tensors.items()}, temporary, metadata)
+
+
+def content_id(manifest: dict[str, Any]) -> str:
+    """A short id of what a dataset holds, for provenance records: rows, sources and statistics of its configs."""
+    text = repr(
+        [(n, c["d"], c["dtype"], c["scale"], c["source"], c["statistics"]) for n, c in manifest["configs"].items()]
+    )
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def describe(path: str | Path, *, config: str | int | None = None, **options: Any) -> dict[str, Any]:
+    """What `hubsae show` tells of activations: rows, type, scale, norm statistics and a histogram per config.
+
+    Works on folders of ours, on repos, and on what else `ActivationDataset.open` reads (one pass computes the
+    statistics there).
+
+    >>> import tempfile
+    >>> from hubsae.activations import ActivationWriter
+    >>> with tempfile.TemporaryDirectory() as out:
+    ...     with ActivationWriter(out, d=2, config="layers.6") as writer:
+    ...         writer.write(torch.ones(3, 2), sample_id=0, position=[0, 1, 2])
+    ...     describe(out)["configs"][0]["splits"]
+    {'train': 3}
+    """
+    local = Path(path)
+    first = _open_any(path, config, options)
+    names = [first.config] if config is not None else first.configs
+    manifest = read_json(local / MANIFEST) if (local / MANIFEST).is_file() else {}
+    rows = []
+    for name in names:
+        data = first if name == first.config else ActivationDataset.open(path, name, **options)
+        splits = {data.split: data.n_rows}
+        if local.is_dir():
+            for split, shards in shards_in(local / name).items():
+                splits[split] = sum(ParquetSource(LocalFile(p)).n_rows for p in shards)
+        rows.append(
+            {
+                "config": name,
+                "d": data.d,
+                "dtype": str(data.stored_dtype).removeprefix("torch."),
+                "scale": data.scale,
+                "splits": splits,
+                "files": len(data.sources),
+                "columns": list(data.label_names),
+                "source": data.info,
+                "statistics": data.stats.summary(),
+                "histogram": data.stats.histogram(),
+            }
+        )
+    return {"kind": "activations", "path": str(path), "configs": rows, "run": manifest.get("run", {})}
+
+
+def _open_any(path: str | Path, config: str | int | None, options: dict[str, Any]) -> ActivationDataset:
+    """Open a config; the first one where none is named."""
+    from hubsae.activations.opening import find_pile
+
+    local = Path(path)
+    if config is None and local.exists():
+        have = (configs_in(local) if local.is_dir() else []) or list(find_pile(local))
+        config = have[0] if len(have) > 1 else None
+    if config is None and not local.exists():
+        from hubsae.hub.datasets import open_remote
+
+        repo, _, revision = str(path).partition("@")
+        config = next(iter(open_remote(repo, revision=revision or None).configs), None)
+    return ActivationDataset.open(path, config, **options)

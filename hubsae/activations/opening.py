@@ -1,0 +1,299 @@
+"""Find out what kind of activations a path holds, and open it: our folders, the Hub, SAELens caches, piles of files."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hubsae.activations.dataset import ActivationDataset
+from hubsae.activations.layout import VECTOR, config_name, configs_in, natural, shards_in
+from hubsae.activations.sources import (
+    ArrowSource,
+    ByteFile,
+    LocalFile,
+    ParquetSource,
+    RawSource,
+    Source,
+    TensorSource,
+)
+from hubsae.core.errors import DataError, FormatError, HookError, NotFoundError, nearest
+from hubsae.core.files import read_json
+from hubsae.core.hooks import HookPoint
+
+PILE = re.compile(r"(?:(?P<stage>.+?)_)?layers?[_.]?(?P<layer>\d+)(?:_(?P<split>train|val|validation|test))?$")
+SUFFIXES = (".pt", ".npy", ".safetensors", ".parquet")
+REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
+_FLOATS = {"F16": torch.float16, "F32": torch.float32, "BF16": torch.bfloat16}
+
+
+def open_dataset(
+    path: str | Path,
+    config: str | int | None,
+    split: str,
+    *,
+    revision: str | None,
+    stream: bool,
+    token: str | bool | None,
+    cache_dir: str | Path | None,
+    local_files_only: bool,
+    verify: bool,
+    vector: str | None,
+) -> ActivationDataset:
+    """See `ActivationDataset.open`."""
+    local = Path(path)
+    if local.exists():
+        return open_local(local, config, split, verify=verify, vector=vector)
+    if not REPO.fullmatch(str(path)):
+        raise NotFoundError(f"{path} does not exist", hint="give a folder, a file, or a dataset repo as owner/name")
+    from hubsae.hub.datasets import fetch_activations, open_remote
+
+    repo, _, pinned = str(path).partition("@")
+    options = {"revision": revision or pinned or None, "token": token}
+    if not stream:
+        more = {"cache_dir": cache_dir, "local_files_only": local_files_only}
+        folder, name = fetch_activations(repo, lambda have: choose_config(str(path), have, config), **options, **more)
+        data = open_local(folder, name, split, verify=verify, vector=vector)
+        data.path = str(path)
+        return data
+    listing = open_remote(repo, **options)
+    name = choose_config(str(path), sorted(listing.configs, key=natural), config)
+    files = listing.files(name, split)
+    if not files:
+        raise no_split(str(path), name, split, listing.splits(name))
+    return parquet_dataset(files, str(path), name, split, listing.configs, verify=verify, vector=vector)
+
+
+def no_split(path: str, config: str, split: str, have: Sequence[str]) -> NotFoundError:
+    """The error for a split that is not there."""
+    return NotFoundError(f"{path} ({config}) has no split {split!r}", hint=f"splits here: {', '.join(have) or 'none'}")
+
+
+def choose_config(path: str, have: Sequence[str], wanted: str | int | None) -> str:
+    """The config meant by `wanted`: its name, another spelling of the hook point, or the only one there is."""
+    if not have:
+        raise NotFoundError(
+            f"{path} holds no activations", hint="expected folders such as layers.18 with .parquet files"
+        )
+    if wanted is None:
+        if len(have) == 1:
+            return have[0]
+        raise NotFoundError(f"{path} holds {len(have)} configs; say which", hint=f"configs: {', '.join(have)}")
+    if str(wanted) in have:
+        return str(wanted)
+    try:
+        hook = HookPoint.parse(wanted).name
+    except HookError:
+        hook = str(wanted)
+    fitting = [name for name in have if name == hook or name.endswith("." + hook)]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise NotFoundError(f"{path}: {wanted!r} fits several configs", hint=f"choose one of {', '.join(fitting)}")
+    raise NotFoundError(f"{path} has no config {str(wanted)!r}", hint=f"configs here: {nearest(str(wanted), have)}")
+
+
+def parquet_dataset(
+    files: Sequence[ByteFile],
+    path: str,
+    config: str,
+    split: str,
+    configs: Sequence[str],
+    *,
+    verify: bool,
+    vector: str | None,
+) -> ActivationDataset:
+    """A dataset over Parquet shards."""
+    sources = [ParquetSource(file, vector=vector or VECTOR, verify=verify) for file in files]
+    return ActivationDataset(
+        [s for s in sources if s.n_rows] or sources[:1], config=config, split=split, path=path, configs=configs
+    )
+
+
+def open_local(
+    path: Path, config: str | int | None, split: str, *, verify: bool = False, vector: str | None = None
+) -> ActivationDataset:
+    """Open what lies at a local path."""
+    if path.is_dir() and (configs := configs_in(path)):
+        name = choose_config(str(path), configs, config)
+        shards = shards_in(path / name)
+        if split not in shards:
+            raise no_split(str(path), name, split, sorted(shards))
+        files = [LocalFile(p) for p in shards[split]]
+        return parquet_dataset(files, str(path), name, split, configs, verify=verify, vector=vector)
+    if path.is_dir() and shards_in(path):  # the folder of one config
+        return open_local(path.parent, path.name, split, verify=verify, vector=vector)
+    if path.is_dir() and (path / "state.json").is_file():
+        return _open_saelens(path, config)
+    pile = find_pile(path)
+    if not pile:
+        raise FormatError(
+            path,
+            "activations",
+            "none that are known",
+            hint="known are hubsae folders, SAELens caches, and .pt, .npy, .safetensors or .parquet files with matrices",
+        )
+    name = choose_config(str(path), list(pile), config)
+    splits = pile[name]
+    if split not in splits:
+        raise no_split(str(path), name, split, sorted(splits))
+    sources: list[Source] = []
+    for file in splits[split]:
+        sources += open_file(file, verify=verify, vector=vector)
+    return ActivationDataset(sources, config=name, split=split, path=str(path), configs=list(pile))
+
+
+def find_pile(path: Path) -> dict[str, dict[str, list[Path]]]:
+    """Files of matrices by config and split, read from names such as `ppo_step10_layer18_train.pt`."""
+    files = [path] if path.is_file() else sorted(path.rglob("*"), key=lambda p: natural(p.as_posix()))
+    found: dict[str, dict[str, list[Path]]] = {}
+    for file in files:
+        if file.suffix not in SUFFIXES or not file.is_file() or file.name.startswith("."):
+            continue
+        match = PILE.fullmatch(file.stem)
+        if match:
+            hook = f"layers.{int(match['layer'])}"
+            name = config_name(hook, re.sub(r"[^A-Za-z0-9._-]", "-", match["stage"]) if match["stage"] else None)
+            split = {"val": "validation", None: "train"}.get(match["split"], match["split"])
+        else:
+            parent = file.parent.name if path.is_dir() and file.parent != path else "default"
+            folder = PILE.fullmatch(parent)
+            name, split = (f"layers.{int(folder['layer'])}" if folder else parent), "train"
+        found.setdefault(name, {}).setdefault(split, []).append(file)
+    return found
+
+
+def open_file(path: Path, *, verify: bool = False, vector: str | None = None) -> list[Source]:
+    """The matrices in one file."""
+    if path.suffix == ".parquet":
+        return [ParquetSource(LocalFile(path), vector=vector or VECTOR, verify=verify)]
+    if path.suffix == ".npy":
+        return [_open_npy(path)]
+    if path.suffix == ".safetensors":
+        return _open_safetensors(path, vector)
+    return [_open_pt(path, vector)]
+
+
+def _open_npy(path: Path) -> Source:
+    try:
+        mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise FormatError(path, "a .npy matrix", f"something else ({error})") from error
+    kinds = {"float16": torch.float16, "float32": torch.float32}
+    if mapped.ndim < 2 or mapped.dtype.name not in kinds or not mapped.flags.c_contiguous:
+        found = f"{mapped.dtype} of shape {mapped.shape}"
+        raise FormatError(path, "a C-ordered matrix [..., d] of float16 or float32", found)
+    shape = (int(np.prod(mapped.shape[:-1])), mapped.shape[-1])
+    return RawSource(LocalFile(path), int(mapped.offset), shape, kinds[mapped.dtype.name], str(path))
+
+
+def _open_safetensors(path: Path, wanted: str | None) -> list[Source]:
+    file = LocalFile(path)
+    try:
+        size = bytearray(8)
+        file.read_into(0, [memoryview(size)])
+        length = int.from_bytes(size, "little")
+        if length > min(file.size, 100 << 20):
+            raise ValueError(f"a header of {length} bytes")
+        head = bytearray(length)
+        file.read_into(8, [memoryview(head)])
+        header: dict[str, Any] = json.loads(bytes(head))
+        matrices = {
+            k: v for k, v in header.items() if k != "__metadata__" and len(v["shape"]) >= 2 and v["dtype"] in _FLOATS
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise FormatError(path, "a safetensors file", f"something else ({error})") from error
+    if wanted is None and len({v["shape"][-1] for v in matrices.values()}) == 1 and len(matrices) == 1:
+        wanted = next(iter(matrices))
+    if wanted not in matrices:
+        raise DataError(
+            f"{path} holds {len(matrices)} matrices; say which are the activations",
+            hint=f"vector=... out of {', '.join(matrices) or 'none'}",
+        )
+    shape, start = matrices[wanted]["shape"], 8 + length + matrices[wanted]["data_offsets"][0]
+    rows = int(np.prod(shape[:-1]))
+    return [RawSource(file, start, (rows, shape[-1]), _FLOATS[matrices[wanted]["dtype"]], str(path))]
+
+
+def _open_pt(path: Path, wanted: str | None) -> Source:
+    try:
+        try:
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # files of the old, unzipped format cannot be mapped
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types here, pickle errors among them
+        raise FormatError(
+            path,
+            "tensors that load with weights_only=True",
+            f"{type(error).__name__}: {str(error).splitlines()[0][:160]}",
+            hint="nothing else is ever unpickled; save the bare tensor again with torch.save",
+        ) from error
+    labels: dict[str, np.ndarray] = {}
+    if isinstance(loaded, Mapping):
+        keys = [k for k, v in loaded.items() if isinstance(v, torch.Tensor) and v.ndim >= 2 and v.is_floating_point()]
+        name = wanted or next(
+            (k for k in ("acts", "activations", VECTOR) if k in keys), keys[0] if len(keys) == 1 else None
+        )
+        if name not in keys:
+            raise DataError(
+                f"{path} holds several tensors; say which are the activations", hint=f"vector=... out of {keys}"
+            )
+        rows = loaded[name].flatten(0, -2).shape[0]
+        for theirs, ours in (("tokens", "token_id"), ("positions", "position"), ("text_ids", "sample_id")):
+            value = loaded.get(theirs)
+            if isinstance(value, torch.Tensor) and value.numel() == rows:
+                labels[ours] = value.flatten().numpy()
+        loaded = loaded[name]
+    if not isinstance(loaded, torch.Tensor) or loaded.ndim < 2:
+        raise FormatError(path, "a matrix [rows, d]", f"{type(loaded).__name__} {tuple(getattr(loaded, 'shape', ()))}")
+    return TensorSource(loaded.flatten(0, -2), str(path), labels)
+
+
+def _open_saelens(path: Path, config: str | int | None) -> ActivationDataset:
+    """A folder written by SAELens' CacheActivationsRunner (`datasets` Arrow files, one context per row)."""
+    state, info = read_json(path / "state.json"), read_json(path / "dataset_info.json")
+    features = info.get("features", {})
+    hooks = [n for n, f in features.items() if isinstance(f, dict) and str(f.get("_type", "")).startswith("Array2D")]
+    by_name = {}
+    for hook in hooks:
+        try:
+            by_name[HookPoint.parse(hook).name] = hook
+        except HookError:
+            by_name[hook] = hook
+    name = choose_config(str(path), list(by_name), by_name_key(by_name, config))
+    sources: list[Source] = []
+    samples = 0
+    for entry in state.get("_data_files", []):
+        source = ArrowSource(path / Path(entry["filename"]).name, by_name[name], samples)
+        samples += source.n_samples
+        sources.append(source)
+    return ActivationDataset(sources, config=name, split="train", path=str(path), configs=list(by_name))
+
+
+def by_name_key(by_name: Mapping[str, str], config: str | int | None) -> str | int | None:
+    """Accept the original hook name as a config, too."""
+    return next((name for name, hook in by_name.items() if hook == config), config)
+
+
+def verify_source(source: Source) -> int:
+    """Check every page of a Parquet source against its header and checksum; other formats have none."""
+    if not isinstance(source, ParquetSource):
+        return 0
+    if source.pages is None:
+        checked = ParquetSource(source.file, vector=source.vector, verify=True)
+        for first, rows in checked.blocks:
+            checked.read(first, first + rows, torch.empty(rows, checked.d, dtype=checked.dtype))
+        return len(checked.blocks)
+    checked = ParquetSource(source.file, vector=source.vector, verify=True)
+    out = torch.empty(max((n for _, n in checked.blocks), default=0), checked.d, dtype=checked.dtype)
+    for first, rows in checked.blocks:
+        checked.read(first, first + rows, out[:rows])
+    for number in range(len(checked.footer.row_groups)):
+        first, last = checked.group_starts[number], checked.group_starts[number + 1]
+        checked.labels(checked.label_names, first, last)
+    return len(checked.blocks)

@@ -1,0 +1,301 @@
+"""Statistics of activations, gathered while they are written and exactly mergeable afterwards.
+
+Every shard keeps the accumulators of its own rows in its footer, so the statistics of a dataset are a merge of
+small tables and no second pass over the vectors is ever needed. Position 0 is accumulated apart: its
+massive activations would otherwise hide what the other tokens look like.
+
+    x [rows, d] -> Moments (count, mean [d], M2 [d], float64) + histogram of token norms, for position 0 and the rest
+"""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hubsae.core.normalizer import Normalizer
+
+TILE = 1024
+"""Rows taken at once: 1024 x 896 floats stay in the second-level cache."""
+
+PER_OCTAVE, LOWEST, HIGHEST = 64, -24, 40
+"""Norm histogram: bins of 1/64 octave (1.1 %) from 2^-24 to 2^40; smaller norms fall in the first bin."""
+BINS = (HIGHEST - LOWEST) * PER_OCTAVE
+MASSIVE = 10.0
+"""A token is massive when its norm exceeds this many times the median norm."""
+
+
+@dataclass
+class Moments:
+    """Count, mean and sum of squared deviations per dimension, in float64."""
+
+    mean: np.ndarray
+    m2: np.ndarray
+    count: int = 0
+
+    @staticmethod
+    def zero(d: int) -> Moments:
+        """Nothing seen yet."""
+        return Moments(np.zeros(d), np.zeros(d))
+
+    def add(self, count: int, mean: np.ndarray, m2: np.ndarray) -> None:
+        """Merge another set of rows (Chan's update: no difference of large sums)."""
+        if count == 0:
+            return
+        total = self.count + count
+        delta = mean - self.mean
+        self.mean = self.mean + delta * (count / total)
+        self.m2 = self.m2 + m2 + delta * delta * (self.count * count / total)
+        self.count = total
+
+    def see(self, x: Tensor) -> None:
+        """Add rows x [rows, d] of float32."""
+        mean = x.mean(0)
+        self.add(len(x), mean.double().numpy(), (x - mean).square_().sum(0).double().numpy())
+
+
+@dataclass
+class NormTable:
+    """Token norms as a fine histogram with their extremes and moments."""
+
+    bins: np.ndarray = field(default_factory=lambda: np.zeros(BINS, dtype=np.int64))
+    count: int = 0
+    total: float = 0.0
+    squares: float = 0.0
+    low: float = float("inf")
+    high: float = 0.0
+
+    def see(self, norms: np.ndarray) -> None:
+        """Add norms [rows]."""
+        if not len(norms):
+            return
+        place = np.log2(np.maximum(norms, 2.0**LOWEST)) - LOWEST
+        index = np.clip((place * PER_OCTAVE).astype(np.int64), 0, BINS - 1)
+        self.bins += np.bincount(index, minlength=BINS)
+        wide = norms.astype(np.float64)
+        self.count += len(norms)
+        self.total += float(wide.sum())
+        self.squares += float((wide * wide).sum())
+        self.low, self.high = min(self.low, float(wide.min())), max(self.high, float(wide.max()))
+
+    def merge(self, other: NormTable) -> None:
+        """Add another table."""
+        self.bins = self.bins + other.bins
+        self.count += other.count
+        self.total += other.total
+        self.squares += other.squares
+        self.low, self.high = min(self.low, other.low), max(self.high, other.high)
+
+    def quantile(self, share: float) -> float:
+        """The norm below which `share` of the tokens lie, to within a bin (1.1 %); 0 and 1 are exact."""
+        if self.count == 0:
+            return float("nan")
+        if share <= 0 or share >= 1:
+            return self.low if share <= 0 else self.high
+        reached = np.cumsum(self.bins)
+        index = int(np.searchsorted(reached, share * self.count, side="left"))
+        before = int(reached[index - 1]) if index else 0
+        inside = (share * self.count - before) / max(1, int(self.bins[index]))
+        value = 2.0 ** (LOWEST + (index + inside) / PER_OCTAVE)
+        return float(min(max(value, self.low), self.high))
+
+    def share_above(self, norm: float) -> float:
+        """Share of the tokens whose norm exceeds `norm`, to within a bin."""
+        if self.count == 0:
+            return 0.0
+        index = int(np.ceil((np.log2(max(norm, 2.0**LOWEST)) - LOWEST) * PER_OCTAVE))
+        return float(self.bins[max(0, index) :].sum() / self.count)
+
+
+class RunningStats:
+    """Accumulators of one shard or one dataset.
+
+    >>> stats = RunningStats(2)
+    >>> stats.see(torch.tensor([[3.0, 4.0], [3.0, 0.0]]), np.array([0, 1]))
+    >>> stats.result().count, stats.result().mean.tolist()
+    (2, [3.0, 2.0])
+    """
+
+    def __init__(self, d: int):
+        self.d = d
+        self.rest, self.first = Moments.zero(d), Moments.zero(d)
+        self.rest_norms, self.first_norms = NormTable(), NormTable()
+
+    def see(self, x: Tensor, position: np.ndarray) -> Tensor:
+        """Add rows x [rows, d] of float32 with their positions; returns their norms [rows]."""
+        norms = torch.linalg.vector_norm(x, dim=1)
+        at_start = np.flatnonzero(position == 0)
+        if len(at_start):
+            others = torch.from_numpy(np.flatnonzero(position != 0))
+            starts = torch.from_numpy(at_start)
+            self.first.see(x[starts])
+            self.first_norms.see(norms[starts].numpy())
+            x, rest = x[others], norms[others]
+        else:
+            rest = norms
+        if len(x):
+            self.rest.see(x)
+            self.rest_norms.see(rest.numpy())
+        return norms
+
+    def merge(self, other: RunningStats) -> None:
+        """Add another set of accumulators."""
+        self.rest.add(other.rest.count, other.rest.mean, other.rest.m2)
+        self.first.add(other.first.count, other.first.mean, other.first.m2)
+        self.rest_norms.merge(other.rest_norms)
+        self.first_norms.merge(other.first_norms)
+
+    def result(self) -> ActivationStats:
+        """The statistics of everything seen so far."""
+        every = Moments(self.rest.mean.copy(), self.rest.m2.copy(), self.rest.count)
+        every.add(self.first.count, self.first.mean, self.first.m2)
+        norms = NormTable()
+        norms.merge(self.rest_norms)
+        norms.merge(self.first_norms)
+        return ActivationStats(every, self.rest, norms, self.first_norms)
+
+    def to_json(self) -> dict[str, Any]:
+        """A form for a footer: arrays as base64 of little-endian float64, histograms without their zeros."""
+        out: dict[str, Any] = {"d": self.d}
+        for name, moments, norms in (
+            ("rest", self.rest, self.rest_norms),
+            ("first", self.first, self.first_norms),
+        ):
+            filled = np.flatnonzero(norms.bins)
+            out[name] = {
+                "count": moments.count,
+                "mean": _pack(moments.mean) if moments.count else "",
+                "m2": _pack(moments.m2) if moments.count else "",
+                "norm_bins": [filled.tolist(), norms.bins[filled].tolist()],
+                "norm_sums": [norms.total, norms.squares],
+                "norm_range": [norms.low, norms.high] if norms.count else [],
+            }
+        return out
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> RunningStats:
+        """The inverse of `to_json`."""
+        stats = RunningStats(int(data["d"]))
+        for name in ("rest", "first"):
+            part = data[name]
+            count = int(part["count"])
+            if not count:
+                continue
+            moments = Moments(_unpack(part["mean"]), _unpack(part["m2"]), count)
+            if moments.mean.shape != (stats.d,) or moments.m2.shape != (stats.d,):
+                raise ValueError("statistics of another width")
+            index, values = part["norm_bins"]
+            norms = NormTable(count=count, total=part["norm_sums"][0], squares=part["norm_sums"][1])
+            norms.bins[np.asarray(index, dtype=np.int64)] = values
+            norms.low, norms.high = part["norm_range"]
+            setattr(stats, name, moments)
+            setattr(stats, f"{name}_norms", norms)
+        return stats
+
+
+def _pack(array: np.ndarray) -> str:
+    return base64.b64encode(array.astype("<f8").tobytes()).decode()
+
+
+def _unpack(text: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), dtype="<f8").copy()
+
+
+@dataclass(frozen=True)
+class ActivationStats:
+    """What is known of the activations of a dataset."""
+
+    every: Moments
+    """All tokens."""
+    rest: Moments
+    """All tokens but those at position 0."""
+    norms: NormTable
+    """Norms of all tokens."""
+    first_norms: NormTable
+    """Norms of the tokens at position 0."""
+
+    @property
+    def count(self) -> int:
+        """Tokens seen."""
+        return self.every.count
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean per dimension [d], float64."""
+        return torch.from_numpy(self.every.mean)
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation per dimension [d] (divided by the count), float64."""
+        return torch.from_numpy(np.sqrt(self.every.m2 / max(1, self.every.count)))
+
+    @property
+    def mean_without_first(self) -> Tensor:
+        """Mean per dimension over tokens not at position 0."""
+        return torch.from_numpy(self.rest.mean)
+
+    @property
+    def std_without_first(self) -> Tensor:
+        """Standard deviation per dimension over tokens not at position 0."""
+        return torch.from_numpy(np.sqrt(self.rest.m2 / max(1, self.rest.count)))
+
+    @property
+    def mean_norm(self) -> float:
+        """Mean token norm."""
+        return self.norms.total / max(1, self.norms.count)
+
+    @property
+    def norm_percentiles(self) -> dict[str, float]:
+        """Percentiles of the token norms; 0 and 100 are exact, the others to within 1.1 %."""
+        return {str(p): self.norms.quantile(p / 100) for p in (0, 1, 5, 25, 50, 75, 95, 99, 100)}
+
+    @property
+    def massive_share(self) -> float:
+        """Share of the tokens whose norm exceeds ten times the median."""
+        return self.norms.share_above(MASSIVE * self.norms.quantile(0.5))
+
+    @property
+    def pooled_variance(self) -> float:
+        """Variance over all elements, the mean over dimensions not removed (the denominator of a pooled NMSE)."""
+        spread = self.every.m2.sum() + self.every.count * np.square(self.every.mean - self.every.mean.mean()).sum()
+        return float(spread / max(1, self.every.count * len(self.every.mean)))
+
+    def normalizer(self, *, without_first: bool = False) -> Normalizer:
+        """Mean and standard deviation as the normaliser a release keeps; constant dimensions get std 1."""
+        mean, std = (self.mean_without_first, self.std_without_first) if without_first else (self.mean, self.std)
+        count = self.rest.count if without_first else self.count
+        std = torch.where(std > 0, std, torch.ones_like(std))
+        return Normalizer(mean, std, count, self.norm_percentiles)
+
+    def summary(self) -> dict[str, Any]:
+        """The scalars, for a card or a listing."""
+        first = self.first_norms
+        return {
+            "count": self.count,
+            "mean_norm": self.mean_norm,
+            "norm_percentiles": self.norm_percentiles,
+            "massive_share": self.massive_share,
+            "position_0": {
+                "count": first.count,
+                "mean_norm": first.total / first.count if first.count else None,
+                "max_norm": first.high if first.count else None,
+            },
+            "pooled_variance": self.pooled_variance,
+            "mean_std": float(self.std.mean()),
+            "max_std": float(self.std.max()),
+        }
+
+    def histogram(self, bars: int = 24) -> list[tuple[float, float, int]]:
+        """The norm histogram in at most `bars` equal steps of the logarithm: (from, to, tokens)."""
+        filled = np.flatnonzero(self.norms.bins)
+        if not len(filled):
+            return []
+        low, high = int(filled[0]), int(filled[-1]) + 1
+        edges = np.unique(np.linspace(low, high, min(bars, high - low) + 1).astype(int))
+        at = [2.0 ** (LOWEST + e / PER_OCTAVE) for e in edges]
+        counts = [int(self.norms.bins[a:b].sum()) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        return list(zip(at[:-1], at[1:], counts, strict=True))

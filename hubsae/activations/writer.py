@@ -1,0 +1,383 @@
+"""Write activations: one row per token, statistics on the way, every finished file complete in itself.
+
+    vectors [rows, d] -> buffer of one page -> row group -> DIR/<config>/<split>-<rank>-<index>.parquet
+
+A shard is written under a temporary name and renamed when it is whole, and it is cut between two samples. So after
+a kill the finished shards hold whole samples, and opening the writer again reads from them which samples are done;
+writing such a sample once more is a no-op. Memory is one page per split, whatever the size of the data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hubsae.activations.layout import (
+    FOOTER_KEY,
+    FORMAT_VERSION,
+    FP16_MAX,
+    LABELS,
+    PAGE_BYTES,
+    SHARD_BYTES,
+    VECTOR,
+    ShardHeader,
+    check_config,
+    parse_shard_name,
+    read_header,
+    shard_name,
+    shards_in,
+)
+from hubsae.activations.parquet_file import VectorFile
+from hubsae.activations.splits import SplitRule
+from hubsae.activations.stats import TILE, RunningStats
+from hubsae.core.errors import ConfigError, DataError, FormatError
+from hubsae.core.extras import require
+from hubsae.core.files import atomic_path
+
+HEAD_ROOM = 4.0
+"""A suggested scale leaves the largest value seen this factor below float16's limit."""
+
+
+def scale_for(largest: float) -> float:
+    """The power of two by which to multiply before storing as float16; 1 wherever that is safe.
+
+    >>> scale_for(900.0), scale_for(7e5)
+    (1.0, 0.015625)
+    """
+    scale = 1.0
+    while largest * scale * HEAD_ROOM > FP16_MAX:
+        scale /= 2
+    return scale
+
+
+class ActivationWriter:
+    """Writes one config of an activation dataset.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as out:
+    ...     with ActivationWriter(out, d=4, config="layers.6") as writer:
+    ...         writer.write(torch.ones(3, 4), token_id=[5, 6, 7], position=[0, 1, 2], sample_id=0, is_prompt=True)
+    ...     writer.n_rows
+    3
+    """
+
+    def __init__(
+        self,
+        out: str | Path,
+        *,
+        d: int,
+        config: str,
+        dtype: str | torch.dtype = "float16",
+        columns: Mapping[str, str] | Sequence[str] | None = None,
+        scale: float = 1.0,
+        split: SplitRule | str = "train",
+        source: Mapping[str, Any] | None = None,
+        rank: int = 0,
+        shard_bytes: int = SHARD_BYTES,
+        shard_seconds: float | None = None,
+        finalize: bool = True,
+    ):
+        """Open `out/config` for writing, continuing what a killed run left there.
+
+        `scale` (a power of two) multiplies the vectors before they are stored as float16; readers divide it out.
+        `shard_seconds` closes a file after that time even if it is small, so that a kill costs little.
+        """
+        self.out = Path(out)
+        self.folder = self.out / check_config(config)
+        extra = dict(columns) if isinstance(columns, Mapping) else dict.fromkeys(columns or (), "float32")
+        if clash := sorted(set(extra) & {VECTOR, *LABELS}):
+            raise ConfigError(f"extra columns may not be named {', '.join(clash)}: every dataset has those already")
+        name = str(dtype).removeprefix("torch.")
+        if name not in ("float16", "float32"):
+            raise ConfigError(
+                f"activations cannot be stored as {name}: Parquet has no such type",
+                hint="store bfloat16 as float16 (exact down to 7.6e-6, with a scale if values exceed 65504)",
+            )
+        if scale <= 0 or np.log2(scale) % 1:
+            raise ConfigError(f"scale {scale} is not a power of two", hint="such as 0.0625, so that scaling is exact")
+        if name == "float32" and scale != 1:
+            raise ConfigError("float32 needs no scale", hint="leave scale at 1")
+        self.header = ShardHeader(config, int(d), name, float(scale), extra, dict(source or {}))
+        self.rank, self.shard_bytes, self.shard_seconds = rank, shard_bytes, shard_seconds
+        self.rule = split if isinstance(split, SplitRule) else SplitRule()
+        names = self.rule.names if isinstance(split, SplitRule) else (split,)
+        self._finalize = finalize
+        self.folder.mkdir(parents=True, exist_ok=True)
+        finished, rows, next_index = self._take_up(names)
+        self._streams = {n: _Stream(self, n, next_index[n], finished[n], rows[n]) for n in names}
+
+    def _take_up(self, names: tuple[str, ...]) -> tuple[dict, dict, dict]:
+        """What earlier runs finished, per split: sample ids, rows, and our next file number."""
+        finished = {n: np.empty(0, dtype=np.int64) for n in names}
+        rows, next_index = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
+        pq = require("pyarrow.parquet", extra="train")
+        for split, paths in shards_in(self.folder).items():
+            if split not in names:
+                continue
+            ids = []
+            for path in paths:
+                file = _open_parquet(path)
+                metadata = {
+                    k.decode(): v.decode() for k, v in (file.metadata.metadata or {}).items() if k != b"ARROW:schema"
+                }
+                found = read_header(str(path), metadata)
+                if found is None:
+                    raise DataError(f"{path} was not written by hubsae", hint="write into an empty folder")
+                if wrong := self.header.differences(found[0]):
+                    raise DataError(
+                        f"{self.folder} holds other activations: {'; '.join(wrong)}",
+                        hint="write into another folder, or remove this one to start over",
+                    )
+                ids.append(np.unique(pq.read_table(path, columns=["sample_id"])["sample_id"].to_numpy()))
+                rows[split] += file.metadata.num_rows
+                _, rank, index = parse_shard_name(path.name) or (split, 0, 0)
+                if rank == self.rank:
+                    next_index[split] = max(next_index[split], index + 1)
+            known = np.unique(np.concatenate(ids))
+            finished[split] = known[known >= 0]  # negative ids mean "unknown": they name no sample
+        for stale in self.folder.glob(f".*-{self.rank:05d}-*.parquet.*.tmp"):
+            stale.unlink()
+        return finished, rows, next_index
+
+    @property
+    def n_rows(self) -> int:
+        """Rows written so far, those of earlier runs included."""
+        return sum(stream.n_rows for stream in self._streams.values())
+
+    @property
+    def resumed(self) -> bool:
+        """Whether finished shards were found when the writer was opened."""
+        return any(stream.index for stream in self._streams.values()) or any(
+            len(stream.finished) for stream in self._streams.values()
+        )
+
+    def done(self, sample_ids: np.ndarray) -> np.ndarray:
+        """True [samples] where all rows of a sample lie in shards that earlier runs finished."""
+        ids = np.asarray(sample_ids, dtype=np.int64)
+        within = {name: np.isin(ids, stream.finished) for name, stream in self._streams.items()}
+        if self.rule.kind == "token" or len(within) == 1:
+            return np.logical_and.reduce(list(within.values()))
+        return np.where(self.rule.validation(ids, np.zeros_like(ids)), within["validation"], within["train"])
+
+    def write(
+        self,
+        vectors: Tensor | np.ndarray,
+        token_id: Any = -1,
+        position: Any = -1,
+        sample_id: Any = -1,
+        is_prompt: Any = False,
+        **extra: Any,
+    ) -> None:
+        """Append rows: vectors [rows, d] in any float type, labels [rows] or one value for all.
+
+        Values float16 cannot hold stop the run with the scale to use; nothing of the call is written then.
+        """
+        x = vectors if isinstance(vectors, Tensor) else torch.from_numpy(np.ascontiguousarray(vectors))
+        x = x.detach().cpu()
+        if x.ndim != 2 or x.shape[1] != self.header.d:
+            raise DataError(
+                f"{self.header.config}: expected vectors of shape [rows, {self.header.d}], found {tuple(x.shape)}"
+            )
+        if set(extra) != set(self.header.columns):
+            raise DataError(
+                f"{self.header.config}: expected the extra columns {sorted(self.header.columns)}, found {sorted(extra)}"
+            )
+        if not len(x):
+            return
+        given = {"token_id": token_id, "position": position, "sample_id": sample_id, "is_prompt": is_prompt, **extra}
+        labels = {name: self._label(name, value, len(x)) for name, value in given.items()}
+        self._check_range(x)
+        validation = self.rule.validation(labels["sample_id"], labels["position"])
+        for name, stream in self._streams.items():
+            if len(self._streams) == 1:
+                keep = np.ones(len(x), dtype=bool)
+            else:
+                keep = validation if name == "validation" else ~validation
+            if len(stream.finished):
+                keep = keep & ~np.isin(labels["sample_id"], stream.finished)
+            if keep.all():
+                stream.append(x, labels)
+            elif keep.any():
+                stream.append(x[torch.from_numpy(np.flatnonzero(keep))], {k: v[keep] for k, v in labels.items()})
+
+    def _label(self, name: str, value: Any, rows: int) -> np.ndarray:
+        kind = {**LABELS, **self.header.columns}[name]
+        array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+        if array.ndim > 1 or (array.ndim == 1 and len(array) != rows):
+            raise DataError(f"column {name}: expected {rows} values, found shape {array.shape}")
+        if kind != "string":
+            array = array.astype(kind, copy=False)
+        return np.broadcast_to(array, (rows,))
+
+    def _check_range(self, x: Tensor) -> None:
+        # by tiles, because a float32 copy of everything would double the memory; NaN survives amax
+        largest = float(torch.stack([t.float().abs().amax() for t in x.split(TILE)]).amax())
+        if not np.isfinite(largest):
+            bad = int((~torch.isfinite(x)).any(dim=1).nonzero()[0])
+            raise DataError(
+                f"{self.header.config}: row {bad} of this batch holds infinity or NaN before anything was stored",
+                hint="the model itself overflowed: run it in bfloat16 or float32",
+            )
+        if self.header.dtype == "float16" and largest * self.header.scale > FP16_MAX:
+            raise DataError(
+                f"{self.header.config}: {largest:.6g} does not fit float16 (at most {FP16_MAX / self.header.scale:.6g} "
+                f"with scale {self.header.scale:g})",
+                hint=f"start over with scale={scale_for(largest)!r}, or store float32",
+            )
+
+    def commit(self) -> None:
+        """Close the current files, so that everything written so far survives a kill. Call between samples."""
+        for stream in self._streams.values():
+            stream.commit()
+
+    def abort(self) -> None:
+        """Give up the unfinished files; finished ones stay."""
+        for stream in self._streams.values():
+            stream.abort()
+
+    def close(self) -> None:
+        """Finish the last files and, unless told otherwise, write manifest, statistics and card of the dataset."""
+        self.commit()
+        if self._finalize:
+            from hubsae.activations.manifest import finalize
+
+            finalize(self.out)
+
+    def __enter__(self) -> ActivationWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+
+class _Stream:
+    """The shards of one split: a buffer of one page, and the file that is being written."""
+
+    def __init__(self, writer: ActivationWriter, split: str, index: int, finished: np.ndarray, n_rows: int):
+        self.writer, self.split, self.index = writer, split, index
+        self.finished, self.n_rows = finished, n_rows
+        header = writer.header
+        self.row_bytes = header.d * (2 if header.dtype == "float16" else 4)
+        page = max(1, PAGE_BYTES // self.row_bytes)
+        self.capacity = page
+        self.buffer = torch.empty(0, header.d, dtype=getattr(torch, header.dtype))
+        self.labels: dict[str, np.ndarray] = {}
+        self.fill = 0
+        self.shard_rows = 0
+        self.last_sample = -1
+        self.stats = RunningStats(header.d)
+        self.parquet: VectorFile | None = None
+        self.opened = 0.0
+        self.cleanup = contextlib.ExitStack()
+
+    def append(self, x: Tensor, labels: dict[str, np.ndarray]) -> None:
+        sample = labels["sample_id"]
+        if self.shard_rows and self._full() and (sample[0] < 0 or sample[0] != self.last_sample):
+            self.commit()
+        if not self.shard_rows:
+            self.opened = time.monotonic()
+        scale = self.writer.header.scale
+        for start in range(0, len(x), TILE):
+            tile = x[start : start + TILE].float()  # [tile, d]
+            self.stats.see(tile, labels["position"][start : start + TILE])
+            stored = tile if scale == 1 else tile * scale
+            taken = 0
+            while taken < len(tile):
+                self._reserve(len(tile) - taken)
+                part = min(len(tile) - taken, self.capacity - self.fill)
+                at, origin = slice(self.fill, self.fill + part), start + taken
+                self.buffer[at] = stored[taken : taken + part]
+                for name, values in labels.items():
+                    self.labels[name][at] = values[origin : origin + part]
+                self.fill += part
+                taken += part
+                if self.fill == self.capacity:
+                    self._flush()
+        self.shard_rows += len(x)
+        self.n_rows += len(x)
+        self.last_sample = int(sample[-1])
+
+    def _full(self) -> bool:
+        limit = self.writer.shard_seconds
+        too_old = limit is not None and time.monotonic() - self.opened > limit
+        return too_old or self.shard_rows * self.row_bytes >= self.writer.shard_bytes
+
+    def _reserve(self, more: int) -> None:
+        """Grow the buffer towards one page: a small validation split should not cost 8 MiB."""
+        wanted = min(self.capacity, self.fill + more)
+        if wanted <= len(self.buffer):
+            return
+        size = min(self.capacity, max(wanted, 2 * len(self.buffer)))
+        grown = torch.empty(size, self.buffer.shape[1], dtype=self.buffer.dtype)
+        grown[: self.fill] = self.buffer[: self.fill]
+        self.buffer = grown
+        for name, kind in {**LABELS, **self.writer.header.columns}.items():
+            column = np.empty(size, dtype=object if kind == "string" else kind)
+            if self.fill:
+                column[: self.fill] = self.labels[name][: self.fill]
+            self.labels[name] = column
+
+    def _flush(self) -> None:
+        """Write the buffer as one page."""
+        if not self.fill:
+            return
+        if self.parquet is None:
+            final = self.writer.folder / shard_name(self.split, self.writer.rank, self.index)
+            temporary = self.cleanup.enter_context(atomic_path(final))
+            file = self.cleanup.enter_context(open(temporary, "wb"))
+            self.parquet = VectorFile(file, self.writer.header)
+        self.parquet.page(self.buffer[: self.fill].numpy(), {k: v[: self.fill] for k, v in self.labels.items()})
+        self.fill = 0
+
+    def commit(self) -> None:
+        """Finish the current file, if there is one, and rename it into place."""
+        if not self.shard_rows:
+            return
+        self._flush()
+        record = {"version": FORMAT_VERSION, **self.writer.header.to_json(), "split": self.split}
+        record |= {"rows": self.shard_rows, "statistics": self.stats.to_json()}
+        assert self.parquet is not None
+        self.parquet.close({FOOTER_KEY: json.dumps(record, ensure_ascii=False, allow_nan=False)})
+        self.cleanup.close()
+        self.parquet = None
+        self.index += 1
+        self.shard_rows = 0
+        self.last_sample = -1
+        self.stats = RunningStats(self.writer.header.d)
+
+    def abort(self) -> None:
+        """Drop the unfinished file."""
+        self.parquet = None
+        with contextlib.suppress(_Aborted), self.cleanup:
+            raise _Aborted
+        self.n_rows -= self.shard_rows
+        self.fill = self.shard_rows = 0
+
+
+class _Aborted(Exception):
+    """Tells `atomic_path` to remove the temporary file."""
+
+
+def _open_parquet(path: Path) -> Any:
+    pq = require("pyarrow.parquet", extra="train")
+    pa = require("pyarrow", extra="train")
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise FormatError(
+            path,
+            "a whole Parquet file",
+            f"one that cannot be opened ({error})",
+            hint="remove it; its samples are redone",
+        ) from error
