@@ -1,0 +1,88 @@
+"""Atomic writes for the hub's folder: a reader sees the old content or the new, never a half.
+
+Temporary files all live in `<root>/tmp` (same file system, so a rename is atomic) and are swept at start; that
+keeps every git repo free of stray files after a crash.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+
+class Disk:
+    """The hub's way to its disk: temporary names, atomic replace, and fsync where the settings ask for it."""
+
+    def __init__(self, root: Path, fsync: bool) -> None:
+        self.root = root
+        self.fsync = fsync
+        self.tmp = root / "tmp"
+        shutil.rmtree(self.tmp, ignore_errors=True)
+        self.tmp.mkdir(parents=True, exist_ok=True)
+
+    def temp_path(self, stem: str = "t") -> Path:
+        """A fresh name under `tmp`, nothing created yet."""
+        return self.tmp / f"{stem}-{uuid.uuid4().hex}"
+
+    @contextmanager
+    def temp_file(self, stem: str = "t") -> Iterator[tuple[Path, IO[bytes]]]:
+        """An open temporary file, removed at the end unless it was moved away."""
+        path = self.temp_path(stem)
+        with open(path, "w+b") as handle:
+            try:
+                yield path, handle
+            finally:
+                path.unlink(missing_ok=True)
+
+    def publish(self, temp: Path, target: Path, handle: IO[bytes] | None = None) -> None:
+        """Move a finished temporary file to its place."""
+        if handle is not None:
+            handle.flush()
+            if self.fsync:
+                os.fsync(handle.fileno())
+        try:
+            os.replace(temp, target)
+        except FileNotFoundError:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(temp, target)
+        if self.fsync:
+            sync_folder(target.parent)
+
+    def write(self, target: Path, data: bytes) -> None:
+        """Write a whole file atomically."""
+        with self.temp_file() as (path, handle):
+            handle.write(data)
+            self.publish(path, target, handle)
+
+    def write_json(self, target: Path, value: Any) -> None:
+        """Write JSON atomically."""
+        self.write(target, json.dumps(value, indent=1, sort_keys=True).encode())
+
+    def remove_tree(self, folder: Path) -> None:
+        """Take a folder out of sight in one rename, then delete it at leisure."""
+        gone = self.temp_path("trash")
+        os.rename(folder, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` survive power loss."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; None where there is none."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None

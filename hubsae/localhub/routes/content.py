@@ -1,0 +1,140 @@
+"""Files: `resolve` and `raw`, with the headers every download depends on, and the storage origin behind redirects."""
+
+from __future__ import annotations
+
+import mimetypes
+from collections.abc import Iterator
+from typing import Any
+
+from starlette.responses import Response
+
+from ..describe import safetensors_parameters
+from ..errors import HubError, entry_not_found
+from ..gitstore import Entry
+from ..http import Call, content_answer, header_value, quote_path
+from ..repos import BlobInfo, Repo
+from ..routing import Router
+
+routes = Router()
+
+# requests for these count as a download of a model, as on the Hub (GET and HEAD)
+QUERY_FILES = {"config.json", "config.yaml", "hyperparams.yaml", "params.json", "meta.yaml"}
+
+
+def _find(call: Call) -> tuple[Repo, str, str, Entry, BlobInfo]:
+    repo = call.repo()
+    sha = repo.git.resolve(call["revision"])
+    call.hub.registry.require_content(repo, call.caller)
+    path = call["path"].strip("/")
+    entry = repo.git.lookup(repo.git.commit(sha).tree, path) if path else None
+    if entry is None or entry.is_tree:
+        raise entry_not_found(path, sha)
+    return repo, sha, path, entry, repo.blob_info(entry)
+
+
+def _count(call: Call, repo: Repo, path: str) -> None:
+    if (repo.kind == "models" and path in QUERY_FILES) or (repo.kind == "datasets" and call.request.method == "GET"):
+        with repo.lock:
+            repo.meta["downloads"] = repo.meta.get("downloads", 0) + 1
+            repo.save()
+
+
+def _content_type(path: str) -> str:
+    guessed = mimetypes.guess_type(path)[0] or "application/octet-stream"
+    # nothing from a repo may run as a page of this origin
+    if guessed in ("text/html", "application/xhtml+xml", "image/svg+xml", "text/xml", "application/xml"):
+        return "text/plain; charset=utf-8"
+    if guessed.startswith("text/"):
+        return f"{guessed}; charset=utf-8"
+    return guessed
+
+
+def _headers(path: str) -> dict[str, str]:
+    name = path.rsplit("/", 1)[-1]
+    ascii_name = "".join(c if c.isascii() and c.isprintable() and c not in '"\\' else "_" for c in name)
+    return {
+        "Content-Type": _content_type(path),
+        "Content-Disposition": f"inline; filename*=UTF-8''{quote_path(name)}; filename=\"{ascii_name}\";",
+        "Content-Security-Policy": "default-src 'none'; sandbox",
+    }
+
+
+@routes.on_repo("GET", "/resolve/{revision}/{path...}")
+def resolve(call: Call) -> Response:
+    """A file at a revision. LFS content may be a redirect (CDN switch) and may carry a Xet hash (Xet switch)."""
+    repo, sha, path, entry, info = _find(call)
+    _count(call, repo, path)
+    headers = {"X-Repo-Commit": sha, **_headers(path), "Access-Control-Expose-Headers": "*"}
+    if info.lfs is None:
+        headers["ETag"] = f'"{entry.sha}"'
+        data = repo.git.blob(entry.sha)
+        return content_answer(call.request, len(data), lambda start, end: iter((data[start:end],)), headers)
+    oid = info.lfs.oid
+    if repo.lfs.size(oid) is None:
+        raise HubError(
+            404, f"The content of {path} was deleted from this repository", code="EntryNotFound", headers=headers
+        )
+    etag = f'"{oid}"'
+    headers |= {"X-Linked-Etag": etag, "X-Linked-Size": str(info.size)}
+    if call.hub.xet and (name := repo.lfs.xet_hash(oid)) is not None:
+        refresh = f"{call.base}/api/{repo.kind}/{quote_path(repo.id)}/xet-read-token/{sha}"
+        rebuild = f"{call.base}/xet/{call.hub.data_id}/v1/reconstructions/{name}"
+        headers["X-Xet-Hash"] = name
+        headers["X-Xet-Refresh-Route"] = refresh
+        headers["Link"] = f'<{refresh}>; rel="xet-auth", <{rebuild}>; rel="xet-reconstruction-info"'
+    if call.hub.cdn_port:
+        word = call.hub.signer.sign({"kind": "get", "repo": repo.meta["uid"], "oid": oid, "name": path})
+        headers["Location"] = f"{call.storage_base}/storage/get/{word}"
+        headers["ETag"] = f'"{entry.sha}"'
+        headers.pop("Content-Type")
+        headers.pop("Content-Disposition")
+        return Response(status_code=302, headers=headers)
+    headers["ETag"] = etag
+    return content_answer(call.request, info.size, lambda start, end: repo.lfs.read(oid, start, end), headers)
+
+
+@routes.on_repo("GET", "/raw/{revision}/{path...}")
+def raw(call: Call) -> Response:
+    """The blob itself: for LFS files the pointer."""
+    repo, sha, path, entry, _ = _find(call)
+    data = repo.git.blob(entry.sha)
+    headers = {
+        "X-Repo-Commit": sha,
+        "ETag": f'"{entry.sha}"',
+        **_headers(path),
+        "Content-Type": "text/plain; charset=utf-8",
+    }
+    return content_answer(call.request, len(data), lambda start, end: iter((data[start:end],)), headers)
+
+
+@routes.on("GET", "/storage/get/{word}")
+def storage(call: Call) -> Response:
+    """One LFS object by a signed url: what the CDN is on the Hub."""
+    claims = call.hub.signer.verify(call["word"], "get")
+    repo = call.hub.registry.by_uid(claims["repo"])
+    oid = claims["oid"]
+    size = repo.lfs.size(oid)
+    if size is None:
+        raise HubError(404, "This object was deleted")
+
+    def read(start: int, end: int) -> Iterator[bytes]:
+        return repo.lfs.read(oid, start, end)
+
+    headers = {"ETag": f'"{oid}"', **_headers(str(claims.get("name") or "object"))}
+    return content_answer(call.request, size, read, headers)
+
+
+@routes.on("GET", "/api/resolve-cache/{kind}/{repo}/{revision}/{path...}")
+def resolve_cache(call: Call) -> Response:
+    return resolve(call)
+
+
+@routes.on("GET", "/api/{kind}/{repo}/safetensors-metadata/{path...}")
+def safetensors_metadata(call: Call) -> Any:
+    """Header facts of a safetensors file, without downloading it."""
+    call.params["revision"] = call.query.get("revision", "main")
+    repo, _, path, entry, _ = _find(call)
+    counts = safetensors_parameters(repo, entry)
+    if counts is None:
+        raise HubError(400, header_value(f"{path} is not a safetensors file"))
+    return {"parameters": counts, "total": sum(counts.values())}
