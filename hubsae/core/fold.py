@@ -56,19 +56,19 @@ def fold(
     if apply_b_dec_to_input is None:
         apply_b_dec_to_input = normalised or trained.pre_bias is not None
     dtype = trained.W_enc.dtype
-    W_enc, W_dec = trained.W_enc.double(), trained.W_dec.double()
     b_d = trained.b_dec.double()
     p = torch.zeros_like(b_d) if trained.pre_bias is None else trained.pre_bias.double()
     mu = torch.zeros_like(b_d) if mean is None else mean.double().expand_as(b_d)
     sigma = torch.ones_like(b_d) if std is None else std.double().expand_as(b_d)
 
     moved = (b_d - p) if apply_b_dec_to_input else -(p + mu / sigma)
+    # one float64 copy of a matrix at a time: wide SAEs are packaged on small machines
+    shift = moved @ trained.W_enc.double() if bool(moved.any()) else None
     out: dict[str, Tensor] = {
-        "W_enc": (W_enc / sigma[:, None]).to(dtype) if normalised else trained.W_enc,
-        "W_dec": (W_dec * sigma).to(dtype) if normalised else trained.W_dec,
+        "W_enc": (trained.W_enc.double() / sigma[:, None]).to(dtype) if normalised else trained.W_enc,
+        "W_dec": (trained.W_dec.double() * sigma).to(dtype) if normalised else trained.W_dec,
         "b_dec": (sigma * b_d + mu).to(dtype) if normalised else trained.b_dec,
     }
-    shift = moved @ W_enc if bool(moved.any()) else None
     for name, bias in trained.encoder_biases.items():
         if shift is None:
             out[name] = bias

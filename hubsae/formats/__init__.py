@@ -1,0 +1,42 @@
+"""On-disk formats: what a file is (`detect`), into canonical form (`read`), out of it (`write`), and releases.
+
+from hubsae.formats import detect, read, write, convert, Release, package
+"""
+
+from hubsae.formats.base import Format, Overrides, Probe, ReadWarning
+from hubsae.formats.manifest import FileEntry, Manifest, SAEEntry
+from hubsae.formats.package import PackagePlan, PlannedSAE, package, plan
+from hubsae.formats.registry import FORMATS, Reading, choose, convert, detect, read, write, write_also
+from hubsae.formats.release import Release, pick, select
+from hubsae.formats.saelens import Fidelity, fidelity
+from hubsae.formats.spec import PackageSpec
+from hubsae.formats.thresholds import estimate_threshold
+
+__all__ = [
+    "FORMATS",
+    "Fidelity",
+    "FileEntry",
+    "Format",
+    "Manifest",
+    "Overrides",
+    "PackagePlan",
+    "PackageSpec",
+    "PlannedSAE",
+    "Probe",
+    "ReadWarning",
+    "Reading",
+    "Release",
+    "SAEEntry",
+    "choose",
+    "convert",
+    "detect",
+    "estimate_threshold",
+    "fidelity",
+    "package",
+    "pick",
+    "plan",
+    "read",
+    "select",
+    "write",
+    "write_also",
+]

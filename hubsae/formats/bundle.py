@@ -1,0 +1,189 @@
+"""A bundle: `model.safetensors` with `model.metadata.json`, which holds per-dimension input_mean and input_std.
+
+Which keys and which orientation such files use is not written down anywhere, so both are taken from what is
+there: several spellings are known, matrices are turned by their shape, and square ones are refused.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hubsae.core.errors import FormatError
+from hubsae.core.fold import TrainedTensors
+from hubsae.core.metadata import DecoderFlags
+from hubsae.core.sae import HubSAE
+from hubsae.formats import tensors as io
+from hubsae.formats.base import Format, Found, Overrides, Probe, ReadWarning, assemble, orient
+
+WEIGHTS_NAME = "model.safetensors"
+METADATA_NAME = "model.metadata.json"
+
+SPELLINGS = {
+    "W_enc": ("W_enc", "w_enc", "encoder.weight", "encoder"),
+    "W_dec": ("W_dec", "w_dec", "decoder.weight", "decoder"),
+    "b_enc": ("b_enc", "encoder.bias", "latent_bias"),
+    "b_dec": ("b_dec", "decoder.bias", "pre_bias"),
+}
+MEAN = ("input_mean", "normalizer.mean", "normalization.mean")
+STD = ("input_std", "normalizer.std", "normalization.std")
+ARCHITECTURES = {"topk": "topk", "batchtopk": "batch_topk", "relu": "relu", "standard": "relu"}
+
+
+def _files(probe: Probe) -> bool:
+    if probe.is_dir:
+        return {WEIGHTS_NAME, METADATA_NAME} <= probe.names
+    return probe.path.name == WEIGHTS_NAME and (probe.path.parent / METADATA_NAME).is_file()
+
+
+def detect(probe: Probe) -> str | None:
+    """model.safetensors beside model.metadata.json."""
+    return "model.safetensors beside model.metadata.json" if _files(probe) else None
+
+
+def _read(probe: Probe, choices: Overrides) -> HubSAE:
+    folder = probe.path if probe.is_dir else probe.path.parent
+    file, meta = folder / WEIGHTS_NAME, probe.json(METADATA_NAME)
+    tensors = _named(file, io.read_safetensors(file))
+    d_in, d_sae = tensors["b_dec"].shape[0], tensors["b_enc"].shape[0]
+    W_enc, W_dec, layout = orient(file, tensors["W_enc"], tensors["W_dec"], d_in, d_sae, choices.transposed)
+    _check_declared(file, meta, d_in, d_sae)
+    kind = (
+        str(_find(meta, ("sae_type", "architecture", "activation", "type")) or "topk")
+        .lower()
+        .replace("_", "")
+        .replace("-", "")
+    )
+    architecture = next((ours for theirs, ours in ARCHITECTURES.items() if theirs in kind), "topk")
+    k = _find(meta, ("k", "topk", "top_k"))
+    hook = _find(meta, ("hookpoint", "hook_point", "hook_name", "hook"))
+    b_dec = tensors["b_dec"]
+    return assemble(
+        Found(
+            format="bundle",
+            path=file,
+            trained=TrainedTensors(
+                W_enc, W_dec, b_dec, b_dec if _subtracts(file, meta, choices) else None, {"b_enc": tensors["b_enc"]}
+            ),
+            architecture=architecture,
+            k=int(k) if isinstance(k, (int, float)) else None,
+            mean=_statistic(file, meta, tensors, "mean", MEAN, d_in),
+            std=_statistic(file, meta, tensors, "std", STD, d_in),
+            keep_normalizer=True,
+            hook=hook if isinstance(hook, str) else None,
+            layer=None if isinstance(hook, str) else probe.name.layer,
+            base_model=_text(meta, ("base_model", "model_id", "model_name", "base_model_id")),
+            base_model_revision=_text(meta, ("base_model_revision", "model_revision", "revision")),
+            flags=DecoderFlags(
+                encoder_orientation=layout.split(" and ")[0], decoder_orientation=layout.split(" and ")[1]
+            ),
+            record={"training": _training(meta)},
+        ),
+        choices,
+    )
+
+
+def _named(file: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    out: dict[str, Tensor] = {}
+    for ours, spellings in SPELLINGS.items():
+        # nested modules put a prefix in front: sae.W_enc, model.encoder.weight
+        hits = [t for name, t in tensors.items() if any(name == s or name.endswith(f".{s}") for s in spellings)]
+        if len(hits) != 1:
+            raise FormatError(
+                file,
+                f"one tensor for {ours} (any of {', '.join(spellings)})",
+                f"{len(hits)} among {', '.join(sorted(tensors))}",
+            )
+        out[ours] = hits[0]
+    for name, tensor in tensors.items():
+        if name.rpartition(".")[2] in ("input_mean", "input_std"):
+            out[name.rpartition(".")[2]] = tensor
+    for name in ("b_enc", "b_dec"):
+        if out[name].ndim != 1:
+            raise FormatError(file, f"{name} with one dimension", str(tuple(out[name].shape)))
+    return out
+
+
+def _walk(meta: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    if isinstance(meta, dict) and depth < 6:
+        for key, value in meta.items():
+            yield f"{prefix}{key}", value
+            yield from _walk(value, f"{prefix}{key}.", depth + 1)
+
+
+def _find(meta: dict[str, Any], names: tuple[str, ...]) -> Any:
+    """The value of the first of the names found at any depth, shallow ones first."""
+    flat = sorted(_walk(meta), key=lambda item: item[0].count("."))
+    for name in names:
+        for key, value in flat:
+            if (key == name or key.endswith(f".{name}")) and not isinstance(value, dict) and value is not None:
+                return value
+    return None
+
+
+def _text(meta: dict[str, Any], names: tuple[str, ...]) -> str | None:
+    value = _find(meta, names)
+    return value if isinstance(value, str) else None
+
+
+def _check_declared(file: Path, meta: dict[str, Any], d_in: int, d_sae: int) -> None:
+    for names, found in ((("d_in", "d_model", "input_dim"), d_in), (("d_sae", "num_latents", "dict_size"), d_sae)):
+        declared = _find(meta, names)
+        if isinstance(declared, int) and declared != found:
+            raise FormatError(file, f"{names[0]} {declared} as {METADATA_NAME} says", str(found))
+
+
+def _subtracts(file: Path, meta: dict[str, Any], choices: Overrides) -> bool:
+    if choices.apply_b_dec_to_input is not None:
+        return choices.apply_b_dec_to_input
+    stated = _find(meta, ("apply_b_dec_to_input", "subtract_b_dec"))
+    if isinstance(stated, bool):
+        return stated
+    warnings.warn(
+        f"{file}: {METADATA_NAME} does not say whether b_dec is subtracted before encoding; taken as subtracted "
+        "(give apply_b_dec_to_input=False if not, and check by the reconstruction error)",
+        ReadWarning,
+        stacklevel=4,
+    )
+    return True
+
+
+def _statistic(
+    file: Path, meta: dict[str, Any], tensors: dict[str, Tensor], name: str, names: tuple[str, ...], d_in: int
+) -> Tensor:
+    value = tensors.get(f"input_{name}")
+    if value is None:
+        value = _find(meta, names)
+    if value is None:
+        raise FormatError(
+            file, f"input_{name} in {METADATA_NAME}", "none", hint="the weights mean nothing without their normaliser"
+        )
+    try:
+        tensor = torch.as_tensor(value, dtype=torch.float64).flatten()
+    except (TypeError, ValueError) as error:
+        raise FormatError(file, f"input_{name} as numbers", str(error)) from error
+    if tensor.numel() not in (1, d_in):
+        raise FormatError(file, f"input_{name} of width {d_in}", str(tensor.numel()))
+    return tensor.expand(d_in)
+
+
+def _training(meta: dict[str, Any]) -> dict[str, Any]:
+    wanted = {"lr": ("lr", "learning_rate"), "batch_size": ("batch_size",), "steps": ("step", "steps"),
+              "tokens": ("tokens_seen", "tokens"), "seed": ("seed",)}  # fmt: skip
+    found = {ours: _find(meta, names) for ours, names in wanted.items()}
+    return {k: v for k, v in found.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+
+
+FORMAT = Format(
+    name="bundle",
+    title="safetensors with model.metadata.json",
+    detect=detect,
+    read=_read,
+    covers=frozenset({"raw"}),
+    layout="`model.safetensors`, `model.metadata.json` with `input_mean` and `input_std`",
+)

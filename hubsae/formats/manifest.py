@@ -1,0 +1,201 @@
+"""The release manifest: the `config.json` at the root of a release, which lists every SAE and every file.
+
+It is the first file a loader asks for (and the request the Hub counts as a download), so it holds what is
+needed to choose an SAE without opening its folder: shape, selection rule, hook point, base model, headline
+metrics, and size and sha256 of each file.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from hubsae.core.errors import FormatError, MetadataError
+from hubsae.core.files import read_json, safe_join, sha256_file, write_json_atomic
+from hubsae.core.metadata import describe_validation
+from hubsae.version import __version__
+
+MANIFEST_NAME = "config.json"
+FORMAT_VERSION = 1
+KIND = "hubsae-release"
+MAX_JSON_BYTES = 256 << 20
+
+
+class ManifestWarning(UserWarning):
+    """A manifest holds something this version does not know; it is kept as it is."""
+
+
+class _Part(BaseModel):
+    # keys a newer version added are kept and written back; `Manifest.read` warns about them once
+    model_config = ConfigDict(extra="allow")
+
+
+class FileEntry(_Part):
+    """One file of a release.
+
+    >>> FileEntry(path="results/eval.csv", size=12, sha256="0" * 64).path
+    'results/eval.csv'
+    """
+
+    path: str = Field(description="Path from the root of the release, with forward slashes.")
+    size: int = Field(ge=0, description="Bytes.")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="Hash of the bytes, in hex.")
+
+    @field_validator("path")
+    @classmethod
+    def _inside(cls, value: str) -> str:
+        return _checked_path(value)
+
+    @staticmethod
+    def of(root: str | PathLike[str], path: str) -> FileEntry:
+        """Describe the file at `root/path` by reading it."""
+        file = safe_join(root, path)
+        return FileEntry(path=path, size=file.stat().st_size, sha256=sha256_file(file))
+
+
+class SAEEntry(_Part):
+    """One SAE of a release: what a person chooses by, and its files."""
+
+    id: str = Field(description="Name by which this SAE is asked for; the path of its folder unless given.")
+    path: str = Field(description='Its folder, from the root of the release; "." when it lies at the root.')
+    layer: int | None = Field(default=None, ge=0, description="Index of the block, from 0.")
+    stage: str | None = Field(default=None, description="Checkpoint of the base model, such as ppo_step116.")
+    architecture: str = Field(description="Selection rule: relu, topk, batch_topk, jumprelu or gated.")
+    d_in: int = Field(ge=1)
+    d_sae: int = Field(ge=1)
+    k: int | None = Field(default=None, ge=1)
+    hook_point: str | None = Field(default=None, description="Module path, such as model.layers.18.")
+    base_model: str | None = None
+    base_model_revision: str | None = None
+    metrics: dict[str, float] = Field(default_factory=dict, description="Headline metrics by name.")
+    files: list[FileEntry] = Field(default_factory=list)
+
+    @field_validator("id", "path")
+    @classmethod
+    def _inside(cls, value: str) -> str:
+        return _checked_path(value)
+
+    def row(self) -> dict[str, Any]:
+        """The entry as one row of a table, without its files; metrics become columns."""
+        keep = ("id", "layer", "stage", "architecture", "d_in", "d_sae", "k", "hook_point")
+        return {name: getattr(self, name) for name in keep} | dict(self.metrics)
+
+
+class Manifest(_Part):
+    """Everything a release says about itself at its root.
+
+    >>> m = Manifest(name="demo", saes=[SAEEntry(id="a", path="a", architecture="topk", d_in=4, d_sae=8, k=2)])
+    >>> [entry.id for entry in m]
+    ['a']
+    """
+
+    format_version: int = Field(default=FORMAT_VERSION, ge=1)
+    kind: Literal["hubsae-release"] = KIND
+    library_name: str = "hubsae"
+    library_version: str = __version__
+    name: str
+    base_model: str | None = None
+    base_model_revision: str | None = None
+    license: str | None = None
+    datasets: list[str] = Field(default_factory=list, description="Hub ids of the datasets that were used.")
+    description: str | None = None
+    saes: list[SAEEntry]
+    files: list[FileEntry] = Field(default_factory=list, description="Files that belong to no single SAE.")
+
+    def __iter__(self) -> Iterator[SAEEntry]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return iter(self.saes)
+
+    def __len__(self) -> int:
+        return len(self.saes)
+
+    @property
+    def all_files(self) -> list[FileEntry]:
+        """Every file of the release but the manifest itself."""
+        return [file for entry in self.saes for file in entry.files] + list(self.files)
+
+    def write(self, root: str | PathLike[str]) -> Path:
+        """Write `config.json` into `root`, whole or not at all."""
+        return write_json_atomic(Path(root) / MANIFEST_NAME, self.model_dump(mode="json", exclude_none=True))
+
+    @staticmethod
+    def is_manifest(value: Any) -> bool:
+        """Whether parsed JSON is meant to be a release manifest."""
+        return isinstance(value, dict) and value.get("kind") == KIND
+
+    @staticmethod
+    def read(path: str | PathLike[str]) -> Manifest:
+        """Read a manifest, from its file or from the folder it lies in."""
+        file = Path(path)
+        if file.is_dir():
+            file = file / MANIFEST_NAME
+        if file.is_file() and file.stat().st_size > MAX_JSON_BYTES:
+            raise FormatError(file, f"a manifest below {MAX_JSON_BYTES} bytes", f"{file.stat().st_size} bytes")
+        return Manifest.parse(read_json(file), file)
+
+    @staticmethod
+    def parse(value: Any, path: str | PathLike[str] = MANIFEST_NAME) -> Manifest:
+        """Check parsed JSON; `path` is only named in errors."""
+        if not Manifest.is_manifest(value):
+            found = f"kind {value.get('kind')!r}" if isinstance(value, dict) else type(value).__name__
+            raise FormatError(
+                path,
+                f'a release manifest (JSON with "kind": "{KIND}")',
+                found,
+                hint="`hubsae show PATH` tells what this is; `hubsae package` makes a release",
+            )
+        try:
+            manifest = Manifest.model_validate(value)
+        except ValidationError as error:
+            raise MetadataError(
+                f"{path}: {describe_validation(error)}",
+                hint="the manifest is incomplete or damaged; write it again with `hubsae package`",
+            ) from error
+        manifest._check_unique(path)
+        unknown = sorted(unknown_keys(manifest))
+        if unknown or manifest.format_version > FORMAT_VERSION:
+            newer = f"format version {manifest.format_version}, this hubsae knows {FORMAT_VERSION}"
+            warnings.warn(
+                f"{path}: {newer if manifest.format_version > FORMAT_VERSION else 'unknown keys'}"
+                + (f"; kept as they are: {', '.join(unknown)}" if unknown else ""),
+                ManifestWarning,
+                stacklevel=2,
+            )
+        return manifest
+
+    def _check_unique(self, path: str | PathLike[str]) -> None:
+        for what, values in (("id", [e.id for e in self.saes]), ("path", [e.path for e in self.saes])):
+            twice = {value for value in values if values.count(value) > 1} if len(set(values)) < len(values) else set()
+            if twice:
+                raise MetadataError(f"{path}: the {what} {sorted(twice)[0]!r} is used by more than one SAE")
+
+
+def unknown_keys(part: BaseModel, prefix: str = "") -> set[str]:
+    """Keys of a parsed model that this version has no field for, with dots between levels."""
+    found = {f"{prefix}{name}" for name in part.model_extra or {}}
+    for name in type(part).model_fields:
+        value = getattr(part, name)
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, BaseModel):
+                found |= unknown_keys(item, f"{prefix}{name}.")
+    return found
+
+
+def manifest_schema() -> dict[str, Any]:
+    """JSON schema of the manifest."""
+    return json.loads(json.dumps(Manifest.model_json_schema()))
+
+
+def _checked_path(value: str) -> str:
+    if not value:
+        raise ValueError('a path must not be empty; "." is the root of the release')
+    try:
+        safe_join("release", value)
+    except FormatError as error:
+        raise ValueError(str(error)) from error
+    return value

@@ -1,0 +1,234 @@
+"""The native format: one folder per SAE, which hubsae and SAELens 6 both load.
+
+sae_weights.safetensors   folded float32 tensors, exactly those SAELens expects
+cfg.json                  SAELens config
+metadata.json             the full record (`hubsae.core.metadata`)
+normalizer.safetensors    mean and std [d_in], where there are statistics
+sparsity.safetensors      log10 firing frequency [d_sae], where known
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hubsae.core.config import SAEConfig
+from hubsae.core.errors import ConfigError, FormatError
+from hubsae.core.files import write_json_atomic
+from hubsae.core.metadata import FILE_NAME as METADATA_NAME
+from hubsae.core.metadata import Metadata, NormalizerInfo
+from hubsae.core.normalizer import Normalizer
+from hubsae.core.sae import HubSAE
+from hubsae.formats import saelens
+from hubsae.formats import tensors as io
+from hubsae.formats.base import Format, Overrides, Probe
+from hubsae.version import __version__
+
+WEIGHTS_NAME = saelens.WEIGHTS_NAME
+CFG_NAME = saelens.CFG_NAME
+NORMALIZER_NAME = "normalizer.safetensors"
+SPARSITY_NAME = saelens.SPARSITY_NAME
+SAE_FILES = (WEIGHTS_NAME, CFG_NAME, METADATA_NAME, NORMALIZER_NAME, SPARSITY_NAME)
+
+# Which dimension of each tensor counts latents.
+LATENT_AXIS = {"W_enc": 1, "W_dec": 0, "b_enc": 0, "threshold": 0, "b_gate": 0, "b_mag": 0, "r_mag": 0, "b_dec": -1}
+
+
+def detect(probe: Probe) -> str | None:
+    """A folder with metadata.json of hubsae and sae_weights.safetensors."""
+    if not probe.is_dir or not {METADATA_NAME, WEIGHTS_NAME} <= probe.names:
+        return None
+    return (
+        "metadata.json of hubsae beside sae_weights.safetensors"
+        if "hubsae_format" in probe.json(METADATA_NAME)
+        else None
+    )
+
+
+def write(sae: HubSAE, folder: str | os.PathLike[str]) -> Path:
+    """Write one SAE folder; each file is written whole or not at all, the metadata last.
+
+    >>> import tempfile
+    >>> sae = HubSAE.random(SAEConfig(architecture="topk", d_in=4, d_sae=8, k=2))
+    >>> with tempfile.TemporaryDirectory() as d:
+    ...     sorted(p.name for p in write(sae, d).iterdir())
+    ['cfg.json', 'metadata.json', 'sae_weights.safetensors']
+    """
+    if sae.features is not None:
+        sae.config.check_feature_subset()
+    sae = saelens.with_constant_norm(sae)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = saelens.stored_tensors(sae)
+    io.ensure_finite(folder / WEIGHTS_NAME, tensors)
+    header = {
+        "format": "hubsae",
+        "hubsae_version": __version__,
+        "config": sae.config.model_dump_json(exclude_none=True),
+    }
+    io.write_safetensors(folder / WEIGHTS_NAME, tensors, header)
+    metadata = sae.metadata.model_copy(update={"config": sae.config})
+    if sae.normalizer is not None:
+        _write_normalizer(folder / NORMALIZER_NAME, sae.normalizer)
+        if metadata.normalizer.file is None:
+            kind = "mean_std" if metadata.normalizer.kind == "none" else metadata.normalizer.kind
+            info = NormalizerInfo.model_validate(
+                {**metadata.normalizer.model_dump(), "kind": kind, "file": NORMALIZER_NAME}
+            )
+            metadata = metadata.model_copy(update={"normalizer": info})
+    elif (folder / NORMALIZER_NAME).exists():
+        (folder / NORMALIZER_NAME).unlink()
+    if sae.sparsity is not None:
+        io.write_safetensors(folder / SPARSITY_NAME, {"sparsity": sae.sparsity.float()})
+    elif (folder / SPARSITY_NAME).exists():
+        (folder / SPARSITY_NAME).unlink()
+    write_json_atomic(folder / CFG_NAME, saelens.cfg_of(sae.config, metadata))
+    metadata.save(folder)
+    return folder
+
+
+def read(
+    path: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str | None = None,
+    features: Sequence[int] | None = None,
+) -> HubSAE:
+    """Read one SAE folder; `features` reads only those latents, by slicing the file."""
+    folder = Path(path)
+    metadata = Metadata.load(folder)
+    file = folder / WEIGHTS_NAME
+    if features is None:
+        tensors = io.read_safetensors(file, device=str(device))
+    else:
+        wanted = _checked_features(list(features), metadata.config.d_sae)
+        tensors = io.read_rows(file, wanted, LATENT_AXIS)
+    return build(
+        metadata, tensors, file, normalizer=read_normalizer(folder), sparsity=read_sparsity(folder),
+        device=device, dtype=dtype, features=features,
+    )  # fmt: skip
+
+
+def build(
+    metadata: Metadata,
+    tensors: dict[str, Tensor],
+    file: Path,
+    *,
+    normalizer: Normalizer | None = None,
+    sparsity: Tensor | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str | None = None,
+    features: Sequence[int] | None = None,
+) -> HubSAE:
+    """A HubSAE from a record and stored tensors, checked against each other; `file` is named in errors."""
+    config = metadata.config
+    if features is not None:
+        config = config.model_copy(
+            update={"d_sae": len(features), "k": min(config.k, len(features)) if config.k else None}
+        )
+        sparsity = None if sparsity is None else sparsity[list(features)]
+    tensors = dict(tensors)
+    if config.architecture == "batch_topk" and "threshold" in tensors:
+        _check_stored_threshold(file, config, tensors.pop("threshold"))
+    io.ensure_finite(file, tensors)
+    target = getattr(torch, str(dtype).removeprefix("torch.")) if dtype is not None else None
+    for name, tensor in tensors.items():
+        tensors[name] = tensor.to(device=device, dtype=target)
+    if target is not None:
+        config = config.model_copy(update={"dtype": str(target).removeprefix("torch.")})
+    try:
+        return HubSAE(config, tensors, metadata=metadata, normalizer=normalizer, sparsity=sparsity, features=features)
+    except ConfigError as error:
+        raise FormatError(file, f"the tensors that {METADATA_NAME} describes", error.message) from error
+
+
+def only(tensors: dict[str, Tensor], features: Sequence[int] | None, d_sae: int) -> dict[str, Tensor]:
+    """The tensors of some latents; all of them where none are named."""
+    if features is None:
+        return tensors
+    wanted = torch.tensor(_checked_features(list(features), d_sae))
+    return {
+        name: tensor if LATENT_AXIS[name] < 0 else tensor.index_select(LATENT_AXIS[name], wanted)
+        for name, tensor in tensors.items()
+    }
+
+
+def _check_stored_threshold(file: Path, config: SAEConfig, stored: Tensor) -> None:
+    expected = torch.tensor(config.threshold if config.threshold is not None else float("nan"), dtype=stored.dtype)
+    if not bool((stored == expected).all()):
+        raise FormatError(
+            file,
+            f"threshold {config.threshold} as in {METADATA_NAME}",
+            f"{stored.min().item():g} to {stored.max().item():g}",
+            hint="the folder was changed by hand; write it again from the SAE",
+        )
+
+
+def _checked_features(features: list[int], d_sae: int) -> list[int]:
+    bad = [f for f in features if not 0 <= f < d_sae]
+    if bad or not features:
+        raise ConfigError(
+            f"features {bad[:5]} do not exist: this SAE has {d_sae} latents" if bad else "features= names no latent"
+        )
+    return features
+
+
+def _write_normalizer(file: Path, normalizer: Normalizer) -> None:
+    note = {"count": str(normalizer.count), "norm_percentiles": json.dumps(normalizer.norm_percentiles)}
+    io.write_safetensors(file, {"mean": normalizer.mean, "std": normalizer.std}, note)
+
+
+def read_normalizer(folder: Path) -> Normalizer | None:
+    """The normaliser beside the weights, or None."""
+    file = folder / NORMALIZER_NAME
+    if not file.is_file():
+        return None
+    tensors = io.read_safetensors(file)
+    if set(tensors) != {"mean", "std"}:
+        raise FormatError(file, "the tensors mean and std", ", ".join(sorted(tensors)) or "none")
+    note = _safetensors_note(file)
+    return Normalizer(
+        tensors["mean"], tensors["std"], int(note.get("count", "0")), json.loads(note.get("norm_percentiles", "{}"))
+    )
+
+
+def _safetensors_note(file: Path) -> dict[str, str]:
+    with file.open("rb") as handle:
+        size = int.from_bytes(handle.read(8), "little")
+        return json.loads(handle.read(size)).get("__metadata__") or {}
+
+
+def read_sparsity(folder: Path) -> Tensor | None:
+    """log10 firing frequency [d_sae], or None where the file is not there."""
+    file = folder / SPARSITY_NAME
+    return io.read_safetensors(file).get("sparsity") if file.is_file() else None
+
+
+def _read_format(probe: Probe, choices: Overrides) -> HubSAE:
+    sae = read(probe.path)
+    _no_choices(choices, probe.path)
+    return sae
+
+
+def _no_choices(choices: Overrides, path: Path) -> None:
+    if named := choices.named():
+        raise ConfigError(
+            f"{path}: a hubsae folder says all of this itself; {', '.join(named)} cannot be overridden",
+            hint="change the SAE and save it again",
+        )
+
+
+FORMAT = Format(
+    name="native",
+    title="hubsae folder",
+    detect=detect,
+    read=_read_format,
+    write=write,
+    covers=frozenset({"saelens", "sparsify"}),
+    layout="`sae_weights.safetensors`, `cfg.json`, `metadata.json` (+ `normalizer`, `sparsity`)",
+)

@@ -1,0 +1,306 @@
+"""A release on disk: a folder with a manifest, one folder per SAE, results and plots. What a push uploads."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hubsae.core.errors import FormatError, NotFoundError, nearest
+from hubsae.core.files import atomic_path, safe_join, sha256_file, write_csv_atomic
+from hubsae.core.metadata import Metadata
+from hubsae.core.sae import HubSAE
+from hubsae.formats import native
+from hubsae.formats.manifest import MANIFEST_NAME, FileEntry, Manifest, SAEEntry
+
+RESULTS, PLOTS = "results", "plots"
+# Files at the root that are no part of the record: the card is rendered from it, the others belong to git.
+NOT_LISTED = (MANIFEST_NAME, "README.md", ".gitattributes")
+ROOT_ID = "."
+# What may lie beside an SAE at the root of a release with one SAE.
+ROOT_FILES = (*native.SAE_FILES, "sae.safetensors", "model.onnx", "model.onnx.data", "model.pt")
+
+
+class Release:
+    """A release folder, opened.
+
+    >>> import tempfile
+    >>> from hubsae.core.config import SAEConfig
+    >>> sae = HubSAE.random(SAEConfig(architecture="topk", d_in=4, d_sae=8, k=2))
+    >>> with tempfile.TemporaryDirectory() as d:
+    ...     release = Release.create(d, name="demo", base_model="Qwen/Qwen2.5-0.5B-Instruct")
+    ...     _ = release.add(sae, "saes/layer6")
+    ...     Release.open(d).load("saes/layer6").d_sae
+    8
+    """
+
+    def __init__(self, path: Path, manifest: Manifest):
+        self.path = path
+        self.manifest = manifest
+
+    # ---- opening --------------------------------------------------------------------------------------
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> Release:
+        """Open a release folder by its manifest."""
+        path = Path(folder)
+        if not (path / MANIFEST_NAME).is_file():
+            raise FormatError(
+                path,
+                f"a release folder (with {MANIFEST_NAME})",
+                "a folder without it" if path.is_dir() else "no such folder",
+                hint=f"make one with: hubsae package {path} --out release/",
+            )
+        return cls(path, Manifest.read(path))
+
+    @classmethod
+    def create(cls, folder: str | os.PathLike[str], *, name: str, **fields: Any) -> Release:
+        """Start an empty release; `fields` are those of the manifest (base_model, license, datasets ...)."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        if (path / MANIFEST_NAME).exists():
+            raise FormatError(path, "a folder without a release", "one with a manifest", hint="Release.open opens it")
+        release = cls(path, Manifest(name=name, saes=[], **fields))
+        release.manifest.write(path)
+        return release
+
+    # ---- what is in it ----------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[SAEEntry]:
+        return iter(self.manifest.saes)
+
+    def __len__(self) -> int:
+        return len(self.manifest.saes)
+
+    @property
+    def name(self) -> str:
+        """Name of the release."""
+        return self.manifest.name
+
+    @property
+    def ids(self) -> list[str]:
+        """Ids of the SAEs, in order."""
+        return [entry.id for entry in self]
+
+    def entry(self, id: str | None = None, **filters: Any) -> SAEEntry:
+        """The one SAE with this id, or the one that fits `layer=`, `stage=`, `k=` ..."""
+        return pick(self.manifest, id, where=str(self.path), **filters)
+
+    def select(self, **filters: Any) -> list[SAEEntry]:
+        """Every SAE that fits the filters."""
+        return select(self.manifest, **filters)
+
+    def folder(self, id: str) -> Path:
+        """Folder of an SAE."""
+        return safe_join(self.path, self.entry(id).path)
+
+    def metadata(self, id: str) -> Metadata:
+        """The full record of an SAE."""
+        return Metadata.load(self.folder(id))
+
+    def load(
+        self,
+        id: str | None = None,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | str | None = None,
+        features: Sequence[int] | None = None,
+        verify: bool = False,
+        **filters: Any,
+    ) -> HubSAE:
+        """Load one SAE. Sizes are always compared with the manifest, hashes with `verify=True`."""
+        entry = self.entry(id, **filters)
+        check_files(self.path, entry.files, hashes=verify)
+        return native.read(safe_join(self.path, entry.path), device=device, dtype=dtype, features=features)
+
+    @property
+    def results(self) -> list[Path]:
+        """CSV files of numbers the card shows."""
+        return sorted((self.path / RESULTS).glob("*.csv"))
+
+    @property
+    def plots(self) -> list[Path]:
+        """Images the card shows."""
+        return sorted(p for p in (self.path / PLOTS).glob("*") if p.suffix in (".png", ".svg", ".jpg"))
+
+    # ---- changing it ------------------------------------------------------------------------------------
+
+    def add(self, sae: HubSAE, id: str, *, also: Iterable[str] = ()) -> SAEEntry:
+        """Write an SAE into the release (in place of one with this id) and list it in the manifest.
+
+        `also` names further formats to write beside it: sparsify, onnx, pt, raw.
+        """
+        from hubsae.formats.registry import write_also
+
+        folder = safe_join(self.path, id)
+        metadata = sae.metadata.model_copy(update={"id": id, "config": sae.config})
+        stored = HubSAE(sae.config, sae.tensors(), metadata=metadata, normalizer=sae.normalizer, sparsity=sae.sparsity)
+        native.write(stored, folder)
+        write_also(stored, folder, also)
+        entry = describe_sae(self.path, id, id, Metadata.load(folder))
+        kept = [e for e in self.manifest.saes if e.id != id]
+        self.manifest.saes = [*kept, entry] if len(kept) == len(self) else [entry if e.id == id else e for e in self]
+        self.manifest.write(self.path)
+        return entry
+
+    def add_results(self, name: str, rows: Sequence[dict[str, Any]]) -> Path:
+        """Write a table of results as CSV."""
+        file = safe_join(self.path, RESULTS, name if name.endswith(".csv") else f"{name}.csv")
+        write_csv_atomic(file, rows)
+        self._list(file)
+        return file
+
+    def add_plot(self, name: str, image: bytes | str | os.PathLike[str]) -> Path:
+        """Put an image (its bytes, or a file) among the plots."""
+        file = safe_join(self.path, PLOTS, name)
+        with atomic_path(file) as temporary:
+            if isinstance(image, bytes):
+                temporary.write_bytes(image)
+            else:
+                shutil.copyfile(image, temporary)
+        self._list(file)
+        return file
+
+    def _list(self, file: Path) -> None:
+        entry = FileEntry.of(self.path, file.relative_to(self.path).as_posix())
+        self.manifest.files = sorted(
+            [f for f in self.manifest.files if f.path != entry.path] + [entry], key=lambda f: f.path
+        )
+        self.manifest.write(self.path)
+
+    def refresh(self) -> Release:
+        """Describe the folder anew after files in it changed (records, hashes, results, plots)."""
+        self.manifest.saes = [
+            describe_sae(self.path, e.id, e.path, Metadata.load(safe_join(self.path, e.path)), keep=e) for e in self
+        ]
+        owned = {f.path for e in self for f in e.files}
+        others = (p.relative_to(self.path).as_posix() for p in sorted(self.path.rglob("*")) if p.is_file())
+        self.manifest.files = [
+            FileEntry.of(self.path, p) for p in others if p not in owned and p not in NOT_LISTED and not _hidden(p)
+        ]
+        self.manifest.write(self.path)
+        return self
+
+    def verify(self) -> None:
+        """Compare every file with its size and sha256 in the manifest; the first difference is an error."""
+        check_files(self.path, self.manifest.all_files, hashes=True)
+
+    def push(self, repo_id: str | None = None, **options: Any) -> Any:
+        """Publish this release; see `hubsae.hub.push`."""
+        from hubsae.hub.push import push
+
+        return push(self.path, repo_id, **options)
+
+
+def _hidden(path: str) -> bool:
+    return any(part.startswith(".") for part in path.split("/"))
+
+
+def describe_sae(root: Path, id: str, path: str, metadata: Metadata, keep: SAEEntry | None = None) -> SAEEntry:
+    """The manifest entry of an SAE folder, from its record and its files."""
+    folder = safe_join(root, path)
+    if path == ROOT_ID:
+        names = [p for name in ROOT_FILES if (p := folder / name).is_file()]
+        names += sorted(p for p in (folder / "raw").rglob("*") if p.is_file())
+    else:
+        names = sorted(p for p in folder.rglob("*") if p.is_file() and not _hidden(p.relative_to(folder).as_posix()))
+    config, base, hook = metadata.config, metadata.base_model, metadata.hook
+    headline = {m.name if m.scope in (None, "all") else f"{m.name}@{m.scope}": m.value for m in metadata.metrics}
+    known = dict(keep.model_extra or {}) if keep is not None else {}
+    return SAEEntry(
+        id=id,
+        path=path,
+        layer=hook.layer,
+        stage=base.stage,
+        architecture=config.architecture,
+        d_in=config.d_in,
+        d_sae=config.d_sae,
+        k=config.k,
+        hook_point=hook.module_path or hook.transformer_lens,
+        base_model=base.id,
+        base_model_revision=base.revision,
+        metrics=headline,
+        files=[FileEntry.of(root, p.relative_to(root).as_posix()) for p in names],
+        **known,
+    )
+
+
+def check_files(root: Path, files: Iterable[FileEntry], *, hashes: bool) -> None:
+    """Compare files on disk with their manifest entries."""
+    for entry in files:
+        file = safe_join(root, entry.path)
+        if not file.is_file():
+            raise FormatError(file, f"a file of {entry.size} bytes", "no such file", hint="the release is incomplete")
+        size = file.stat().st_size
+        if size != entry.size:
+            raise FormatError(
+                file,
+                f"{entry.size} bytes as the manifest says",
+                f"{size}",
+                hint="download it again; after a change of your own run release.refresh()",
+            )
+        if hashes and (found := sha256_file(file)) != entry.sha256:
+            raise FormatError(
+                file,
+                f"sha256 {entry.sha256[:16]}... as the manifest says",
+                f"{found[:16]}...",
+                hint="the file is damaged; download it again. After a change of your own run release.refresh()",
+            )
+
+
+FILTERS = ("id", "path", "layer", "stage", "architecture", "d_in", "d_sae", "k", "hook_point", "base_model")
+
+
+def select(manifest: Manifest, **filters: Any) -> list[SAEEntry]:
+    """Entries for which every given field has the given value (or, for a list, one of the values)."""
+    wanted = {name: value for name, value in filters.items() if value is not None}
+    for name in wanted:
+        if name not in FILTERS:
+            raise NotFoundError(f"SAEs cannot be chosen by {name!r}", hint=f"choose by {', '.join(FILTERS)}")
+
+    def fits(entry: SAEEntry) -> bool:
+        return all(
+            getattr(entry, name) in value
+            if isinstance(value, (list, tuple, set, range))
+            else getattr(entry, name) == value
+            for name, value in wanted.items()
+        )
+
+    return [entry for entry in manifest if fits(entry)]
+
+
+def pick(manifest: Manifest, id: str | None = None, *, where: str = "this release", **filters: Any) -> SAEEntry:
+    """The one entry asked for; none or several is an error that lists what there is."""
+    ids = [entry.id for entry in manifest]
+    if id is not None:
+        wanted = id.strip("/") or id
+        found = [e for e in manifest if e.id == wanted] or [e for e in manifest if e.path == wanted]
+        if not found:
+            raise NotFoundError(f"{where} has no SAE {id!r}", hint=f"nearest: {nearest(id, ids)}")
+    else:
+        found = list(manifest)
+    found = [e for e in select(manifest, **filters) if e in found]
+    if len(found) == 1:
+        return found[0]
+    asked = ", ".join(f"{k}={v!r}" for k, v in filters.items() if v is not None)
+    if not found:
+        some = ", ".join(_choices(manifest, filters)) or nearest("", ids)
+        raise NotFoundError(f"{where} has no SAE with {asked}" if asked else f"{where} holds no SAE", hint=some or None)
+    shown = ", ".join(e.id for e in found[:8]) + (" ..." if len(found) > 8 else "")
+    raise NotFoundError(
+        f"{where} has {len(found)} SAEs" + (f" with {asked}" if asked else "") + "; which one?",
+        hint=f"give its id or more of layer=, stage=, k=: {shown}",
+    )
+
+
+def _choices(manifest: Manifest, filters: dict[str, Any]) -> list[str]:
+    out = []
+    for name, value in filters.items():
+        if value is not None:
+            values = sorted({str(getattr(e, name)) for e in manifest}, key=lambda s: (len(s), s))
+            out.append(f"{name}: {', '.join(values[:12])}")
+    return out

@@ -1,0 +1,122 @@
+"""EleutherAI sparsify folders: `cfg.json` and `sae.safetensors`.
+
+    encoder.weight [d_sae, d_in], encoder.bias, W_dec [d_sae, d_in], b_dec
+
+ReLU first, then top-k; b_dec is subtracted before encoding unless the config says `transcode`. (SAELens' own
+reader of this format turns W_dec and gets the subtraction wrong.)
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from hubsae.core.errors import ConfigError, FormatError
+from hubsae.core.files import read_json, write_json_atomic
+from hubsae.core.fold import TrainedTensors
+from hubsae.core.sae import HubSAE
+from hubsae.formats import tensors as io
+from hubsae.formats.base import Format, Found, Overrides, Probe, assemble, expect_keys
+from hubsae.formats.names import parse_name
+
+CFG_NAME = "cfg.json"
+WEIGHTS_NAME = "sae.safetensors"
+
+
+def detect(probe: Probe) -> str | None:
+    """cfg.json beside sae.safetensors."""
+    if not probe.is_dir or not {CFG_NAME, WEIGHTS_NAME} <= probe.names or "d_in" not in probe.json(CFG_NAME):
+        return None
+    return "cfg.json beside sae.safetensors"
+
+
+def _read(probe: Probe, choices: Overrides) -> HubSAE:
+    cfg = probe.json(CFG_NAME)
+    file = probe.path / WEIGHTS_NAME
+    if cfg.get("activation", "topk") != "topk":
+        raise FormatError(file, "the activation topk", repr(cfg["activation"]), hint="load it with sparsify itself")
+    if cfg.get("skip_connection"):
+        raise FormatError(file, "no skip connection", "W_skip", hint="a skip transcoder is not a sparse autoencoder")
+    tensors = io.read_safetensors(file)
+    expect_keys(file, tensors, ("encoder.weight", "encoder.bias", "W_dec", "b_dec"))
+    encoder, W_dec, b_dec = tensors["encoder.weight"], tensors["W_dec"], tensors["b_dec"]
+    d_in = int(cfg["d_in"])
+    d_sae = int(cfg.get("num_latents") or d_in * int(cfg.get("expansion_factor", 32)))
+    for name, tensor in (("encoder.weight", encoder), ("W_dec", W_dec)):
+        if tuple(tensor.shape) != (d_sae, d_in):
+            raise FormatError(file, f"{name} [{d_sae}, {d_in}] as cfg.json says", str(tuple(tensor.shape)))
+    name = parse_name(probe.path.name)
+    return assemble(
+        Found(
+            format="sparsify",
+            path=file,
+            trained=TrainedTensors(
+                encoder.t(), W_dec, b_dec, None if cfg.get("transcode") else b_dec, {"b_enc": tensors["encoder.bias"]}
+            ),
+            architecture="topk",
+            k=int(cfg["k"]) if "k" in cfg else None,
+            hook=probe.path.name if name.layer is not None else None,
+            base_model=_run_config(probe.path).get("model"),
+        ),
+        choices,
+    )
+
+
+def _run_config(folder: Path) -> dict[str, Any]:
+    """sparsify's trainer writes its own config.json in the folder above."""
+    file = folder.parent / "config.json"
+    config = read_json(file) if file.is_file() and file.stat().st_size < io.MAX_JSON else {}
+    return config if isinstance(config, dict) and "sae" in config else {}
+
+
+def write(sae: HubSAE, folder: str | os.PathLike[str], *, merge_cfg: bool = False) -> Path:
+    """Write a sparsify folder; `merge_cfg` adds its keys to the cfg.json of a SAELens folder, so one folder is both."""
+    config = sae.config
+    if config.architecture != "topk" or not config.topk_relu or config.token_norm != "none":
+        raise ConfigError(
+            f"sparsify has ReLU-then-topk on plain activations, not {config.selection}"
+            + (f" with {config.token_norm}" if config.token_norm != "none" else ""),
+            hint="write it as native, saelens or onnx",
+        )
+    tensors = sae.tensors()
+    b_enc = tensors["b_enc"]
+    if not config.apply_b_dec_to_input:
+        # sparsify always subtracts b_dec; put it back in the bias
+        b_enc = (b_enc.double() + tensors["b_dec"].double() @ tensors["W_enc"].double()).to(b_enc.dtype)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    io.write_safetensors(
+        folder / WEIGHTS_NAME,
+        {
+            "encoder.weight": tensors["W_enc"].t(),
+            "encoder.bias": b_enc,
+            "W_dec": tensors["W_dec"],
+            "b_dec": tensors["b_dec"],
+        },
+    )
+    cfg: dict[str, Any] = {
+        "activation": "topk",
+        "expansion_factor": max(config.d_sae // config.d_in, 1),
+        "normalize_decoder": False,
+        "num_latents": config.d_sae,
+        "k": config.k,
+        "multi_topk": False,
+        "skip_connection": False,
+        "transcode": False,
+        "d_in": config.d_in,
+    }
+    if merge_cfg and (folder / CFG_NAME).is_file():
+        cfg = {**read_json(folder / CFG_NAME), **cfg}
+    write_json_atomic(folder / CFG_NAME, cfg)
+    return folder
+
+
+FORMAT = Format(
+    name="sparsify",
+    title="EleutherAI sparsify",
+    detect=detect,
+    read=_read,
+    write=write,
+    layout="`cfg.json`, `sae.safetensors`",
+)

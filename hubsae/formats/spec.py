@@ -1,0 +1,142 @@
+"""hubsae.yaml: what a person knows about a folder of SAE files and the files do not say.
+
+base_model: Qwen/Qwen2.5-0.5B-Instruct
+hook: model.layers.{layer}
+license: apache-2.0
+files:
+  "*_layer23.pt": {choices: {k: 256}}
+  "scratch.pt": {skip: true}
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from hubsae.core.errors import ConfigError, FormatError
+from hubsae.core.metadata import describe_validation
+from hubsae.formats.base import Overrides
+
+SPEC_NAME = "hubsae.yaml"
+MAX_BYTES = 1 << 20
+
+
+class FileRule(BaseModel):
+    """What holds for the files a pattern names."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    skip: bool = False
+    id: str | None = None
+    format: str | None = None
+    layer: int | None = None
+    stage: str | None = None
+    hook: str | None = None
+    choices: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("choices")
+    @classmethod
+    def _known(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return _known_choices(value)
+
+
+class PackageSpec(BaseModel):
+    """The content of hubsae.yaml; flags and arguments of the same names win over it.
+
+    >>> PackageSpec(base_model="Qwen/Qwen3-8B").updated(hook="layers.{layer}").hook
+    'layers.{layer}'
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str | None = None
+    base_model: str | None = None
+    base_model_revision: str | None = None
+    hook: str | None = Field(default=None, description="Hook point; {layer} stands for the layer of each file.")
+    license: str | None = None
+    datasets: list[str] = Field(default_factory=list)
+    description: str | None = None
+    pattern: str | None = Field(default=None, description="Naming scheme, such as {stage}_L{layer}_k{k}.pt.")
+    format: str | None = None
+    choices: dict[str, Any] = Field(default_factory=dict, description="Choices for every reader, such as k.")
+    training: dict[str, Any] = Field(default_factory=dict)
+    activations: dict[str, Any] = Field(default_factory=dict)
+    hook_record: dict[str, Any] = Field(default_factory=dict, description="context_size, prepend_bos.")
+    mixed_widths: bool = Field(default=False, description="Allow SAEs of different d_in in one release.")
+    files: dict[str, FileRule] = Field(default_factory=dict, description="Rules by file pattern.")
+
+    @field_validator("choices")
+    @classmethod
+    def _known(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return _known_choices(value)
+
+    def updated(self, **given: Any) -> PackageSpec:
+        """The same with what is given (not None) in place of what the file says; mappings are merged."""
+        data = self.model_dump()
+        for name, value in given.items():
+            if value is None:
+                continue
+            data[name] = (
+                {**data[name], **value} if isinstance(value, dict) and isinstance(data.get(name), dict) else value
+            )
+        try:
+            return PackageSpec.model_validate(data)
+        except ValidationError as error:
+            raise ConfigError(
+                describe_validation(error), hint=f"fields: {', '.join(PackageSpec.model_fields)}"
+            ) from error
+
+    def rule_for(self, path: str) -> FileRule:
+        """All rules whose pattern fits a path or its name, later ones winning."""
+        merged: dict[str, Any] = {}
+        for pattern, rule in self.files.items():
+            if fnmatchcase(path, pattern) or fnmatchcase(path.rpartition("/")[2], pattern):
+                new = rule.model_dump(exclude_unset=True)
+                if "choices" in new:
+                    new["choices"] = {**merged.get("choices", {}), **new["choices"]}
+                merged |= new
+        return FileRule(**merged)
+
+    def manifest_fields(self) -> dict[str, Any]:
+        """What of it belongs into the manifest."""
+        names = ("base_model", "base_model_revision", "license", "datasets", "description")
+        return {name: getattr(self, name) for name in names if getattr(self, name)}
+
+    @staticmethod
+    def beside(folder: Path) -> PackageSpec:
+        """hubsae.yaml of a folder, or an empty one."""
+        file = folder / SPEC_NAME
+        return PackageSpec.read(file) if file.is_file() else PackageSpec()
+
+    @staticmethod
+    def read(file: str | Path) -> PackageSpec:
+        """Read a hubsae.yaml."""
+        file = Path(file)
+        if not file.is_file() or file.stat().st_size > MAX_BYTES:
+            raise FormatError(
+                file, f"a YAML file below {MAX_BYTES} bytes", "none" if not file.is_file() else "a larger one"
+            )
+        try:
+            data = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise FormatError(file, "YAML", f"text that does not parse ({error})") from error
+        if not isinstance(data, dict):
+            raise FormatError(file, "a mapping", type(data).__name__)
+        try:
+            return PackageSpec.model_validate(data)
+        except ValidationError as error:
+            raise ConfigError(
+                f"{file}: {describe_validation(error)}", hint=f"fields: {', '.join(PackageSpec.model_fields)}"
+            ) from error
+
+
+def _known_choices(value: dict[str, Any]) -> dict[str, Any]:
+    try:
+        Overrides.of(value)
+    except ConfigError as error:
+        raise ValueError(f"{error.message}; {error.hint}") from error
+    return value

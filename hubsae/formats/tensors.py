@@ -1,0 +1,303 @@
+"""Tensor files read without trust: nothing is executed, and nothing is believed about sizes.
+
+Pickles are opened with `weights_only=True`; every tensor must be backed by bytes that are really in the file
+(a view with stride 0 can claim terabytes); what is truncated, damaged or not finite is refused with an error
+that names the file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import warnings
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hubsae.core.errors import FormatError
+from hubsae.core.files import atomic_path, read_json
+
+Paths = str | os.PathLike[str]
+
+MAX_HEADER = 100 << 20  # what the safetensors format allows
+MAX_JSON = 256 << 20
+MAX_INFLATION = 32  # compressed archives of weights stay far below this
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def require_file(path: Paths, what: str) -> Path:
+    """The path, if a file with something in it lies there."""
+    file = Path(path)
+    if not file.is_file():
+        raise FormatError(file, what, "a folder" if file.is_dir() else "no such file")
+    if file.stat().st_size == 0:
+        raise FormatError(file, what, "an empty file (0 bytes)", hint="download or copy it again")
+    return file
+
+
+def read_small_json(path: Paths) -> Any:
+    """Read a JSON file that describes something, refusing one of absurd size."""
+    file = require_file(path, "a JSON file")
+    if file.stat().st_size > MAX_JSON:
+        raise FormatError(file, f"JSON below {MAX_JSON >> 20} MiB", f"{file.stat().st_size >> 20} MiB")
+    return read_json(file)
+
+
+# ---- safetensors ------------------------------------------------------------------------------------------
+
+
+def safetensors_header(path: Paths) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Names, types and shapes in a safetensors file, without its data."""
+    file = require_file(path, "a safetensors file")
+    with file.open("rb") as handle:
+        size = int.from_bytes(handle.read(8), "little")
+        if file.stat().st_size < 8 or size > min(MAX_HEADER, file.stat().st_size - 8):
+            raise FormatError(
+                file,
+                "a safetensors file",
+                f"{file.stat().st_size} bytes whose header claims {size}",
+                hint="the file is truncated or of another kind; download it again",
+            )
+        try:
+            header = json.loads(handle.read(size))
+            return {
+                name: (str(item["dtype"]), tuple(int(n) for n in item["shape"]))
+                for name, item in header.items()
+                if name != "__metadata__"
+            }
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise FormatError(file, "a safetensors header", f"one that does not parse ({error})") from error
+
+
+def read_safetensors(path: Paths, *, device: str = "cpu", names: tuple[str, ...] | None = None) -> dict[str, Tensor]:
+    """Tensors of a safetensors file; on CPU they are mapped and cost no memory until they are read."""
+    file = require_file(path, "a safetensors file")
+    try:
+        with safe_open(str(file), framework="pt", device=device) as opened:
+            return {name: opened.get_tensor(name) for name in names or opened.keys()}
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
+        raise FormatError(
+            file,
+            "a safetensors file",
+            f"one that cannot be read ({error})",
+            hint="the file is truncated or damaged; download it again",
+        ) from error
+
+
+def read_rows(path: Paths, rows: list[int], row_axis: dict[str, int]) -> dict[str, Tensor]:
+    """Only the given latents of every tensor; `row_axis` says which dimension counts latents, -1 for none.
+
+    A contiguous run is one read, anything else one per latent, so a few features of a wide SAE stay cheap.
+    """
+    file = require_file(path, "a safetensors file")
+    try:
+        with safe_open(str(file), framework="pt", device="cpu") as opened:
+            return {name: _rows(opened, name, rows, row_axis.get(name, -1)) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise FormatError(file, "a safetensors file", f"one that cannot be read ({error})") from error
+
+
+def _rows(opened: Any, name: str, rows: list[int], axis: int) -> Tensor:
+    if axis < 0:
+        return opened.get_tensor(name)
+    if axis == 0:
+        part = opened.get_slice(name)
+        return torch.cat([part[start:stop] for start, stop in _runs(rows)])
+    # columns lie apart in the file: mapping the matrix and gathering reads only the pages that hold them
+    return opened.get_tensor(name).index_select(axis, torch.tensor(rows))
+
+
+def _runs(rows: list[int]) -> Iterator[tuple[int, int]]:
+    start = 0
+    for i in range(1, len(rows) + 1):
+        if i == len(rows) or rows[i] != rows[i - 1] + 1:
+            yield rows[start], rows[i - 1] + 1
+            start = i
+
+
+def write_safetensors(path: Paths, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
+    """Write tensors, whole or not at all."""
+    with atomic_path(path) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+    return Path(path)
+
+
+# ---- pickles ----------------------------------------------------------------------------------------------
+
+
+def read_pickle(path: Paths) -> Any:
+    """What `torch.save` wrote, restricted to tensors and plain data; a hostile pickle is refused, not run."""
+    file = require_file(path, "a PyTorch file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError as error:
+                if "mmap" not in str(error):
+                    raise
+                # files from before PyTorch 1.6 are no archives and cannot be mapped
+                loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise FormatError(
+            file,
+            "a PyTorch file of tensors and plain data",
+            f"a pickle that asks for code to be run, or that is damaged ({reason[:160]})",
+            hint="hubsae never unpickles code. If you trust its author, save the state dict alone with torch.save",
+        ) from error
+    except Exception as error:  # torch raises RuntimeError, EOFError, KeyError, ValueError ... on damaged files
+        raise FormatError(
+            file,
+            "a PyTorch file",
+            f"one that cannot be read ({type(error).__name__}: {str(error).partition(chr(10))[0][:160]})",
+            hint="the file is truncated, damaged or of another kind; download it again",
+        ) from error
+    check_backing(file, loaded)
+    return loaded
+
+
+def check_backing(file: Path, value: Any) -> None:
+    """Refuse tensors that claim more elements than the file has bytes for."""
+    limit = file.stat().st_size
+    total = 0
+    seen: set[int] = set()
+    for name, tensor in walk_tensors(value):
+        if tensor.is_sparse or tensor.is_quantized or tensor.device.type == "meta":
+            raise FormatError(file, f"plain tensors ({name})", f"a {tensor.layout} tensor on {tensor.device.type}")
+        claimed = tensor.numel() * tensor.element_size()
+        storage = tensor.untyped_storage()
+        if claimed > storage.nbytes() or storage.nbytes() > limit:
+            raise FormatError(
+                file,
+                f"tensor {name} backed by bytes of the file ({limit})",
+                f"shape {tuple(tensor.shape)}, {claimed} bytes",
+                hint="the file is damaged or was made to exhaust memory",
+            )
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            total += storage.nbytes()
+    if total > limit:
+        raise FormatError(file, f"at most {limit} bytes of tensors", f"{total} bytes")
+
+
+def walk_tensors(value: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor inside nested dicts and lists, with its path."""
+    if isinstance(value, Tensor):
+        yield name or "tensor", value
+    elif depth < 8 and isinstance(value, dict):
+        for key, item in value.items():
+            yield from walk_tensors(item, f"{name}.{key}" if name else str(key), depth + 1)
+    elif depth < 8 and isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            yield from walk_tensors(item, f"{name}[{i}]", depth + 1)
+
+
+# ---- numpy ------------------------------------------------------------------------------------------------
+
+
+def npz_shapes(path: Paths) -> dict[str, tuple[int, ...]]:
+    """Names and shapes in an npz archive, without its data."""
+    file = require_file(path, "an npz archive")
+    try:
+        with zipfile.ZipFile(file) as archive:
+            shapes = {}
+            for info in archive.infolist():
+                if not info.filename.endswith(".npy"):
+                    continue
+                with archive.open(info) as member:
+                    version = np.lib.format.read_magic(member)
+                    head = (
+                        np.lib.format.read_array_header_1_0
+                        if version == (1, 0)
+                        else np.lib.format.read_array_header_2_0
+                    )
+                    shape, _, dtype = head(member)
+                if dtype.hasobject:
+                    raise FormatError(file, f"numbers in {info.filename}", "pickled objects, which are never read")
+                shapes[info.filename.removesuffix(".npy")] = shape
+            return shapes
+    except FormatError:
+        raise
+    except (zipfile.BadZipFile, ValueError, OSError, EOFError, NotImplementedError, RuntimeError) as error:
+        raise FormatError(file, "an npz archive", f"one that cannot be read ({error})") from error
+
+
+def read_npz(path: Paths) -> dict[str, Tensor]:
+    """Arrays of an npz archive; objects and archives that inflate without measure are refused."""
+    file = require_file(path, "an npz archive")
+    npz_shapes(file)
+    try:
+        with zipfile.ZipFile(file) as archive:
+            inflated = sum(info.file_size for info in archive.infolist())
+        if inflated > MAX_INFLATION * file.stat().st_size:
+            raise FormatError(file, f"at most {MAX_INFLATION}x its size when unpacked", f"{inflated} bytes")
+        with np.load(file, allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in arrays.files}
+    except FormatError:
+        raise
+    except (zipfile.BadZipFile, ValueError, OSError, EOFError, TypeError) as error:
+        raise FormatError(file, "an npz archive", f"one that cannot be read ({error})") from error
+
+
+def read_raw(path: Paths, count: int | None = None) -> Tensor:
+    """One tensor in a file of its own: .npy, safetensors, a torch file, or bare little-endian float32."""
+    file = require_file(path, "a tensor file")
+    with file.open("rb") as handle:
+        head = handle.read(8)
+    if head.startswith(b"\x93NUMPY"):
+        try:
+            return torch.from_numpy(np.ascontiguousarray(np.load(file, allow_pickle=False)))
+        except (ValueError, OSError, EOFError) as error:
+            raise FormatError(file, "a .npy file", f"one that cannot be read ({error})") from error
+    if head.startswith(b"PK") or head[:2] == b"\x80\x02":
+        value = read_pickle(file)
+        if not isinstance(value, Tensor):
+            raise FormatError(file, "one tensor", type(value).__name__)
+        return value
+    if len(head) == 8 and head[:1] != b"{" and int.from_bytes(head, "little") < file.stat().st_size:
+        try:
+            tensors = read_safetensors(file)
+            if len(tensors) == 1:
+                return next(iter(tensors.values()))
+        except FormatError:
+            pass  # small floats can look like a header length; the size check below decides
+    size = file.stat().st_size
+    if size % 4 or (count is not None and size != 4 * count):
+        expected = f"{4 * count} bytes of float32" if count is not None else "bytes of float32"
+        raise FormatError(file, expected, f"{size} bytes")
+    return torch.from_numpy(np.fromfile(file, dtype="<f4"))
+
+
+# ---- checks -----------------------------------------------------------------------------------------------
+
+
+def ensure_finite(path: Paths, tensors: dict[str, Tensor]) -> None:
+    """Refuse NaN and infinity in weights.
+
+    A sum reads each value once at memory speed (0.03 ms per MB) and is not finite if any value is not; only
+    then, or when large values overflow it, each is looked at.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or bool(torch.isfinite(tensor.sum(dtype=_wide(tensor)))):
+            continue
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:
+            raise FormatError(
+                path,
+                f"finite numbers in {name}",
+                f"{bad} of {tensor.numel()} values NaN or infinite",
+                hint="the training diverged or the file is damaged; publish an earlier checkpoint",
+            )
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype

@@ -1,0 +1,39 @@
+"""An inference threshold for batch_topk SAEs that were saved without one, estimated on activations."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hubsae.core.errors import ConfigError, DataError
+from hubsae.core.sae import HubSAE
+
+
+def estimate_threshold(sae: HubSAE, activations: Tensor, *, batch_size: int = 4096) -> HubSAE:
+    """The same SAE with a stored threshold, so that codes no longer depend on the batch.
+
+    The threshold is the mean over batches of the smallest pre-activation the batch rule keeps, moved down by one
+    float: the rule keeps what is equal to it, a stored threshold only what is above.
+
+    >>> from hubsae.core.config import SAEConfig
+    >>> sae = HubSAE.random(SAEConfig(architecture="batch_topk", d_in=8, d_sae=32, k=2))
+    >>> estimate_threshold(sae, torch.randn(512, 8)).config.threshold > 0
+    True
+    """
+    if sae.config.architecture != "batch_topk" or sae.config.k is None:
+        raise ConfigError(f"only batch_topk has a threshold to estimate, not {sae.config.selection}")
+    flat = activations.reshape(-1, activations.shape[-1])
+    batches = [part for part in flat.split(batch_size) if part.shape[0] == min(batch_size, flat.shape[0])]
+    if not batches or flat.shape[0] == 0:
+        raise DataError("no activations to estimate a threshold on")
+    cuts = []
+    with torch.no_grad():
+        for part in batches:
+            positive = sae.pre_activations(part.to(sae.device)).flatten()
+            keep = min(sae.config.k * part.shape[0], positive.numel())
+            cuts.append(torch.topk(positive, keep, sorted=False).values.min().clamp_min(0))
+    mean = torch.stack(cuts).double().mean().float()
+    threshold = float(torch.nextafter(mean, torch.tensor(0.0))) if float(mean) > 0 else 0.0
+    config = sae.config.model_copy(update={"threshold": threshold})
+    metadata = sae.metadata.model_copy(update={"config": config})
+    return HubSAE(config, sae.tensors(), metadata=metadata, normalizer=sae.normalizer, sparsity=sae.sparsity)
