@@ -1,0 +1,358 @@
+"""Plots of drift reports and density histograms, in a plain style that survives printing in grey.
+
+Colour encodes one thing per plot; values are written into small heat maps; every axis names its metric, its
+scope and, where it matters, how many tokens it rests on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hubsae.core.extras import require
+from hubsae.core.files import atomic_path
+from hubsae.evals.bootstrap import percentile_interval
+from hubsae.evals.drift import Comparison, DriftReport, GroupDrift
+from hubsae.evals.rates import Series
+from hubsae.evals.reconstruction import DENSITY_EDGES, ReconstructionResult
+
+# Okabe-Ito, distinguishable with every kind of colour vision.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+STYLE: dict[str, Any] = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E5E5E5",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "figure.dpi": 150,
+    "savefig.dpi": 150,
+    "legend.frameon": False,
+}
+
+
+def _figure(columns: int, rows: int = 1, *, width: float = 3.1, height: float = 2.6) -> tuple[Any, Any]:
+    """A figure that belongs to no window system, and its axes as an array."""
+    figures = require("matplotlib.figure", extra="plots")
+    require("matplotlib.backends.backend_agg", extra="plots")
+    figure = figures.Figure(figsize=(width * columns, height * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _styled() -> Any:
+    return require("matplotlib", extra="plots").rc_context(STYLE)
+
+
+def _save(figure: Any, path: Path) -> Path:
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png")
+    return path
+
+
+def label_of(group: GroupDrift) -> str:
+    """A title such as `layer 18, k=64`."""
+    parts = [] if group.layer is None else [f"layer {group.layer}"]
+    parts += [] if group.k is None else [f"k={group.k}"]
+    return ", ".join(parts) or "SAE"
+
+
+def drift_plots(report: DriftReport, folder: Path) -> list[Path]:
+    """Every plot of a report, as PNG files in a folder."""
+    with _styled():
+        written = [plot_cosines(report, folder / "drift_cosines.png")]
+        if any(group.series for group in report.groups):
+            written.append(plot_nmse(report, folder / "drift_nmse.png"))
+        written.append(plot_cross(report, folder / "drift_cross.png"))
+        written.append(plot_lifecycle(report, folder / "drift_births_deaths.png"))
+        written.append(plot_densities(report, folder / "drift_density.png"))
+    return [path for path in written if path is not None]
+
+
+def _grid(count: int) -> tuple[int, int]:
+    columns = min(count, 4)
+    return columns, -(-count // columns)
+
+
+def _blank(axes: Any, used: int) -> None:
+    for spare in axes.flat[used:]:
+        spare.set_visible(False)
+
+
+def plot_nmse(report: DriftReport, path: Path, metric: str = "nmse_pooled") -> Path:
+    """A metric along steps, one panel per layer; the control dashed; bands are bootstrap intervals."""
+    scope = "no_position_0" if any((metric, "no_position_0") in g.series for g in report.groups) else "all"
+    shown = [g for g in report.groups if (metric, scope) in g.series]
+    columns, rows = _grid(len(shown))
+    figure, axes = _figure(columns, rows)
+    control = {(g.layer, g.k): g for g in report.control.groups} if report.control else {}
+    for axis, group in zip(axes.flat, shown, strict=False):
+        _line(axis, group.series[metric, scope], COLOURS[0], "-", report.name)
+        before = [(row.step, _before(group, row.stage, metric, scope)) for row in group.stages[1:]]
+        dots = [(s, v) for s, v in before if s is not None and v is not None]
+        if dots:
+            axis.plot(*zip(*dots, strict=True), "o", mfc="none", ms=4, color=COLOURS[0], label="before training")
+        other = control.get((group.layer, group.k))
+        if other is not None and (metric, scope) in other.series:
+            _line(axis, other.series[metric, scope], COLOURS[1], "--", "control")
+        axis.set_title(label_of(group))
+        axis.set_xlabel("training step of the model")
+        axis.margins(y=0.15)
+        axis.ticklabel_format(axis="y", useOffset=False)
+    axes.flat[0].set_ylabel(f"{metric}\n(scope: {scope})")
+    _blank(axes, len(shown))
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    return _save(figure, path)
+
+
+def _before(group: GroupDrift, stage: str, metric: str, scope: str) -> float | None:
+    stages = [row.stage for row in group.stages]
+    earlier = stages[stages.index(stage) - 1]
+    for row in group.cross:
+        if (row.sae_stage, row.activation_stage, row.metric, row.scope) == (earlier, stage, metric, scope):
+            return row.value
+    return None
+
+
+def _line(axis: Any, series: Series, colour: str, style: str, label: str) -> None:
+    axis.plot(series.steps, series.values, style, marker=".", color=colour, label=label)
+    if series.draws is None:
+        return
+    bands = [percentile_interval(series.draws[:, i]) for i in range(len(series.steps))]
+    known = [(s, *band) for s, band in zip(series.steps, bands, strict=True) if band is not None]
+    if known:
+        steps, low, high = zip(*known, strict=True)
+        axis.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
+
+
+def plot_cosines(report: DriftReport, path: Path) -> Path:
+    """Mean cosine of decoder and encoder to the previous stage, layers by transitions."""
+    figure, axes = _figure(2, 1, width=_heat_width(report), height=0.42 * len(report.groups) + 1.9)
+    image = None
+    for axis, (field, title) in zip(axes.flat, (("decoder_mean", "decoder"), ("encoder_mean", "encoder")), strict=True):
+        rows, names = [], []
+        widest = max((len(g.stages) for g in report.groups), default=1) - 1
+        ticks: list[str] = []
+        for group in report.groups:
+            moves = [m for m in group.moves if m.against == "previous"]
+            values = [getattr(m, field) for m in moves]
+            rows.append(values + [np.nan] * (widest - len(values)))
+            names.append(label_of(group))
+            if len(moves) == widest:
+                ticks = [f"{_short(m.from_stage)}→{_short(m.to_stage)}" for m in moves]
+        table = np.array(rows, float).reshape(len(names), max(widest, 0))
+        image = _heat(axis, table, names, ticks, low=min(0.8, _floor(table)), high=1.0, digits=3)
+        axis.set_title(f"{title} cosine to the previous stage")
+    if image is not None:
+        figure.colorbar(image, ax=list(axes.flat), shrink=0.8, label="mean over latents")
+    return _save(figure, path)
+
+
+def _heat_width(report: DriftReport) -> float:
+    widest = max((len(g.stages) for g in report.groups), default=2)
+    return max(3.4, 0.62 * widest + 1.6)
+
+
+def _floor(table: np.ndarray) -> float:
+    return float(np.floor(np.nanmin(table) * 10) / 10) if np.isfinite(table).any() else 0.0
+
+
+def _short(stage: str) -> str:
+    """`instruct_base` as base, `ppo_step116` as 116.
+
+    >>> _short("ppo_step116"), _short("instruct_base")
+    ('116', 'base')
+    """
+    head, _, tail = stage.rpartition("_")
+    if tail == "base":
+        return "base"
+    digits = tail.removeprefix("step")
+    return digits if head and digits.isdigit() else stage
+
+
+def _heat(
+    axis: Any, table: np.ndarray, rows: Sequence[str], columns: Sequence[str], *, low: float, high: float, digits: int
+) -> Any:
+    axis.grid(False)
+    image = axis.imshow(np.ma.masked_invalid(table), cmap="cividis", vmin=low, vmax=high, aspect="auto")
+    axis.set_yticks(range(len(rows)), rows)
+    axis.set_xticks(range(len(columns)), columns, rotation=45, ha="right", rotation_mode="anchor")
+    middle = (low + high) / 2
+    for i, j in np.ndindex(*table.shape):
+        if np.isfinite(table[i, j]):
+            colour = "white" if table[i, j] < middle else "black"
+            axis.text(j, i, _number(float(table[i, j]), digits), ha="center", va="center", fontsize=6.5, color=colour)
+    return image
+
+
+def _number(value: float, digits: int) -> str:
+    if value == 0 or 1e-3 <= abs(value) < 1e3:
+        return f"{value:.{digits}f}"
+    return f"{value:.1e}"
+
+
+def plot_cross(report: DriftReport, path: Path, metric: str = "fvu") -> Path:
+    """The cross matrices: SAE of one stage on the activations of another."""
+    scope = "no_position_0" if any(r.scope == "no_position_0" for g in report.groups for r in g.cross) else "all"
+    columns, rows = _grid(len(report.groups))
+    most = max(len(g.stages) for g in report.groups)
+    size = max(2.6, 0.48 * most + 1.5)
+    figure, axes = _figure(columns, rows, width=size + 0.5, height=size)
+    for axis, group in zip(axes.flat, report.groups, strict=False):
+        table = group.matrix(metric, scope)
+        names = [_short(row.stage) for row in group.stages]
+        finite = table[np.isfinite(table)]
+        low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+        image = _heat(axis, table, names, names, low=low, high=max(high, low + 1e-12), digits=3)
+        axis.set_title(label_of(group))
+        axis.set_xlabel("activations of stage")
+        axis.set_ylabel("SAE of stage")
+        figure.colorbar(image, ax=axis, shrink=0.85)
+    _blank(axes, len(report.groups))
+    figure.suptitle(f"{metric} (scope: {scope})", fontsize=10)
+    return _save(figure, path)
+
+
+def plot_lifecycle(report: DriftReport, path: Path) -> Path:
+    """Births above, deaths below the line, one panel per layer."""
+    columns, rows = _grid(len(report.groups))
+    figure, axes = _figure(columns, rows)
+    for axis, group in zip(axes.flat, report.groups, strict=False):
+        stages = group.stages[1:]
+        places = range(len(stages))
+        axis.bar(places, [row.births or 0 for row in stages], color=COLOURS[2], label="births")
+        axis.bar(places, [-(row.deaths or 0) for row in stages], color=COLOURS[1], label="deaths")
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set_xticks(list(places), [_short(row.stage) for row in stages], rotation=45, ha="right")
+        axis.set_title(label_of(group))
+        axis.set_xlabel("stage")
+        most = max((max(row.births or 0, row.deaths or 0) for row in stages), default=0)
+        # without any, an empty axis of ±1 says so
+        axis.set_ylim(-1.15 * max(most, 1), 1.15 * max(most, 1))
+        axis.yaxis.get_major_locator().set_params(integer=True)
+    axes.flat[0].set_ylabel("latents born / died")
+    _blank(axes, len(report.groups))
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    return _save(figure, path)
+
+
+def plot_densities(report: DriftReport, path: Path) -> Path:
+    """Histogram of log10 firing density, one line per stage, one panel per layer."""
+    columns, rows = _grid(len(report.groups))
+    figure, axes = _figure(columns, rows)
+    colour_maps = require("matplotlib", extra="plots").colormaps
+    stages = list(dict.fromkeys(row.stage for group in report.groups for row in group.stages))
+    shades = dict(zip(stages, colour_maps["viridis"](np.linspace(0, 0.9, len(stages))), strict=True))
+    for axis, group in zip(axes.flat, report.groups, strict=False):
+        never, lowest = [], 0.0
+        for row in group.stages:
+            density = group.densities[row.stage].numpy()
+            log = np.log10(density[density > 0])
+            never.append(density.size - log.size)
+            lowest = min(lowest, float(log.min()) if log.size else 0.0)
+            axis.hist(log, bins=list(DENSITY_EDGES), histtype="step", color=shades[row.stage])
+        axis.set_title(f"{label_of(group)}\n{_range(never)} never fire (N={group.stages[0].n_tokens:,})", fontsize=8.5)
+        axis.set_xlabel("log10 firing density")
+        axis.set_xlim(lowest - 0.3, 0.1)
+    axes.flat[0].set_ylabel("latents")
+    _blank(axes, len(report.groups))
+    lines = require("matplotlib.lines", extra="plots")
+    handles = [lines.Line2D([], [], color=shade) for shade in shades.values()]
+    figure.legend(handles, [_short(stage) for stage in stages], loc="outside right center", fontsize=7.5)
+    return _save(figure, path)
+
+
+def _range(counts: Sequence[int]) -> str:
+    low, high = min(counts), max(counts)
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
+def plot_histograms(result: ReconstructionResult, path: str | Path) -> Path:
+    """Firing densities of the SAEs of one pass, one panel each."""
+    with _styled():
+        names = list(result.saes)
+        columns, rows = _grid(len(names))
+        figure, axes = _figure(columns, rows)
+        for axis, name in zip(axes.flat, names, strict=False):
+            bars = result[name].histogram
+            never = bars[0].n_latents
+            left = [bar.log10_low for bar in bars[1:]]
+            axis.bar(left, [bar.n_latents for bar in bars[1:]], width=0.25, align="edge", color=COLOURS[0])
+            used = [bar.log10_low for bar in bars[1:] if bar.n_latents and bar.log10_low is not None]
+            axis.set_xlim((min(used) if used else -4) - 0.5, 0.1)
+            axis.set_title(name if len(name) < 34 else "…" + name[-33:])
+            axis.set_xlabel("log10 firing density")
+            axis.text(
+                0.02,
+                0.96,
+                f"{never} never fire\non {result.n_tokens:,} tokens",
+                transform=axis.transAxes,
+                va="top",
+                fontsize=7.5,
+            )
+            axis.margins(y=0.25)
+        for row in axes:
+            row[0].set_ylabel("latents")
+        _blank(axes, len(names))
+        return _save(figure, Path(path))
+
+
+def plot_deciles(result: ReconstructionResult, path: str | Path) -> Path:
+    """Explained variance by norm decile, one line per SAE."""
+    with _styled():
+        figure, axes = _figure(1, 1, width=5.2, height=3.2)
+        axis = axes.flat[0]
+        scope = "no_position_0" if "no_position_0" in result.scopes else "all"
+        for number, sae in enumerate(result.saes.values()):
+            points = [(d.decile, d.fve) for d in sae.deciles if d.scope == scope and d.fve is not None]
+            if points:
+                axis.plot(
+                    *zip(*points, strict=True),
+                    marker=".",
+                    color=COLOURS[number % len(COLOURS)],
+                    linestyle=("-", "--", ":")[number // len(COLOURS) % 3],
+                    label=sae.name,
+                )
+        axis.set_xticks(range(1, 11))
+        axis.set_xlabel("decile of the token's norm (1: smallest)")
+        axis.set_ylabel(f"fve (scope: {scope})")
+        if len(result.saes) <= 24:
+            figure.legend(loc="outside right upper", fontsize=7)
+        return _save(figure, Path(path))
+
+
+def plot_comparison(comparison: Comparison, path: str | Path, metric: str = "nmse_pooled") -> Path:
+    """Ratio of rates of two chains by layer, end to end and at matched steps, with intervals."""
+    with _styled():
+        items = [c for c in comparison.items if c.metric == metric and c.scope == "all"]
+        figure, axes = _figure(1, 1, width=max(4.2, 1.0 * len(items) + 1.8), height=3.0)
+        axis = axes.flat[0]
+        for offset, colour, name in ((-0.12, COLOURS[1], "end_to_end"), (0.12, COLOURS[0], "matched")):
+            for place, item in enumerate(items):
+                ratio = getattr(item, name)
+                if ratio.ratio is None:
+                    continue
+                low, high = ratio.interval or (ratio.ratio, ratio.ratio)
+                axis.errorbar(
+                    place + offset,
+                    ratio.ratio,
+                    yerr=[[max(ratio.ratio - low, 0)], [max(high - ratio.ratio, 0)]],
+                    fmt="o",
+                    ms=4,
+                    capsize=2,
+                    color=colour,
+                    label=name.replace("_", " ") if place == 0 else None,
+                )
+        axis.axhline(1, color="black", linewidth=0.8)
+        names = [f"layer {c.layer}\nk={c.k}" for c in items]
+        axis.set_xticks(range(len(items)), names)
+        axis.set_xlim(-0.5, len(items) - 0.5)
+        axis.set_ylabel(f"{comparison.a} / {comparison.b}\nrate of {metric} per step")
+        figure.legend(loc="outside lower center", ncols=2)
+        return _save(figure, Path(path))
