@@ -1,0 +1,462 @@
+"""Training speed against the installed trainers: same data, same initial weights, same maths, interleaved rounds.
+
+    python benchmarks/train.py                       # the headline cases, every peer that is installed
+    python benchmarks/train.py --case topk7168 --threads 1 --rounds 9
+    python benchmarks/train.py --memory              # peak memory above imports and data, one process per trainer
+
+Every round times a few steps of each trainer in turn; a ratio is taken within a round and the median of the rounds is
+reported, by wall clock and by CPU time of the process (the steady one on a shared machine). Peers run their own model
+classes, forward and loss functions and the optimiser step as their trainers do it; gradient clipping, which SAELens
+and dictionary_learning add, is left out everywhere, and so are logging and data loading. No trainer renders a
+verdict on another CPU: ratios are quoted with the CPU's name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+class Case(NamedTuple):
+    """One configuration."""
+
+    arch: str
+    d: int
+    n: int
+    k: int
+    batch: int
+    dead: bool = False
+    """Half of the latents count as dead, AuxK on."""
+    pre_shift: float = 0.0
+    """jumprelu, relu: encoder bias that sets how many latents fire."""
+    l0_target: float = 0.0
+
+
+CASES = {
+    "topk7168": Case("topk", 896, 7168, 64, 512),
+    "topk14336": Case("topk", 896, 14336, 64, 512),
+    "big": Case("topk", 2048, 32768, 64, 2048),
+    "batchtopk64": Case("batch_topk", 896, 7168, 64, 512),
+    "batchtopk220": Case("batch_topk", 896, 7168, 220, 512),
+    "jumprelu45": Case("jumprelu", 896, 7168, 0, 512, l0_target=45),
+    "jumprelu700": Case("jumprelu", 896, 7168, 0, 512, l0_target=700),
+    "relu": Case("relu", 896, 7168, 0, 512),
+    "auxk": Case("topk", 896, 7168, 64, 512, dead=True),
+    "tiny": Case("topk", 16, 128, 4, 64),
+}
+PEERS = ("hubsae", "hubsae-numba", "textbook", "saelens", "saelens-sparse", "sparsify", "dictionary_learning")
+LR = 1e-4
+BANDWIDTH = 0.02
+L0_COEFFICIENT = 1e-3
+
+
+class Start(NamedTuple):
+    """Initial weights, latent-major."""
+
+    W: object
+    b_enc: object
+    b_dec: object
+    theta: float
+    data: list
+
+
+def start(case: Case) -> Start:
+    """Structured data (sparse sums of directions, a common mean) and a tied start, the same for all."""
+    import torch
+
+    g = torch.Generator().manual_seed(0)
+    true = torch.randn(2 * case.d, case.d, generator=g)
+    true /= true.norm(dim=1, keepdim=True)
+
+    def batch():
+        which = torch.randint(0, 2 * case.d, (case.batch, 32), generator=g)
+        size = torch.rand(case.batch, 32, generator=g) + 0.5
+        x = torch.nn.functional.embedding_bag(which, true, per_sample_weights=size, mode="sum")
+        return x + 0.1 * torch.randn(case.batch, case.d, generator=g)
+
+    data = [batch() for _ in range(8)]
+    W = torch.randn(case.n, case.d, generator=g)
+    W /= W.norm(dim=1, keepdim=True)
+    theta = 0.0
+    if case.l0_target:
+        pre = (data[0][:256] - data[0].mean(0)) @ W.t()
+        theta = float(torch.quantile(pre.reshape(-1)[:1 << 20], 1 - case.l0_target / case.n))
+    return Start(W, torch.zeros(case.n), data[0].mean(0), theta, data)
+
+
+def make(peer: str, case: Case, s: Start) -> Callable[[int], None] | None:
+    """A function that takes training step i, or None where the peer has no such architecture."""
+    builder = {
+        "hubsae": hubsae,
+        "hubsae-numba": lambda c, t: hubsae(c, t, "numba"),
+        "textbook": textbook,
+        "saelens": saelens,
+        "saelens-sparse": lambda c, t: saelens(c, t, sparse=True),
+        "sparsify": sparsify,
+        "dictionary_learning": dictionary_learning,
+    }[peer]
+    return builder(case, s)
+
+
+def hubsae(case: Case, s: Start, kernels: str = "torch"):
+    from hubsae import kernels as K
+    from hubsae.train import step as S
+    from hubsae.train import update as U
+    from hubsae.train.config import AuxConfig, DeadConfig, SparsityConfig, TrainConfig
+    from hubsae.train.parallel import Solo
+    from hubsae.train.state import Bank
+
+    sparsity = SparsityConfig(l0=L0_COEFFICIENT, bandwidth=BANDWIDTH) if case.arch == "jumprelu" else SparsityConfig()
+    if case.arch == "relu":
+        sparsity = SparsityConfig(l1=1e-3)
+    config = TrainConfig(
+        architecture=case.arch,
+        d_sae=case.n,
+        k=case.k or None,
+        lr=LR,
+        loss="sum",
+        sparsity=sparsity,
+        batch_size=case.batch,
+        aux=AuxConfig(coefficient=1.0, scale_by_dead=True) if case.dead else None,
+        dead=DeadConfig(tokens=10**9),
+    )
+    bank = Bank([config], case.d)
+    cell = bank.cells[0]
+    cell.W_dec.copy_(s.W), cell.W_enc.copy_(s.W), cell.vectors["b_dec"].copy_(s.b_dec)
+    if case.arch == "jumprelu":
+        import math
+
+        cell.vectors["log_threshold"].fill_(math.log(s.theta))
+    if case.dead:
+        cell.since_fired[: case.n // 2] = 10**12
+    solo = Solo()
+
+    def step(i: int) -> None:
+        K.use(kernels)
+        x = s.data[i % len(s.data)]
+        f = S.forward(bank, x, solo, case.batch)
+        signals = S.signals(bank, f, solo, case.batch)
+        U.apply(bank, f, signals)
+        if case.dead:
+            cell.since_fired[: case.n // 2] = 10**12
+        else:
+            cell.count(signals.fired[0], case.batch)
+
+    return step
+
+
+def textbook(case: Case, s: Start):
+    import torch
+
+    from hubsae.kernels import reference as R
+
+    if case.dead:
+        return None
+    P = [torch.nn.Parameter(t.clone()) for t in (s.W, s.b_enc, s.W, s.b_dec)]
+    W_enc, b_enc, W_dec, b_dec = P
+    log_theta = torch.nn.Parameter(torch.full((case.n,), s.theta).log()) if case.arch == "jumprelu" else None
+    optimiser = torch.optim.Adam(P + ([log_theta] if log_theta is not None else []), lr=LR, fused=True)
+
+    def step(i: int) -> None:
+        x = s.data[i % len(s.data)]
+        pre = (x - b_dec) @ W_enc.t() + b_enc
+        penalty = 0.0
+        if case.arch == "topk":
+            z = R.topk_codes(pre, case.k)
+        elif case.arch == "batch_topk":
+            z = R.batch_topk_codes(pre, case.k)
+        elif case.arch == "jumprelu":
+            theta = log_theta.exp()
+            z = R.jumprelu_codes(pre, theta, BANDWIDTH)
+            penalty = L0_COEFFICIENT * R.l0(pre, theta, BANDWIDTH)
+        else:
+            z = pre.relu()
+            penalty = 1e-3 * z.sum(1).mean()
+        loss = (z @ W_dec + b_dec - x).square().sum(1).mean() + penalty
+        optimiser.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            W_dec.grad.sub_((W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec)
+            optimiser.step()
+            W_dec.div_(W_dec.norm(dim=1, keepdim=True))
+
+    return step
+
+
+def saelens(case: Case, s: Start, sparse: bool = False):
+    import torch
+    from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+    from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
+    from sae_lens.saes.sae import TrainStepInput
+    from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
+    from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
+
+    common = {"d_in": case.d, "d_sae": case.n, "device": "cpu", "dtype": "float32", "apply_b_dec_to_input": True}
+    coefficients = {}
+    if case.arch == "topk":
+        # rescale_acts_by_decoder_norm with sparse activations raises in backward on the CPU
+        options = {"rescale_acts_by_decoder_norm": False, "use_sparse_activations": sparse}
+        aux = {"aux_loss_coefficient": 1.0 if case.dead else 0.0}
+        sae = TopKTrainingSAE(TopKTrainingSAEConfig(k=case.k, **common, **options, **aux))
+    elif sparse:
+        return None
+    elif case.arch == "batch_topk":
+        sae = BatchTopKTrainingSAE(
+            BatchTopKTrainingSAEConfig(
+                k=case.k, aux_loss_coefficient=0.0, rescale_acts_by_decoder_norm=False, **common
+            )
+        )
+    elif case.arch == "jumprelu":
+        sae = JumpReLUTrainingSAE(
+            JumpReLUTrainingSAEConfig(
+                jumprelu_bandwidth=BANDWIDTH, jumprelu_init_threshold=s.theta, pre_act_loss_coefficient=None, **common
+            )
+        )
+        coefficients = {"l0": L0_COEFFICIENT}
+    else:
+        sae = StandardTrainingSAE(StandardTrainingSAEConfig(**common))
+        coefficients = {"l1": 1e-3}
+    with torch.no_grad():
+        sae.W_dec.copy_(s.W), sae.W_enc.copy_(s.W.t()), sae.b_dec.copy_(s.b_dec)
+    # the optimiser of its trainer, in the fused form that is a free gain
+    optimiser = torch.optim.Adam(sae.parameters(), lr=LR, fused=True)
+    dead = torch.zeros(case.n, dtype=torch.bool)
+    dead[: case.n // 2] = case.dead
+    silent, frequency = torch.zeros(case.n), torch.zeros(case.n)
+
+    def step(i: int) -> None:
+        out = sae.training_forward_pass(
+            TrainStepInput(
+                sae_in=s.data[i % len(s.data)],
+                dead_neuron_mask=dead if case.dead else None,
+                coefficients=coefficients,
+                n_training_steps=i,
+                is_logging_step=False,
+            )
+        )
+        with torch.no_grad():
+            fired = out.feature_acts.bool().float()
+            did = fired.sum(-2).bool()
+            did = did.to_dense() if did.is_sparse else did
+            silent.add_(1)
+            silent[did] = 0
+            frequency.add_(fired.sum(0))
+        out.loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+
+    return step
+
+
+def sparsify(case: Case, s: Start):
+    if case.arch != "topk":
+        return None
+    import torch
+    from sparsify import SparseCoder, SparseCoderConfig
+
+    sae = SparseCoder(case.d, SparseCoderConfig(num_latents=case.n, k=case.k), device="cpu", dtype=torch.float32)
+    with torch.no_grad():
+        sae.W_dec.copy_(s.W), sae.encoder.weight.copy_(s.W), sae.encoder.bias.zero_(), sae.b_dec.copy_(s.b_dec)
+    optimiser = torch.optim.Adam(sae.parameters(), lr=LR)
+    dead = torch.zeros(case.n, dtype=torch.bool)
+    dead[: case.n // 2] = True
+    silent = torch.zeros(case.n, dtype=torch.long)
+
+    def step(i: int) -> None:
+        sae.set_decoder_norm_to_unit_norm()
+        out = sae(s.data[i % len(s.data)], dead_mask=dead if case.dead else None)
+        (out.fvu + out.auxk_loss if case.dead else out.fvu).backward()
+        sae.remove_gradient_parallel_to_decoder_directions()
+        optimiser.step()
+        optimiser.zero_grad()
+        did = torch.zeros(case.n, dtype=torch.bool)
+        did[out.latent_indices.flatten()] = True
+        silent.add_(case.batch)
+        silent[did] = 0
+
+    return step
+
+
+def dictionary_learning(case: Case, s: Start):
+    import torch
+    from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
+    from dictionary_learning.trainers.jumprelu import JumpReluTrainer
+    from dictionary_learning.trainers.top_k import TopKTrainer
+    from dictionary_learning.trainers.trainer import (
+        remove_gradient_parallel_to_decoder_directions,
+        set_decoder_norm_to_unit_norm,
+    )
+
+    common = {"steps": 10**6, "activation_dim": case.d, "dict_size": case.n, "layer": 0, "lm_name": "none"}
+    common |= {"lr": LR, "warmup_steps": 0, "device": "cpu"}
+    alpha = 1 / 32 if case.dead else 0.0
+    with torch.no_grad():
+        if case.arch in ("topk", "batch_topk"):
+            kind = TopKTrainer if case.arch == "topk" else BatchTopKTrainer
+            trainer = kind(k=case.k, auxk_alpha=alpha, **common)
+            trainer.ae.decoder.weight.copy_(s.W.t()), trainer.ae.encoder.weight.copy_(s.W)
+            weight = trainer.ae.decoder.weight
+        elif case.arch == "jumprelu":
+            trainer = JumpReluTrainer(
+                bandwidth=BANDWIDTH,
+                sparsity_penalty=L0_COEFFICIENT,
+                target_l0=case.l0_target,
+                sparsity_warmup_steps=None,
+                **common,
+            )
+            trainer.ae.W_dec.copy_(s.W), trainer.ae.W_enc.copy_(s.W.t()), trainer.ae.threshold.fill_(s.theta)
+            weight = trainer.ae.W_dec
+        else:
+            return None
+        trainer.ae.b_dec.copy_(s.b_dec)
+    turned = case.arch == "jumprelu"
+
+    def step(i: int) -> None:
+        if case.dead:
+            trainer.num_tokens_since_fired[: case.n // 2] = 10**9
+        trainer.loss(s.data[i % len(s.data)], step=i + 1).backward()
+        w, g = (weight.T, weight.grad.T) if turned else (weight, weight.grad)
+        g = remove_gradient_parallel_to_decoder_directions(w, g, case.d, case.n)
+        weight.grad = g.T if turned else g
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+        trainer.scheduler.step()
+        w = set_decoder_norm_to_unit_norm(weight.T if turned else weight, case.d, case.n)
+        weight.data = w.T if turned else w
+
+    return step
+
+
+def cpu_name() -> str:
+    """The CPU, as the kernel names it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        family = next(line.split(":")[1].strip() for line in lines if line.startswith("cpu family"))
+        return f"{names[0]} (family {family}), {len(names)} cores"
+    except (OSError, IndexError, StopIteration):
+        return platform.processor() or "unknown CPU"
+
+
+def compare(name: str, case: Case, peers: list[str], rounds: int, steps: int) -> None:
+    """Interleaved rounds of every peer; prints tokens/s and ratios."""
+    s = start(case)
+    runs: dict[str, Callable[[int], None]] = {}
+    for peer in peers:
+        try:
+            made = make(peer, case, s)
+        except ImportError as error:
+            print(f"  {peer}: not installed ({error})")
+            continue
+        if made is not None:
+            made(0), made(1)
+            runs[peer] = made
+    wall: dict[str, list[float]] = {peer: [] for peer in runs}
+    cpu: dict[str, list[float]] = {peer: [] for peer in runs}
+    for _ in range(rounds):
+        for peer, run in runs.items():
+            run(2)  # the caches are another trainer's
+            w, c = time.perf_counter(), time.process_time()
+            for i in range(steps):
+                run(3 + i)
+            wall[peer].append((time.perf_counter() - w) / steps)
+            cpu[peer].append((time.process_time() - c) / steps)
+    print(f"\n{name}: {case.arch} d={case.d} n={case.n} k={case.k} batch={case.batch}" + (" half dead, AuxK" * case.dead))
+    print(f"  {'trainer':20s} {'tokens/s':>10s} {'ms wall':>9s} {'ms CPU':>9s}   times hubsae, by wall / by CPU")
+    for peer in runs:
+        w, c = statistics.median(wall[peer]), statistics.median(cpu[peer])
+        by_wall = statistics.median(b / a for a, b in zip(wall["hubsae"], wall[peer], strict=True))
+        by_cpu = statistics.median(b / a for a, b in zip(cpu["hubsae"], cpu[peer], strict=True))
+        print(f"  {peer:20s} {case.batch / w:10,.0f} {w * 1e3:9.2f} {c * 1e3:9.2f}   {by_wall:6.2f} / {by_cpu:.2f}")
+    sys.stdout.flush()
+
+
+def peak(peer: str, case: Case) -> float | None:
+    """MB at the peak of eight steps above imports and data; run in a process of its own."""
+    import torch
+
+    if peer.startswith("saelens"):
+        import sae_lens.saes.topk_sae
+    elif peer == "sparsify":
+        import sparsify as _
+    elif peer == "dictionary_learning":
+        import dictionary_learning.trainers.top_k
+    else:
+        from hubsae.train import step, update  # noqa: F401
+    s = start(case)
+    torch.randn(8, 8) @ torch.randn(8, 8)
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM; ru_maxrss would start at the parent's peak
+    before = _high_water("VmRSS")
+    run = make(peer, case, s)
+    if run is None:
+        return None
+    for i in range(8):
+        run(i)
+    return _high_water("VmHWM") - before
+
+
+def _high_water(field: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError(f"no {field} in /proc/self/status")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", action="append", choices=list(CASES))
+    parser.add_argument("--peer", action="append", choices=PEERS)
+    parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", "0")) or None)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="two rounds of two steps at the tiny case")
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--one", nargs=2, metavar=("PEER", "CASE"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        import torch
+
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        torch.set_flush_denormal(True)
+        value = peak(options.one[0], CASES[options.one[1]])
+        print("none" if value is None else f"{value:.0f}")
+        return
+    peers = options.peer or list(PEERS)
+    if "hubsae" not in peers:
+        peers.insert(0, "hubsae")
+    cases = options.case or (["tiny"] if options.quick else [c for c in CASES if c != "tiny"])
+    print(f"{cpu_name()}; python {platform.python_version()}", flush=True)
+    if options.memory:
+        for name in cases:
+            print(f"\n{name}: peak MB above imports and data")
+            for peer in peers:
+                extra = ["--threads", str(options.threads)] if options.threads else []
+                command = [sys.executable, __file__, "--one", peer, name, *extra]
+                done = subprocess.run(command, capture_output=True, text=True)
+                text = done.stdout.strip().splitlines()
+                print(f"  {peer:20s} {text[-1] if done.returncode == 0 and text else 'failed: ' + done.stderr[-200:]}")
+        return
+    import torch
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.set_flush_denormal(True)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}", flush=True)
+    for name in cases:
+        rounds, steps = (2, 2) if options.quick else (options.rounds, options.steps)
+        compare(name, CASES[name], peers, rounds, steps)
+
+
+if __name__ == "__main__":
+    main()

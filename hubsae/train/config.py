@@ -1,0 +1,218 @@
+"""What a training run is, as data: one frozen model, readable from YAML, every field with its meaning.
+
+The defaults train a TopK SAE the usual way (unit-norm decoder with gradient projection, tied start, AuxK off).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Architecture = Literal["topk", "batch_topk", "jumprelu", "relu", "gated"]
+
+
+class Part(BaseModel):
+    """A group of settings; a misspelt name is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class InitConfig(Part):
+    """How parameters start, where no SAE to start from is given."""
+
+    encoder: Literal["tied", "torch", "kaiming"] = Field(
+        "tied", description="tied: the decoder's transpose; torch: nn.Linear's default; kaiming: kaiming-uniform."
+    )
+    decoder: Literal["random", "torch", "kaiming"] = Field(
+        "random", description="random: unit directions; torch: nn.Linear's default; kaiming: kaiming-uniform."
+    )
+    bias: Literal["zeros", "mean", "geometric_median"] = Field(
+        "mean", description="Start of the pre-bias (of b_dec where they are tied or there is none)."
+    )
+    rows: int = Field(65_536, ge=1, description="Rows of data the mean or median is taken over.")
+    threshold: float = Field(0.001, gt=0, description="jumprelu: first threshold of every latent.")
+
+
+class AuxConfig(Part):
+    """AuxK: a second reconstruction by dead latents alone, so that they get a gradient."""
+
+    coefficient: float = Field(1 / 32, ge=0)
+    k: int | None = Field(None, ge=1, description="Dead latents per token; default: half of d_in.")
+    target: Literal["residual", "full"] = Field(
+        "residual",
+        description="residual: what the SAE left over (Gao et al.); full: the activation itself, with the decoder bias.",
+    )
+    normalize: bool = Field(False, description="Divide by the variance of the target, as Gao et al. do.")
+    scale_by_dead: bool = Field(False, description="Multiply by min(1, dead / k), as SAELens does.")
+
+
+class ResampleConfig(Part):
+    """Giving dead latents a new start."""
+
+    method: Literal["worst_tokens", "anthropic"] = Field(
+        "worst_tokens",
+        description="worst_tokens: encoder and decoder row := unit vector of a token among the worst reconstructed "
+        "quarter, encoder bias 0, optimiser untouched (seed release 000). anthropic: tokens drawn by squared loss, "
+        "decoder row := unit vector of the centred token, encoder row the same at 0.2 times the mean norm of living "
+        "ones, bias 0, optimiser state of the latent reset.",
+    )
+    every_epochs: int | None = Field(None, ge=1, description="After each this many epochs, but not after the last.")
+    at_steps: tuple[int, ...] = Field((), description="Or after these steps.")
+    tokens: int = Field(8_192, ge=1, description="Random training tokens to choose from.")
+
+
+class DeadConfig(Part):
+    """When a latent counts as dead, and what is done about it."""
+
+    rule: Literal["tokens", "frequency"] = Field(
+        "tokens", description="tokens: not fired for this many; frequency: fired on too few tokens of the last epoch."
+    )
+    tokens: int = Field(10_000_000, ge=1)
+    frequency: float = Field(1e-4, gt=0)
+    resample: ResampleConfig | None = None
+
+
+class ScheduleConfig(Part):
+    """Learning rate over the run: warm-up, then a shape."""
+
+    shape: Literal["constant", "cosine", "linear"] = "constant"
+    floor: float = Field(0.0, ge=0, le=1, description="Last learning rate, as a share of lr (cosine, linear).")
+    warmup_steps: int = Field(0, ge=0)
+    warmup_tokens: int = Field(0, ge=0, description="In place of warmup_steps.")
+    decay_steps: int | None = Field(
+        None, ge=1, description="linear: decay over the last this many steps; default: all after the warm-up."
+    )
+
+
+class SparsityConfig(Part):
+    """Penalties of the architectures whose sparsity is trained and not chosen."""
+
+    l1: float = Field(0.0, ge=0, description="relu, gated: coefficient of Σ z, mean over tokens.")
+    l0: float = Field(0.0, ge=0, description="jumprelu: coefficient of L0, or of (L0/target - 1)² with a target.")
+    l0_target: float | None = Field(None, gt=0)
+    bandwidth: float = Field(0.001, gt=0, description="jumprelu: width of the straight-through estimator.")
+    warmup_steps: int = Field(0, ge=0, description="The coefficient rises linearly from 0 over these steps.")
+    warmup_tokens: int = Field(0, ge=0, description="In place of warmup_steps.")
+
+
+class TrainConfig(Part):
+    """One training run.
+
+    >>> TrainConfig(architecture="topk", expansion=8, k=64, batch_size=512).width(896)
+    7168
+    """
+
+    name: str = Field("sae", description="Name of the run, also of its cell in train_many.")
+
+    # the SAE
+    architecture: Architecture = "topk"
+    d_sae: int | None = Field(None, ge=1, description="Number of latents, or give expansion.")
+    expansion: float | None = Field(None, gt=0, description="d_sae as a multiple of d_in.")
+    k: int | None = Field(None, ge=1, description="topk, batch_topk: latents per token.")
+    topk_relu: bool = Field(True, description="topk: whether a ReLU follows the selection.")
+    pre_bias: Literal["tied", "untied", "none"] = Field(
+        "tied",
+        description="What is subtracted before encoding: b_dec, a bias of its own (seed release 000), or nothing.",
+    )
+    matryoshka: tuple[int | float, ...] = Field(
+        (), description="Prefixes (widths, or shares below 1) that must reconstruct alone; d_sae is added."
+    )
+    init: InitConfig = InitConfig()
+
+    # the data
+    batch_size: int = Field(4_096, ge=1, description="Tokens per step, over all ranks.")
+    epochs: float = Field(1.0, gt=0)
+    tokens: int | None = Field(None, ge=1, description="Stop after this many tokens; overrides epochs.")
+    data_seed: int = Field(0, description="Order of the data; apart from `seed`, so that seeds can share a stream.")
+    val_fraction: float = Field(0.0, ge=0, lt=1, description="Tail of an in-memory tensor kept for validation.")
+    normalize: Literal["none", "mean_std", "center_scalar", "scalar"] = Field(
+        "none",
+        description="Input space: per-dimension mean and std; mean and one global std; or one scale that makes the "
+        "mean norm sqrt(d_in). Folded into the weights of the result.",
+    )
+    max_norm_factor: float | None = Field(
+        None, gt=0, description="Leave out tokens whose norm is above this multiple of the median norm."
+    )
+
+    # the loss
+    loss: Literal["mean", "sum", "fvu"] = Field(
+        "mean",
+        description="Squared error: mean over elements; summed over dimensions, mean over tokens; or divided by the "
+        "batch's variance.",
+    )
+    sparsity: SparsityConfig = SparsityConfig()
+    aux: AuxConfig | None = None
+    dead: DeadConfig = DeadConfig()
+
+    # the optimiser
+    lr: float = Field(1e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    schedule: ScheduleConfig = ScheduleConfig()
+    clip: float | None = Field(None, gt=0, description="Largest gradient norm. Costs a stored gradient.")
+    accumulate: int = Field(1, ge=1, description="Split each batch into this many parts (memory).")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="bf16: the encoder product under autocast; approximate selection."
+    )
+    unit_norm: bool = Field(True, description="Decoder rows are rescaled to norm one after each step.")
+    project: bool = Field(True, description="The part of a decoder row's gradient along the row is removed.")
+    threshold_lr: float = Field(0.01, gt=0, le=1, description="batch_topk: rate of the running inference threshold.")
+    seed: int = Field(0, description="Initialisation and resampling.")
+
+    # while it runs
+    eval_every: int | None = Field(None, ge=1, description="Steps between validations; default: each epoch's end.")
+    eval_rows: int = Field(65_536, ge=1, description="Most validation rows used.")
+    log_every: int = Field(50, ge=1, description="Steps between log lines.")
+    checkpoint_every: int | None = Field(None, ge=1, description="Steps between checkpoints; default: epoch ends.")
+    keep_best: int = Field(1, ge=0, description="Checkpoints kept by metric, besides the last.")
+    metric: Literal["val_mse", "val_fvu", "train_loss"] | None = Field(
+        None, description="What best means; default val_mse, or train_loss without validation data."
+    )
+    select: Literal["last", "best"] = Field("best", description="Which checkpoint the result is.")
+    loggers: tuple[Literal["trackio", "wandb", "tensorboard"], ...] = ()
+    project_name: str = Field("hubsae", description="Project in trackio or wandb.")
+    exports: tuple[Literal["safetensors", "pt", "onnx"], ...] = Field(
+        ("safetensors",), description="What the final SAE is written as, in the run folder."
+    )
+    parallel: Literal["data", "latent"] = Field("data", description="Under torchrun: what is split across ranks.")
+    record: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Sections of metadata.json to carry along, such as hook: {layer: 18} or base_model: {id: ...}.",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        if (self.d_sae is None) == (self.expansion is None):
+            raise ValueError("give d_sae or expansion, one of them")
+        if self.architecture in ("topk", "batch_topk"):
+            if self.k is None:
+                raise ValueError(f"{self.architecture} needs k, the number of latents kept per token")
+            if self.d_sae is not None and self.k > self.d_sae:
+                raise ValueError(f"k={self.k} is larger than d_sae={self.d_sae}")
+        elif self.k is not None:
+            raise ValueError(f"k says nothing for {self.architecture}; its sparsity follows from sparsity.l1 / l0")
+        if self.matryoshka and self.architecture not in ("topk", "batch_topk"):
+            raise ValueError("matryoshka prefixes are for topk and batch_topk")
+        if not self.topk_relu and self.architecture != "topk":
+            raise ValueError("topk_relu=False means signed top-k; it is for topk only")
+        if self.sparsity.l0 and self.architecture != "jumprelu":
+            raise ValueError("sparsity.l0 is for jumprelu; relu and gated take sparsity.l1")
+        if self.sparsity.l1 and self.architecture not in ("relu", "gated"):
+            raise ValueError("sparsity.l1 is for relu and gated; jumprelu takes sparsity.l0")
+        if self.aux is not None and self.architecture == "gated":
+            raise ValueError("gated SAEs have an auxiliary loss of their own; leave aux out")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}")
+        if self.accumulate > 1 and self.architecture == "batch_topk":
+            raise ValueError("batch_topk selects over the whole batch, so it cannot be accumulated in parts")
+        return self
+
+    def width(self, d_in: int) -> int:
+        """Number of latents for activations of this width."""
+        return self.d_sae if self.d_sae is not None else round((self.expansion or 0) * d_in)
+
+    def prefixes(self, d_sae: int) -> tuple[int, ...]:
+        """Matryoshka prefixes as widths, rising, the full width last; just the full width where there are none."""
+        widths = {round(p * d_sae) if p < 1 else int(p) for p in self.matryoshka} | {d_sae}
+        return tuple(sorted(w for w in widths if 0 < w <= d_sae))

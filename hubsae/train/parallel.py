@@ -1,0 +1,132 @@
+"""What ranks tell each other during a step. `Solo` is one process: every method is the identity.
+
+Two ways to split the work under torchrun, both with the loss curve of one process at the same global batch:
+
+- `DataParallel`: each rank takes its share of the rows; gradients are summed, and only the rows of latents that
+  fired anywhere travel. Batch-wide selection uses one threshold over all ranks.
+- `LatentParallel`: each rank holds a share of the latents and sees every row; the k best of each row are merged from
+  the ranks' candidates, and the partial reconstructions are summed. Weights and optimiser state never travel.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Solo:
+    """One process."""
+
+    rank, world = 0, 1
+    splits_rows = splits_latents = False
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum of a statistic over ranks that hold different rows."""
+        return value
+
+    def sum_latents(self, value: Tensor) -> Tensor:
+        """Sum over ranks that hold different latents."""
+        return value
+
+    def keep_topk(self, values: Tensor, k: int) -> Tensor | None:
+        """Which of the candidates [rows, c] belong to the k largest of the row over all ranks; None: all."""
+        return None
+
+    def batch_threshold(self, values: Tensor, count: int) -> Tensor | None:
+        """Which candidates [m] belong to the `count` largest over all ranks; None: decide alone."""
+        return None
+
+    def lowest(self, value: Tensor) -> float:
+        """The least of a number over all ranks."""
+        return float(value)
+
+    def reduce_rows(self, fired: Tensor, *matrices: Tensor) -> None:
+        """Sum matrices [n, d] over ranks, in place; rows where `fired` is false everywhere are zero."""
+
+    def barrier(self) -> None:
+        """Wait for the others."""
+
+
+class _Group(Solo):
+    def __init__(self) -> None:
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+
+    def _sum(self, value: Tensor) -> Tensor:
+        value = value.contiguous()
+        dist.all_reduce(value)
+        return value
+
+    def _gather(self, value: Tensor) -> list[Tensor]:
+        out = [torch.empty_like(value) for _ in range(self.world)]
+        dist.all_gather(out, value.contiguous())
+        return out
+
+    def _gather_ragged(self, value: Tensor) -> list[Tensor]:
+        sizes = [int(s) for s in self._gather(torch.tensor([value.numel()], device=value.device))]
+        padded = value.new_zeros(max(sizes))
+        padded[: value.numel()] = value
+        return [part[:size] for part, size in zip(self._gather(padded), sizes, strict=True)]
+
+    def batch_threshold(self, values: Tensor, count: int) -> Tensor | None:
+        parts = self._gather_ragged(values)
+        everything = torch.cat(parts)
+        keep = torch.ones_like(everything, dtype=torch.bool)
+        if everything.numel() > count:
+            # stable, so that ties fall to the lowest rank and every rank agrees
+            order = torch.sort(everything, descending=True, stable=True).indices
+            keep.zero_()
+            keep[order[:count]] = True
+        start = sum(part.numel() for part in parts[: self.rank])
+        return keep[start : start + values.numel()]
+
+    def lowest(self, value: Tensor) -> float:
+        value = value.detach().clone()
+        dist.all_reduce(value, op=dist.ReduceOp.MIN)
+        return float(value)
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+
+class DataParallel(_Group):
+    """Rows are split."""
+
+    splits_rows = True
+
+    def sum(self, value: Tensor) -> Tensor:
+        return self._sum(value)
+
+    def reduce_rows(self, fired: Tensor, *matrices: Tensor) -> None:
+        anywhere = fired.to(torch.int32)
+        dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
+        rows = anywhere.nonzero().view(-1)
+        for matrix in matrices:
+            packed = matrix[rows]
+            dist.all_reduce(packed)
+            matrix[rows] = packed
+
+
+class LatentParallel(_Group):
+    """Latents are split."""
+
+    splits_latents = True
+
+    def sum_latents(self, value: Tensor) -> Tensor:
+        return self._sum(value)
+
+    def keep_topk(self, values: Tensor, k: int) -> Tensor | None:
+        parts = self._gather(values)  # world x [rows, c]
+        everything = torch.cat(parts, dim=1)
+        keep = torch.zeros_like(everything, dtype=torch.bool)
+        order = torch.sort(everything, dim=1, descending=True, stable=True).indices[:, :k]
+        keep.scatter_(1, order, True)
+        width = values.shape[1]
+        return keep[:, self.rank * width : (self.rank + 1) * width]
+
+
+def connect(split: str) -> Solo:
+    """The group of this process: Solo unless launched by torchrun or accelerate with several processes."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return Solo()
+    return LatentParallel() if split == "latent" else DataParallel()

@@ -1,0 +1,188 @@
+"""The update: weight gradients, projection, Adam and unit norm, one tile of latents at a time.
+
+A tile's rows of W, m and v are read and written once while they are in cache, and its gradient lives only that
+long: no gradient of the size of the weights exists. Clipping, accumulation and data-parallel training need the
+whole gradient before any weight moves; they `collect` it into stored buffers first (+8 bytes per weight) and then apply
+the same tiles.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hubsae.kernels import cpu
+from hubsae.train.parallel import Solo
+from hubsae.train.state import Bank, Cell
+from hubsae.train.step import Forward, Signals
+
+# elements of one matrix in a tile: with two matrices, their moments and gradients about 8 x 1 MB (measured: flat
+# between 256 and 512 rows of 896, slower outside)
+TILE_ELEMENTS = 512 * 896
+
+
+def apply(bank: Bank, f: Forward, s: Signals) -> None:
+    """Take one optimiser step straight from a batch's signals."""
+    cells = bank.live
+    for run in _runs(cells, s):
+        low, high = run[0].low, run[-1].high
+        tiles = _tiles(low, high, bank.d_in)
+        starts = f.entries.offsets[torch.tensor([t[0] for t in tiles] + [high])].tolist()
+        for i, (a, b) in enumerate(tiles):
+            gW_enc, gW_dec, dots = _tile(bank, f, s, run, a, b, starts[i], starts[i + 1])
+            _step_matrices(bank, run[0], a, b, gW_enc, gW_dec, dots)
+    for cell, grads in zip(cells, s.vectors, strict=True):
+        _step_vectors(cell, grads)
+
+
+def collect(bank: Bank, f: Forward, s: Signals) -> None:
+    """Add a batch's weight gradients to the stored ones."""
+    g_enc, g_dec = bank.stored_gradients()
+    for run in _runs(bank.live, s):
+        low, high = run[0].low, run[-1].high
+        tiles = _tiles(low, high, bank.d_in)
+        starts = f.entries.offsets[torch.tensor([t[0] for t in tiles] + [high])].tolist()
+        for i, (a, b) in enumerate(tiles):
+            gW_enc, gW_dec, _ = _tile(bank, f, s, run, a, b, starts[i], starts[i + 1])
+            g_enc[a:b] += gW_enc
+            g_dec[a:b] += gW_dec
+
+
+def apply_stored(bank: Bank, vectors: list[dict[str, Tensor]], fired: Tensor, comm: Solo) -> list[float | None]:
+    """Reduce the stored gradients over ranks, clip, step, and clear them. Returns each live cell's gradient norm.
+
+    `fired` [n] bool says which rows can be other than zero.
+    """
+    g_enc, g_dec = bank.stored_gradients()
+    if comm.splits_rows:
+        comm.reduce_rows(fired, g_enc, g_dec)
+        for grads in vectors:
+            for name in sorted(grads):
+                grads[name] = comm.sum(grads[name])
+    norms: list[float | None] = []
+    for cell, grads in zip(bank.live, vectors, strict=True):
+        rows = slice(cell.low, cell.high)
+        norm = None
+        if cell.config.clip is not None:
+            shared = sum(g.double().square().sum() for name, g in grads.items() if name in ("b_dec", "b_pre"))
+            own = sum(g.double().square().sum() for name, g in grads.items() if name not in ("b_dec", "b_pre"))
+            own = own + _square(g_enc[rows]) + _square(g_dec[rows])
+            norm = float((comm.sum_latents(own) + shared).sqrt())
+            factor = cell.config.clip / (norm + 1e-6)
+            if factor < 1:
+                for gradient in (g_enc[rows], g_dec[rows], *grads.values()):
+                    gradient *= factor
+        norms.append(norm)
+        for a, b in _tiles(cell.low, cell.high, bank.d_in):
+            _step_matrices(bank, cell, a, b, g_enc[a:b], g_dec[a:b], None)
+        _step_vectors(cell, grads)
+    g_enc.zero_()
+    g_dec.zero_()
+    return norms
+
+
+def _square(matrix: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(matrix).double().square()
+
+
+def _tiles(low: int, high: int, d: int) -> list[tuple[int, int]]:
+    size = max(1, TILE_ELEMENTS // d)
+    return [(a, min(a + size, high)) for a in range(low, high, size)]
+
+
+def _runs(cells: list[Cell], s: Signals) -> list[list[Cell]]:
+    """Neighbouring cells that one tile may span: same optimiser settings, nothing but entries."""
+    runs: list[list[Cell]] = []
+    last = None
+    for i, cell in enumerate(cells):
+        c = cell.config
+        alone = s.aux[i] is not None or s.dense[i] is not None
+        key = None if alone else (cell.lr, c.betas, c.eps, c.unit_norm, c.project, float(cell.step))
+        if runs and key is not None and key == last and runs[-1][-1].high == cell.low:
+            runs[-1].append(cell)
+        else:
+            runs.append([cell])
+        last = key
+    return runs
+
+
+def _tile(
+    bank: Bank, f: Forward, s: Signals, run: list[Cell], a: int, b: int, start: int, end: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of W_enc and W_dec for latents a to b, and <gW_dec, W_dec> by row where known."""
+    i = bank.live.index(run[0])
+    cell = run[0]
+    branch, extra = s.dense[i], s.aux[i]
+    if branch is not None:
+        gW_enc, gW_dec = branch.tile(a - cell.low, b - cell.low)
+        dots = None
+    else:
+        offsets = f.entries.offsets[a:b] - start
+        part = slice(start, end)
+        gW_dec = cpu.bag_sum(f.residuals, f.entries.rows[part], offsets, f.entries.values[part])
+        gW_enc = cpu.bag_sum(f.inputs, f.x_rows[part], offsets, s.dz[part])
+        dots = s.dots[a:b]
+    if extra is not None:
+        x, y = torch.searchsorted(extra.ids, torch.tensor([a - cell.low, b - cell.low])).tolist()
+        if y > x:
+            ids = extra.ids[x:y] - (a - cell.low)
+            # copies: a branch may hand out views of what it keeps
+            gW_enc = gW_enc.index_add(0, ids, extra.W_enc[x:y])
+            gW_dec = gW_dec.index_add(0, ids, extra.W_dec[x:y])
+            dots = None
+    return gW_enc, gW_dec, dots
+
+
+def _step_matrices(
+    bank: Bank, cell: Cell, a: int, b: int, gW_enc: Tensor, gW_dec: Tensor, dots: Tensor | None
+) -> None:
+    W_dec = bank.W_dec[a:b]
+    if cell.config.project:
+        dots = torch.linalg.vecdot(gW_dec, W_dec) if dots is None else dots
+        gW_dec.addcmul_(W_dec, dots.unsqueeze(1), value=-1.0)
+    step = cell.step + 1
+    _adam(
+        cell,
+        [bank.W_enc[a:b], W_dec],
+        [gW_enc, gW_dec],
+        [bank.m_enc[a:b], bank.m_dec[a:b]],
+        [bank.v_enc[a:b], bank.v_dec[a:b]],
+        step,
+    )
+    if cell.config.unit_norm:
+        W_dec /= torch.linalg.vector_norm(W_dec, dim=1, keepdim=True).clamp_min_(1e-12)
+
+
+def _step_vectors(cell: Cell, grads: dict[str, Tensor]) -> None:
+    cell.step += 1
+    names = sorted(grads)
+    _adam(
+        cell,
+        [cell.vectors[n] for n in names],
+        [grads[n] for n in names],
+        [cell.m[n] for n in names],
+        [cell.v[n] for n in names],
+        cell.step,
+    )
+
+
+def _adam(
+    cell: Cell, params: list[Tensor], grads: list[Tensor], m: list[Tensor], v: list[Tensor], step: Tensor
+) -> None:
+    """Fused Adam in place; `step` counts this step already."""
+    c = cell.config
+    torch._fused_adam_(
+        params,
+        grads,
+        m,
+        v,
+        [],
+        [step] * len(params),
+        lr=cell.lr,
+        beta1=c.betas[0],
+        beta2=c.betas[1],
+        weight_decay=0.0,
+        eps=c.eps,
+        amsgrad=False,
+        maximize=False,
+    )
