@@ -129,39 +129,16 @@ def _tensor_pieces(x: Tensor, columns: dict[str, Any], batch_size: int | None) -
 
 
 def _dataset_pieces(dataset: Any, batch_size: int | None) -> tuple[Iterator[Piece], Labels, int]:
-    have = getattr(dataset, "columns", None)
-    wanted = [c for c in COLUMNS if have is None or c in have]
-    batches = iter(dataset.batches(batch_size or BLOCK_ROWS, shuffle=False, columns=tuple(wanted)))
-    first = next(batches, None)
-    if first is None:
-        raise DataError("the activation dataset holds no rows")
-
-    def piece(batch: Any) -> Piece:
-        x, columns = split_batch(batch)
-        return Piece(x, {name: as_column(name, columns[name]) for name in COLUMNS if name in columns})
-
-    opened = piece(first)
+    names = tuple(c for c in COLUMNS if c in dataset.label_names)
 
     def pieces() -> Iterator[Piece]:
-        yield opened
-        for batch in batches:
-            yield piece(batch)
+        for batch in dataset.batches(batch_size or BLOCK_ROWS, shuffle=False, columns=names):
+            if isinstance(batch, Tensor):
+                yield Piece(batch, {})
+            else:
+                yield Piece(batch["vector"], {name: as_column(name, batch[name]) for name in names})
 
-    return pieces(), Labels(*(name in opened.columns for name in COLUMNS)), opened.x.shape[1]
-
-
-def split_batch(batch: Any) -> tuple[Tensor, Mapping[str, Any]]:
-    """Activations and label columns of one batch of an ActivationDataset."""
-    if isinstance(batch, Tensor):
-        return batch, {}
-    if isinstance(batch, Mapping):
-        columns = dict(batch)
-        name = next(n for n in ("x", "activations", "acts", "vector") if n in columns)
-        return columns.pop(name), {n: v for n, v in columns.items() if v is not None}
-    x = batch[0] if isinstance(batch, tuple) and not hasattr(batch, "x") else getattr(batch, "x")  # noqa: B009
-    rest = batch[1] if isinstance(batch, tuple) and not hasattr(batch, "columns") and len(batch) > 1 else None
-    columns = getattr(batch, "columns", rest) or {}
-    return x, {n: v for n, v in dict(columns).items() if v is not None}
+    return pieces(), Labels(*(name in names for name in COLUMNS)), dataset.d
 
 
 def as_column(name: str, value: Any) -> Tensor:
