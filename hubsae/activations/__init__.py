@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hubsae.activations.dataset import ActivationDataset
-    from hubsae.activations.harvest import ActivationSet, harvest
+    from hubsae.activations.harvesting import ActivationSet, harvest
     from hubsae.activations.manifest import describe, finalize
     from hubsae.activations.splits import SplitRule
     from hubsae.activations.stats import ActivationStats
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "ActivationDataset": "dataset",
-    "ActivationSet": "harvest",
+    "ActivationSet": "harvesting",
     "ActivationStats": "stats",
     "ActivationWriter": "writer",
     "SplitRule": "splits",
     "describe": "manifest",
     "finalize": "manifest",
-    "harvest": "harvest",
+    "harvest": "harvesting",
     "scale_for": "writer",
 }
 __all__ = sorted(_HOMES)  # noqa: PLE0605

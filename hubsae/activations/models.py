@@ -1,0 +1,101 @@
+"""Load the model to harvest from, with an adapter merged in float32, and say exactly what it is."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hubsae.core.errors import ConfigError, HubSAEError, NotFoundError
+from hubsae.core.extras import require
+
+
+def load_model(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    adapter: str | Path | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    token: str | bool | None = None,
+) -> nn.Module:
+    """A causal language model in evaluation mode.
+
+    Without `dtype`: float32 on a CPU or with an adapter, else the checkpoint's own. An adapter is always merged in
+    float32, since small updates vanish in a bfloat16 merge, and the result is then cast.
+    """
+    transformers = require("transformers", extra="train")
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    wanted = as_dtype(dtype) if dtype is not None else None
+    if wanted is None and (adapter is not None or place.type == "cpu"):
+        wanted = torch.float32
+    options: dict[str, Any] = {"revision": revision, "token": token}
+    options["dtype"] = torch.float32 if adapter is not None else wanted or "auto"
+    try:
+        try:
+            loaded = transformers.AutoModelForCausalLM.from_pretrained(str(model), **options)
+        except ValueError as error:  # a reward model, say, has no language-model head
+            if "Unrecognized configuration class" not in str(error):
+                raise
+            loaded = transformers.AutoModel.from_pretrained(str(model), **options)
+    except OSError as error:
+        raise NotFoundError(
+            f"model {model} cannot be loaded: {str(error).splitlines()[0]}",
+            hint="give a folder with config.json and weights, or the id of a model repo; `hf auth login` for gated ones",
+        ) from error
+    if adapter is not None:
+        loaded = merge_adapter(loaded, adapter, token=token)
+        if wanted is not None:
+            loaded = loaded.to(wanted)
+    return loaded.to(place).eval()
+
+
+def merge_adapter(model: nn.Module, adapter: str | Path, *, token: str | bool | None = None) -> nn.Module:
+    """`model` with a LoRA adapter merged into its float32 weights; the model given is not changed."""
+    peft = require("peft", extra="train")
+    base = copy.deepcopy(model).float()
+    try:
+        merged = peft.PeftModel.from_pretrained(base, str(adapter), token=token).merge_and_unload(safe_merge=True)
+    except (ValueError, OSError, RuntimeError, KeyError) as error:
+        raise HubSAEError(
+            f"adapter {adapter} cannot be merged: {str(error).splitlines()[0]}",
+            hint="give a peft folder with adapter_config.json that was trained on this base model",
+        ) from error
+    return merged
+
+
+def load_tokenizer(model: str | Path, *, revision: str | None = None, token: str | bool | None = None) -> Any:
+    """The tokenizer beside a model."""
+    transformers = require("transformers", extra="train")
+    try:
+        return transformers.AutoTokenizer.from_pretrained(str(model), revision=revision, token=token)
+    except (OSError, ValueError) as error:
+        raise NotFoundError(
+            f"no tokenizer in {model}: {str(error).splitlines()[0]}", hint="name another one with tokenizer="
+        ) from error
+
+
+def as_dtype(name: str | torch.dtype) -> torch.dtype:
+    """A floating-point type by its name.
+
+    >>> as_dtype("bfloat16")
+    torch.bfloat16
+    """
+    found = name if isinstance(name, torch.dtype) else getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ConfigError(f"{name!r} is no floating-point type", hint="choose float32, bfloat16 or float16")
+    return found
+
+
+def weights_id(model: nn.Module) -> str:
+    """A short id of a model's weights: a resumed harvest refuses other weights under the same name."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        step = max(1, flat.numel() // 64)
+        digest.update(name.encode() + flat[::step][:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
