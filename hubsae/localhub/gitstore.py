@@ -135,7 +135,8 @@ class GitStore:
         """Size of a blob, from its header where it is loose."""
         try:
             with open(self._object_path(sha), "rb") as handle:
-                head = zlib.decompressobj().decompress(handle.read(64), 32)
+                # a compressed block may need hundreds of bytes before its first one comes out
+                head = zlib.decompressobj().decompress(handle.read(4096), 32)
             return int(head.split(b"\0")[0].split(b" ")[1])
         except FileNotFoundError:
             return len(self._read_packed(sha)[1])
