@@ -17,25 +17,9 @@ _NAMES = {
     "iter_pretrained": "hubsae.hub.load",
     "load_pretrained": "hubsae.hub.load",
     "pull": "hubsae.hub.load",
-    "push": "hubsae.hub.push",
     "push_sae": "hubsae.hub.push",
     "render_card": "hubsae.hub.card",
 }
-
-__all__ = [
-    "HubClient",
-    "RetryPolicy",
-    "describe",
-    "iter_pretrained",
-    "list_saes",
-    "load_pretrained",
-    "pull",
-    "push",
-    "push_sae",
-    "render_card",
-    "retrying",
-]
-
 
 def __getattr__(name: str) -> Any:
     if name not in _NAMES:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,9 @@ from typing import Any
 
 from hubsae.core.bundled import bundled
 from hubsae.core.errors import ConfigError, FormatError
+from hubsae.core.files import safe_join
 from hubsae.core.metadata import Metadata, Metric
+from hubsae.formats.manifest import Manifest, SAEEntry
 from hubsae.hub import cardtext, readme
 
 KINDS = ("single", "chain", "grid", "release")
@@ -248,32 +250,36 @@ def card_of_release(folder: str | os.PathLike[str], repo_id: str, **options: Any
 
     `options` are fields of `Card` that the folder does not say, such as `kind`, `title`, `citation`.
     """
-    from hubsae.formats.manifest import Manifest
-
     root = Path(folder)
     manifest = Manifest.read(root)
-    records = []
-    for entry in manifest:
-        here = root if entry.path == "." else root / entry.path
-        weights = next((f for f in entry.files if f.path.endswith("sae_weights.safetensors")), None)
-        records.append(
-            Record(
-                entry.id,
-                entry.path,
-                Metadata.load(here),
-                sum(f.size for f in entry.files),
-                weights.sha256 if weights else None,
-            )
-        )
+    records = [
+        record_of(entry, Metadata.load(root if entry.path == "." else safe_join(root, entry.path)))
+        for entry in manifest
+    ]
+    return card_of(manifest, repo_id, records, lambda path: safe_join(root, path), **options)
+
+
+def record_of(entry: SAEEntry, metadata: Metadata) -> Record:
+    """One SAE of a manifest, with its record."""
+    weights = next((f for f in entry.files if f.path.endswith("sae_weights.safetensors")), None)
+    size = sum(f.size for f in entry.files)
+    return Record(entry.id, entry.path, metadata, size, weights.sha256 if weights else None)
+
+
+def card_of(
+    manifest: Manifest, repo_id: str, records: list[Record], find: Callable[[str], Path], **options: Any
+) -> Card:
+    """A card from a manifest and the records of its SAEs; `find` gives the place of a result file."""
     if not records:
-        raise FormatError(root, "a release with at least one SAE", "an empty list of SAEs in config.json")
+        raise FormatError(f"{repo_id}/config.json", "a release with at least one SAE", "an empty list of SAEs")
+    paths = [f.path for f in manifest.files]
     given = {
         "kind": guess_kind(records),
         "description": manifest.description,
         "license": manifest.license,
         "datasets": manifest.datasets or cardtext.unique(r.metadata.activations.id for r in records),
-        "results": _results(root, [f.path for f in manifest.files]),
-        "plots": [f.path for f in manifest.files if f.path.startswith("plots/") and f.path.endswith((".png", ".svg"))],
+        "results": _results(find, paths),
+        "plots": [p for p in paths if p.startswith("plots/") and p.endswith((".png", ".svg"))],
         "extra_files": [(f.path, f.size) for f in manifest.files],
     }
     extra = manifest.model_extra or {}
@@ -286,10 +292,10 @@ def card_of_release(folder: str | os.PathLike[str], repo_id: str, **options: Any
     return Card(repo_id=repo_id, records=records, **given)
 
 
-def _results(root: Path, paths: Iterable[str]) -> list[ResultTable]:
+def _results(find: Callable[[str], Path], paths: Iterable[str]) -> list[ResultTable]:
     tables = []
     for path in sorted(p for p in paths if p.startswith("results/") and p.endswith(".csv")):
-        with open(root / path, encoding="utf-8", newline="") as file:
+        with open(find(path), encoding="utf-8", newline="") as file:
             rows = [row for row in csv.reader(file) if row]
         if len(rows) > 1:
             tables.append(ResultTable(path, rows[0], rows[1 : MAX_RESULT_ROWS + 1], len(rows) - 1))

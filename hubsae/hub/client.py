@@ -123,6 +123,11 @@ class HubClient:
                     f"no token for {self.endpoint}", hint="log in with `hf auth login`, or set HF_TOKEN"
                 ) from None
 
+    def info(self, repo_id: str, *, repo_type: str = "model") -> Any:
+        """What the Hub says about a repo: its present id (after a rename), whether it is private."""
+        with explained(self, repo_id, repo_type=repo_type):
+            return self.retry(lambda: self.api.repo_info(repo_id, repo_type=repo_type), f"looking up {repo_id}")
+
     def head(self, repo_id: str, revision: str | None = None, *, repo_type: str = "model") -> str:
         """The commit that a branch, tag or pull request points at."""
         with explained(self, repo_id, revision=revision, repo_type=repo_type):

@@ -72,18 +72,19 @@ class Bar:
 def shown(enabled: bool | None = None) -> Iterator[Progress]:
     """A bar if somebody watches (standard error is a terminal), else silence.
 
-    While the bar is up, the client library's own bars are off: two live displays garble each other.
+    The client library's own bars are off meanwhile: two live displays garble each other, and logs want none.
     """
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    if not (sys.stderr.isatty() if enabled is None else enabled):
-        yield Silent()
-        return
-    bar, were_disabled = Bar(), are_progress_bars_disabled()
+    were_disabled = are_progress_bars_disabled()
     disable_progress_bars()
     try:
-        with bar.progress:
-            yield bar
+        if sys.stderr.isatty() if enabled is None else enabled:
+            bar = Bar()
+            with bar.progress:
+                yield bar
+        else:
+            yield Silent()
     finally:
         if not were_disabled:
             enable_progress_bars()

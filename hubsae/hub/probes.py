@@ -1,0 +1,242 @@
+"""Activations to try an SAE on, and what the trial says: is the written copy the same, does SAELens agree.
+
+Without real activations the probes are made: half of them noise at the scale the SAE expects, half sums of decoder
+directions, so that thresholds are crossed. Numbers about quality (FVU, L0) are only computed on real activations.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hubsae.core.errors import DataError, NotFoundError
+from hubsae.formats import saelens
+from hubsae.hub.errors import IntegrityError
+
+if TYPE_CHECKING:
+    from hubsae.core.sae import HubSAE
+
+PROBES = 64
+TOLERANCE = 1e-6
+# above this size the comparison with SAELens runs in float32 and on fewer probes
+BIG = 300_000_000
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was tried on one SAE before publishing it."""
+
+    id: str
+    same_as_source: bool
+    """Tensors bit for bit, and equal output on the probes."""
+    saelens: str
+    """`same`, `differs`, `not checked`."""
+    saelens_error: float | None = None
+    """Largest relative difference of a reconstruction between SAELens and hubsae."""
+    saelens_rows: float | None = None
+    """Share of probe tokens on which SAELens selects the same latents."""
+    fvu: float | None = None
+    l0: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def probe_activations(sae: HubSAE, n: int = PROBES, *, seed: int = 0) -> Tensor:
+    """Made-up activations [n, d_in] in the range this SAE was trained for."""
+    generator = torch.Generator().manual_seed(seed)
+    centre, scale = sae.b_dec.detach().float().cpu(), torch.ones(sae.d_in)
+    if sae.normalizer is not None:
+        centre, scale = sae.normalizer.mean.float().cpu(), sae.normalizer.std.float().cpu()
+    noise = centre + scale * torch.randn(n // 2, sae.d_in, generator=generator)
+    few = min(16, sae.d_sae)
+    rows = torch.randint(sae.d_sae, (n - n // 2, few), generator=generator)
+    strength = torch.rand(n - n // 2, few, 1, generator=generator) * 4
+    directions = sae.W_dec.detach().float().cpu()[rows]  # [n/2, few, d_in]
+    sums = sae.b_dec.detach().float().cpu() + (strength * directions).sum(1)
+    return torch.cat([noise, sums])
+
+
+def same(source: HubSAE, written: HubSAE, x: Tensor) -> bool:
+    """Whether the copy has the same tensors and gives the same codes and reconstruction."""
+    if source.config != written.config:
+        return False
+    ours, theirs = source.tensors(), written.tensors()
+    if any(not torch.equal(ours[name], theirs[name]) for name in ours):
+        return False
+    with torch.no_grad():
+        return bool(torch.equal(source(x), written(x)))
+
+
+def compare_with_saelens(folder: str | os.PathLike[str], sae: HubSAE, x: Tensor) -> tuple[float, float]:
+    """Load the folder with stock SAELens: (share of tokens with the same latents, largest relative error)."""
+    from sae_lens import SAE
+
+    wide = sae.d_in * sae.d_sae <= BIG
+    dtype = torch.float64 if wide else torch.float32
+    lens = SAE.load_from_disk(str(folder), device="cpu").to(dtype)
+    ours = type(sae)(sae.config, {name: t.to(dtype) for name, t in sae.tensors().items()})
+    x = x.to(dtype)
+    with torch.no_grad():
+        z, z_hat = lens.encode(x), ours.encode(x)
+        x_lens = lens(x)
+        x_ours = ours(x)
+    rows = ((z != 0) == (z_hat != 0)).all(-1).double().mean().item()
+    scale = x_ours.norm(dim=-1).clamp_min(torch.finfo(dtype).tiny)
+    error = ((x_lens - x_ours).norm(dim=-1) / scale).max().item()
+    return rows, error
+
+
+def have_saelens() -> bool:
+    """Whether the stock package is installed (looking does not import it)."""
+    from importlib.util import find_spec
+
+    return find_spec("sae_lens") is not None
+
+
+def check(
+    id: str,
+    folder: Path,
+    source: HubSAE | None,
+    *,
+    activations: Tensor | None = None,
+    with_saelens: bool = True,
+) -> Check:
+    """Read a packaged SAE back and try it; an SAE that is not what its source was is an error."""
+    from hubsae.formats import native
+
+    written = native.read(folder)
+    x = activations[:PROBES].float() if activations is not None else probe_activations(written)
+    if source is not None and not same(source, written, x):
+        raise IntegrityError(
+            f"{id}: read back from its written files it is not the same as its source",
+            hint="nothing was uploaded; is the disk in order? if it is, this is a bug in hubsae, please report it",
+        )
+    notes: list[str] = []
+    verdict, error, rows = "not checked", None, None
+    known = saelens.fidelity(written.config)
+    if with_saelens and have_saelens():
+        rows, error = compare_with_saelens(folder, written, x)
+        verdict = "same" if rows == 1.0 and error <= TOLERANCE else "differs"
+        if verdict == "differs" and known.exact:
+            raise IntegrityError(
+                f"{id}: stock SAELens computes something else from the written files "
+                f"(same latents on {rows:.1%} of {len(x)} probe tokens, relative error up to {error:.2g})",
+                hint="nothing was uploaded; publish without this check with --no-saelens-check, and please report it",
+            )
+    if not known.exact:
+        notes.append(known.note)
+        if rows is not None and error is not None:
+            kind = "your activations" if activations is not None else "random probes"
+            notes.append(
+                f"on {len(x)} tokens of {kind} SAELens selects the same latents for {rows:.1%}, "
+                f"with a relative error of up to {error:.2g}"
+            )
+    fvu, l0 = (None, None) if activations is None else quality(written, activations)
+    if fvu is not None and fvu > 1:
+        notes.append(
+            f"it reconstructs your activations worse than their mean does (FVU {fvu:.3g}): is this the right layer, "
+            "stage and reading (decode_adds_b_pre, normaliser)?"
+        )
+    return Check(id, True, verdict, error, rows, fvu, l0, notes)
+
+
+def quality(sae: HubSAE, activations: Tensor) -> tuple[float | None, float | None]:
+    """(FVU, L0) on real activations."""
+    from hubsae.evals import reconstruction
+
+    found = reconstruction({"sae": sae}, activations)["sae"]
+    return found.value("fvu"), found.value("l0")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A stored threshold for a BatchTopK SAE, and what it changes against the batch rule of its training."""
+
+    threshold: float
+    tokens: int
+    l0_batch: float
+    l0_threshold: float
+    mse_batch: float
+    mse_threshold: float
+
+    def __str__(self) -> str:
+        change = (self.mse_threshold / self.mse_batch - 1) if self.mse_batch else 0.0
+        return (
+            f"threshold {self.threshold:.6g} from {self.tokens:,} tokens: L0 {self.l0_batch:.2f} (batch rule) -> "
+            f"{self.l0_threshold:.2f}, MSE {self.mse_batch:.4g} -> {self.mse_threshold:.4g} ({change:+.2%})"
+        )
+
+
+def calibrate(sae: HubSAE, activations: Tensor) -> tuple[HubSAE, Calibration]:
+    """Give a BatchTopK SAE a stored threshold from these activations, and measure what that changes."""
+    from hubsae.evals import reconstruction
+    from hubsae.formats import estimate_threshold
+
+    fixed = estimate_threshold(sae, activations.float())
+    found = reconstruction({"batch": sae, "threshold": fixed}, activations.float())
+    numbers = [found[name].value(metric) or 0.0 for metric in ("l0", "mse") for name in ("batch", "threshold")]
+    return fixed, Calibration(float(fixed.config.threshold or 0.0), len(activations), *numbers)
+
+
+class Activations:
+    """Activations given to a push: one tensor or file, or a dataset with a config per layer and stage."""
+
+    def __init__(self, source: Any, *, most: int = 16_384):
+        self.source = source
+        self.most = most
+
+    def of(self, layer: int | None, stage: str | None, *, only_place: bool) -> Tensor | None:
+        """Vectors [n, d_in] of this place; None where a dataset has none for it."""
+        if isinstance(self.source, Tensor):
+            return self._one(_two_dimensional(self.source, "the activations"), only_place)
+        from hubsae.activations import ActivationDataset
+
+        path = Path(str(self.source))
+        if path.is_file():
+            return self._one(_sample(ActivationDataset.open(path), self.most), only_place)
+        names = [f"{stage}.layers.{layer}", f"layers.{layer}"] if layer is not None else [None]
+        for name in names:
+            try:
+                return _sample(ActivationDataset.open(str(self.source), name), self.most)
+            except NotFoundError:
+                continue
+        return None
+
+    def _one(self, vectors: Tensor, only_place: bool) -> Tensor:
+        if not only_place:
+            raise DataError(
+                "one set of activations was given, but this release has SAEs of several layers or stages",
+                hint="give a dataset folder with a config per place (layers.6, or ppo_step30.layers.6)",
+            )
+        return vectors[: self.most].float()
+
+
+def _sample(dataset: Any, most: int) -> Tensor:
+    """Rows spread over the whole dataset, the same ones each time."""
+    if dataset.n_rows <= most:
+        return dataset.read_all(dtype=torch.float32)
+    rows = torch.linspace(0, dataset.n_rows - 1, most).long().unique().tolist()
+    return dataset.take(rows, dtype=torch.float32)
+
+
+def _two_dimensional(value: Tensor, where: str) -> Tensor:
+    if value.ndim < 2:
+        raise DataError(f"{where}: expected a tensor [tokens, d_in], found shape {tuple(value.shape)}")
+    return value.reshape(-1, value.shape[-1])
+
+
+def summarize(checks: Sequence[Check]) -> str:
+    """One line over all checks."""
+    lens = [c for c in checks if c.saelens == "same"]
+    parts = [f"{len(checks)} read back and equal to their sources"]
+    if lens:
+        worst = max(c.saelens_error or 0.0 for c in lens)
+        parts.append(f"{len(lens)} the same in stock SAELens (relative error up to {worst:.1e})")
+    elif checks and all(c.saelens == "not checked" for c in checks):
+        parts.append("SAELens parity not checked (pip install 'hubsae[saelens]')")
+    return "; ".join(parts)
