@@ -127,7 +127,21 @@ def write_safetensors(path: Paths, tensors: dict[str, Tensor], metadata: dict[st
     """Write tensors, whole or not at all."""
     with atomic_path(path) as temporary:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        if metadata and len(metadata) > 1:
+            _sort_notes(temporary)
     return Path(path)
+
+
+def _sort_notes(path: Path) -> None:
+    """Put the header's notes in order: the library writes them in a random one, and equal SAEs must be equal files."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(ordered) <= size:
+            file.seek(8)
+            file.write(ordered.ljust(size))
 
 
 # ---- pickles ----------------------------------------------------------------------------------------------
