@@ -1,6 +1,6 @@
 """The card of an activation dataset: `configs:` so that every tool can load it, and a text rendered from the manifest.
 
-A card that a person has edited is not overwritten: only the block between the markers and our front matter change.
+A card that a person has edited is not overwritten: only our block between its markers and our front matter change.
 """
 
 from __future__ import annotations
@@ -8,11 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from hubsae.core.files import write_text_atomic
 
-BEGIN, END = "<!-- hubsae:begin -->", "<!-- hubsae:end -->"
+BLOCK = "activations"
 TEMPLATE = "activation_dataset.md.j2"
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 _MORE = ((10_000_000, "1M<n<10M"), (100_000_000, "10M<n<100M"), (1_000_000_000, "100M<n<1B"))
@@ -67,31 +65,15 @@ def _number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-def split_card(text: str) -> tuple[dict[str, Any], str]:
-    """Front matter and body of a card."""
-    if text.startswith("---\n") and "\n---\n" in text[3:]:
-        head, body = text[4:].split("\n---\n", 1)
-        try:
-            found = yaml.safe_load(head)
-        except yaml.YAMLError:
-            found = None
-        if isinstance(found, dict):
-            return found, body
-    return {}, text
-
-
-def write_card(root: Path, manifest: dict[str, Any], repo_id: str | None = None) -> Path:
-    """Write or update `README.md`; what a person wrote around the markers stays."""
+def write_card(root: Path, manifest: dict[str, Any]) -> Path:
+    """Write or update `README.md` of a dataset folder."""
     path = root / "README.md"
-    block = f"{BEGIN}\n{render_body(manifest, repo_id).strip()}\n{END}"
-    ours = front_matter(manifest)
-    head, body = split_card(path.read_text(encoding="utf-8")) if path.is_file() else ({}, "")
-    if BEGIN in body and END in body:
-        before, rest = body.split(BEGIN, 1)
-        body = before + block + rest.split(END, 1)[1]
-    elif not body.strip():
-        body = f"\n{block}\n"
-    tags = list(dict.fromkeys([*head.get("tags", []), *ours["tags"]]))
-    merged = {**ours, **head, "tags": tags, "configs": ours["configs"], "size_categories": ours["size_categories"]}
-    text = "---\n" + yaml.safe_dump(merged, sort_keys=False, allow_unicode=True) + "---\n" + body
-    return write_text_atomic(path, text)
+    existing = path.read_text(encoding="utf-8") if path.is_file() else None
+    return write_text_atomic(path, update_card(existing, manifest))
+
+
+def update_card(existing: str | None, manifest: dict[str, Any], repo_id: str | None = None) -> str:
+    """The card with its rendered block brought up to date; what a person wrote around it, or in it, stays."""
+    from hubsae.hub.readme import update  # text only: it imports no Hub client
+
+    return update(existing, front_matter(manifest), {BLOCK: render_body(manifest, repo_id)}).text

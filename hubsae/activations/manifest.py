@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,8 @@ def write_statistics(path: Path, stats: ActivationStats) -> None:
 
     tensors = {"mean": stats.mean, "std": stats.std}
     tensors |= {"mean_without_first": stats.mean_without_first, "std_without_first": stats.std_without_first}
-    metadata = {"count": str(stats.count), "count_without_first": str(stats.rest.count)}
-    metadata |= {f"norm_percentile_{k}": repr(v) for k, v in stats.norm_percentiles.items()}
+    facts = {"count": stats.count, "count_without_first": stats.rest.count, "norm_percentiles": stats.norm_percentiles}
+    metadata = {"hubsae": json.dumps(facts)}  # one key, because safetensors writes several in no fixed order
     with atomic_path(path) as temporary:
         save_file({k: v.to(torch.float64).contiguous() for k, v in tensors.items()}, temporary, metadata)
 

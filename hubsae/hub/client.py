@@ -142,18 +142,17 @@ class HubClient:
         if revision is not None and _SHA.fullmatch(revision):
             return revision
         with explained(self, repo_id, revision=revision, repo_type=repo_type):
-            return str(
-                self.retry(
-                    lambda: self.api.resolve_revision(
-                        repo_id,
-                        repo_type=repo_type,
-                        revision=revision,
-                        cache_dir=str(self.cache_dir),
-                        local_files_only=self.local_files_only,
-                    ),
-                    f"looking up {repo_id}",
-                )
+            found = self.retry(
+                lambda: self.api.resolve_revision(
+                    repo_id,
+                    repo_type=repo_type,
+                    revision=revision,
+                    cache_dir=str(self.cache_dir),
+                    local_files_only=self.local_files_only,
+                ),
+                f"looking up {repo_id}",
             )
+        return found.resolved  # as a string it would be the name that was asked for
 
     def tree(self, repo_id: str, revision: str | None = None, *, repo_type: str = "model") -> dict[str, RemoteFile]:
         """Every file of a revision by its path."""
