@@ -30,26 +30,26 @@ RATE_METRICS = ("nmse_pooled", "fvu", "mse")
 
 
 class StageRow(NamedTuple):
-    """One SAE on the activations of its own stage."""
+    """One SAE on the activations of its own stage; all None where no activations were given."""
 
     stage: str
     step: int | None
-    n_tokens: int
-    nmse_before: float | None
+    n_tokens: int | None = None
+    nmse_before: float | None = None
     """nmse_pooled of the previous stage's SAE on these activations: before this stage's training"""
-    nmse_after: float | None
-    fvu_before: float | None
-    fvu_after: float | None
-    fvu_after_no_position_0: float | None
+    nmse_after: float | None = None
+    fvu_before: float | None = None
+    fvu_after: float | None = None
+    fvu_after_no_position_0: float | None = None
     """None without positions"""
-    l0: float | None
-    dead_fraction: float | None
-    alive: int
-    births: int | None
+    l0: float | None = None
+    dead_fraction: float | None = None
+    alive: int | None = None
+    births: int | None = None
     """Latents alive here and not at the previous stage, matched as in the movement table"""
-    deaths: int | None
-    effective_features: float | None
-    max_density: float
+    deaths: int | None = None
+    effective_features: float | None = None
+    max_density: float | None = None
 
 
 class MoveRow(NamedTuple):
@@ -166,7 +166,8 @@ def drift(
     `chain`: a mapping from stage names to SAEs (or lists of them, one per layer), or SAEs whose metadata name
     stage and layer. `activations`: one table for all, a mapping by stage, by layer, or by (stage, layer), or a
     function of (stage, layer). `control`: a chain trained as long on base activations; without
-    `control_activations` each of its stages is measured on the base stage's activations.
+    `control_activations` each of its stages is measured on the base stage's activations. With
+    `activations=None` only the weights are compared.
 
     >>> from hubsae.core.config import SAEConfig
     >>> from hubsae.core.sae import HubSAE
@@ -183,7 +184,7 @@ def drift(
     )
     if control is not None:
         held = control_activations
-        if held is None:
+        if held is None and activations is not None:
             held = _base_only(activations, {group.layer: group.links[0] for group in groups})
         report.control = drift(
             control,
@@ -227,7 +228,7 @@ def _group_drift(
     links = group.links
     saes = {link.stage: link.sae for link in links}
     results: dict[str, ReconstructionResult] = {}
-    for link in links:
+    for link in links if activations is not None else []:
         results[link.stage] = reconstruction(saes, activations_for(activations, link), batch_size=batch_size)
         if on_pass is not None:
             on_pass(f"{group.name} {link.stage}")
@@ -238,6 +239,9 @@ def _group_drift(
             moved = movement(link.sae, other.sae, match=match)
             cosines[f"{link.stage}/{against}"] = moved
             moves.append(_move_row(against, other, link, moved))
+    if not results:
+        stages = [StageRow(link.stage, link.step) for link in links]
+        return GroupDrift(group.layer, group.k, group.name, stages, moves, [], {}, {}, cosines)
     own = {link.stage: results[link.stage][link.stage] for link in links}
     return GroupDrift(
         layer=group.layer,

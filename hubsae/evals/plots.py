@@ -64,13 +64,16 @@ def label_of(group: GroupDrift) -> str:
 def drift_plots(report: DriftReport, folder: Path) -> list[Path]:
     """Every plot of a report, as PNG files in a folder."""
     with _styled():
-        written = [plot_cosines(report, folder / "drift_cosines.png")]
+        written = []
+        if any(group.moves for group in report.groups):
+            written.append(plot_cosines(report, folder / "drift_cosines.png"))
         if any(group.series for group in report.groups):
             written.append(plot_nmse(report, folder / "drift_nmse.png"))
-        written.append(plot_cross(report, folder / "drift_cross.png"))
-        written.append(plot_lifecycle(report, folder / "drift_births_deaths.png"))
-        written.append(plot_densities(report, folder / "drift_density.png"))
-    return [path for path in written if path is not None]
+        if any(group.densities for group in report.groups):
+            written.append(plot_cross(report, folder / "drift_cross.png"))
+            written.append(plot_lifecycle(report, folder / "drift_births_deaths.png"))
+            written.append(plot_densities(report, folder / "drift_density.png"))
+    return written
 
 
 def _grid(count: int) -> tuple[int, int]:

@@ -300,7 +300,7 @@ def _chain_findings(report: TableReport, rows: Sequence[Row], series: Mapping[tu
         most = [row for row in net if row["share_in_control"] is not None and row["share_in_control"] >= 0.75]
         report.add(
             f"in {len(most)} of {len(net)} comparisons at the last common step, the shuffled-reward chain shows at "
-            "least three quarters of the other chain's ΔNMSE: that part comes with training longer, not with the reward",
+            "least three quarters of the other chain's ΔNMSE: that part comes with training longer, not with reward",
             holds=None,
         )
 
@@ -330,7 +330,7 @@ def _replicate_findings(
     for (chain, layer, k), one in series.items():
         bases = [row for row in rows if _key(row)[1:] == (layer, k, 0)]
         own = next(implied_variance(row) for row in bases if row["chain"] == chain)
-        same_data = [row for row in bases if abs(implied_variance(row) / own - 1) < OTHER_DATA / 2]
+        same_data = [row for row in bases if abs(implied_variance(row) / own - 1) < OTHER_DATA / 4]
         # the same SAE listed under two chains has the same mse
         seen = {row["mse"]: float(row["nmse"]) for row in same_data}
         if len(seen) < 2:

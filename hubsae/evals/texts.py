@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hubsae.core.errors import DataError
+from hubsae.core.files import read_json
 
 PROMPT_KEYS = ("prompt", "question")
 RESPONSE_KEYS = ("response", "completion", "answer")
@@ -185,3 +188,27 @@ def _pad(texts: list[Tokens], which: list[int]) -> Batch:
         if text.is_response is not None:
             response[row, :n] = text.is_response
     return Batch(ids, mask, response, torch.tensor(which))
+
+
+def read_texts(path: str | Path) -> list[Any]:
+    """Texts of a file: one per line of a .txt, one JSON value per line of a .jsonl, a list in a .json."""
+    file = Path(path)
+    if not file.is_file():
+        raise DataError(f"{file} does not exist", hint="give a .txt, .jsonl or .json file")
+    if file.suffix == ".txt":
+        return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if file.suffix == ".json":
+        found = read_json(file)
+        if not isinstance(found, list):
+            raise DataError(f"{file}: expected a list of texts, found {type(found).__name__}")
+        return found
+    if file.suffix == ".jsonl":
+        out = []
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+            if line.strip():
+                try:
+                    out.append(json.loads(line))
+                except json.JSONDecodeError as error:
+                    raise DataError(f"{file}, line {number}: not JSON ({error})") from error
+        return out
+    raise DataError(f"cannot read texts from {file.suffix or file.name}", hint="give a .txt, .jsonl or .json file")
