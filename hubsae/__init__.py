@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from hubsae.core.metadata import Metadata
     from hubsae.core.normalizer import Normalizer
     from hubsae.core.sae import HubSAE
+    from hubsae.hub.listing import list_saes
+    from hubsae.hub.load import pull
+    from hubsae.hub.push import push
 
 __all__ = [
     "HookPoint",
@@ -27,6 +30,9 @@ __all__ = [
     "SAEConfig",
     "SparseCodes",
     "__version__",
+    "list_saes",
+    "pull",
+    "push",
 ]
 
 # public name -> the module that defines it
@@ -38,6 +44,9 @@ _HOME = {
     "Normalizer": "hubsae.core.normalizer",
     "SAEConfig": "hubsae.core.config",
     "SparseCodes": "hubsae.core.codes",
+    "list_saes": "hubsae.hub.listing",
+    "pull": "hubsae.hub.load",
+    "push": "hubsae.hub.push",
 }
 
 
