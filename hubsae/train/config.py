@@ -92,6 +92,9 @@ class SparsityConfig(Part):
     l0: float = Field(0.0, ge=0, description="jumprelu: coefficient of L0, or of (L0/target - 1)² with a target.")
     l0_target: float | None = Field(None, gt=0)
     bandwidth: float = Field(0.001, gt=0, description="jumprelu: width of the straight-through estimator.")
+    train_threshold: bool = Field(
+        True, description="jumprelu: false leaves every threshold at init.threshold, so that nothing sets the sparsity."
+    )
     warmup_steps: int = Field(0, ge=0, description="The coefficient rises linearly from 0 over these steps.")
     warmup_tokens: int = Field(0, ge=0, description="In place of warmup_steps.")
 

@@ -326,6 +326,8 @@ def signals(bank: Bank, f: Forward, comm: Solo, rows_in_all: int) -> Signals:
             theta = cell.vectors["log_threshold"].exp()
             # d/d log θ = θ d/dθ, with a rectangle of height 1/bandwidth for the step's derivative
             grads["log_threshold"] = -(theta / sparsity.bandwidth) * (theta * value_part + rate * hits)
+        if "log_threshold" in grads and not sparsity.train_threshold:
+            grads["log_threshold"] = torch.zeros_like(grads["log_threshold"])
         if "b_enc" not in grads:
             grads["b_enc"] = cpu.segment_sum(dz[mine], e.offsets[cell.low : cell.high + 1] - bounds[i][0])
         grads["b_dec"] = residual.sum(0)
