@@ -139,6 +139,7 @@ QWEN_SCOPE = Format(
     title="Qwen-Scope",
     detect=_detect_qwen,
     read=_read_qwen,
+    covers=frozenset({"pt"}),
     layout="`layer{n}.sae.pt`; k in the name of the repo",
 )
 GEMMA_SCOPE = Format(
