@@ -90,7 +90,7 @@ def start(case: Case) -> Start:
     theta = 0.0
     if case.l0_target:
         pre = (data[0][:256] - data[0].mean(0)) @ W.t()
-        theta = float(torch.quantile(pre.reshape(-1)[:1 << 20], 1 - case.l0_target / case.n))
+        theta = float(torch.quantile(pre.reshape(-1)[: 1 << 20], 1 - case.l0_target / case.n))
     return Start(W, torch.zeros(case.n), data[0].mean(0), theta, data)
 
 
@@ -212,9 +212,7 @@ def saelens(case: Case, s: Start, sparse: bool = False):
         return None
     elif case.arch == "batch_topk":
         sae = BatchTopKTrainingSAE(
-            BatchTopKTrainingSAEConfig(
-                k=case.k, aux_loss_coefficient=0.0, rescale_acts_by_decoder_norm=False, **common
-            )
+            BatchTopKTrainingSAEConfig(k=case.k, aux_loss_coefficient=0.0, rescale_acts_by_decoder_norm=False, **common)
         )
     elif case.arch == "jumprelu":
         sae = JumpReLUTrainingSAE(
@@ -371,7 +369,9 @@ def compare(name: str, case: Case, peers: list[str], rounds: int, steps: int) ->
                 run(3 + i)
             wall[peer].append((time.perf_counter() - w) / steps)
             cpu[peer].append((time.process_time() - c) / steps)
-    print(f"\n{name}: {case.arch} d={case.d} n={case.n} k={case.k} batch={case.batch}" + (" half dead, AuxK" * case.dead))
+    print(
+        f"\n{name}: {case.arch} d={case.d} n={case.n} k={case.k} batch={case.batch}" + (" half dead, AuxK" * case.dead)
+    )
     print(f"  {'trainer':20s} {'tokens/s':>10s} {'ms wall':>9s} {'ms CPU':>9s}   times hubsae, by wall / by CPU")
     for peer in runs:
         w, c = statistics.median(wall[peer]), statistics.median(cpu[peer])

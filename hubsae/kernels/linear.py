@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import time
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -47,17 +46,41 @@ def _regular(matrix: Tensor) -> bool:
     return matrix.ndim == 2 and (matrix.stride(1) == 1 or matrix.stride(0) == 1)
 
 
-@lru_cache(maxsize=256)
+_decided: dict[tuple[int, int, int, int], str] = {}
+
+
+def decisions() -> list[list[int | str]]:
+    """What the trials decided so far, for a checkpoint: a resumed run must not decide otherwise."""
+    return [[*shape, choice] for shape, choice in _decided.items()]
+
+
+def adopt(found: list[list[int | str]]) -> None:
+    """Take over decisions of an earlier process."""
+    for *shape, choice in found:
+        if choice == "torch" or _operator() is not None:
+            _decided[tuple(int(v) for v in shape)] = str(choice)  # type: ignore[index]
+
+
+def _operator():
+    usable = torch.backends.mkldnn.is_available()
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None) if usable else None
+
+
 def backend(rows: int, d_in: int, n: int, threads: int) -> str:
     """`onednn` or `torch` for a float32 product of this shape; decided once by a short trial.
 
     `HUBSAE_LINEAR=torch` or `onednn` in the environment decides instead of the trial.
     """
-    forced = os.environ.get("HUBSAE_LINEAR", "")
-    if forced in ("torch", "onednn"):
-        return forced
-    operator = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    if operator is None or not torch.backends.mkldnn.is_available():
+    shape = (rows, d_in, n, threads)
+    if shape not in _decided:
+        forced = os.environ.get("HUBSAE_LINEAR", "")
+        _decided[shape] = forced if forced in ("torch", "onednn") else _trial(rows, d_in, n)
+    return _decided[shape]
+
+
+def _trial(rows: int, d_in: int, n: int) -> str:
+    operator = _operator()
+    if operator is None:
         return "torch"
     # the winner does not depend on the number of latents beyond a few thousand; a narrow slice keeps this short
     n = min(n, 4096)
@@ -80,6 +103,7 @@ def backend(rows: int, d_in: int, n: int, threads: int) -> str:
             times.append(time.perf_counter() - start)
         return min(times)
 
+    # a clear win or none: near a tie two runs on one machine must not decide differently
     ours = best(lambda: operator(x, weight, bias, "none", [], ""))
     return "onednn" if ours * 1.3 < best(lambda: F.linear(x, weight, bias)) else "torch"
 

@@ -1,0 +1,32 @@
+"""Training sparse autoencoders: `train` one, `train_many` on one stream, `train_chain` in warm-started stages."""
+
+from __future__ import annotations
+
+from hubsae.train.api import train, train_chain, train_many
+from hubsae.train.chain import ChainResult, StageResult
+from hubsae.train.config import (
+    AuxConfig,
+    DeadConfig,
+    InitConfig,
+    ResampleConfig,
+    ScheduleConfig,
+    SparsityConfig,
+    TrainConfig,
+)
+from hubsae.train.trainer import TrainResult
+
+__all__ = [
+    "AuxConfig",
+    "ChainResult",
+    "DeadConfig",
+    "InitConfig",
+    "ResampleConfig",
+    "ScheduleConfig",
+    "SparsityConfig",
+    "StageResult",
+    "TrainConfig",
+    "TrainResult",
+    "train",
+    "train_chain",
+    "train_many",
+]

@@ -41,6 +41,14 @@ class Solo:
         """The least of a number over all ranks."""
         return float(value)
 
+    def gather(self, value: Tensor) -> list[Tensor]:
+        """A tensor of every rank, of one shape."""
+        return [value]
+
+    def gather_counts(self, value: int) -> list[int]:
+        """A number of every rank."""
+        return [value]
+
     def reduce_rows(self, fired: Tensor, *matrices: Tensor) -> None:
         """Sum matrices [n, d] over ranks, in place; rows where `fired` is false everywhere are zero."""
 
@@ -57,16 +65,16 @@ class _Group(Solo):
         dist.all_reduce(value)
         return value
 
-    def _gather(self, value: Tensor) -> list[Tensor]:
+    def gather(self, value: Tensor) -> list[Tensor]:
         out = [torch.empty_like(value) for _ in range(self.world)]
         dist.all_gather(out, value.contiguous())
         return out
 
     def _gather_ragged(self, value: Tensor) -> list[Tensor]:
-        sizes = [int(s) for s in self._gather(torch.tensor([value.numel()], device=value.device))]
+        sizes = [int(s) for s in self.gather(torch.tensor([value.numel()], device=value.device))]
         padded = value.new_zeros(max(sizes))
         padded[: value.numel()] = value
-        return [part[:size] for part, size in zip(self._gather(padded), sizes, strict=True)]
+        return [part[:size] for part, size in zip(self.gather(padded), sizes, strict=True)]
 
     def batch_threshold(self, values: Tensor, count: int) -> Tensor | None:
         parts = self._gather_ragged(values)
@@ -79,6 +87,9 @@ class _Group(Solo):
             keep[order[:count]] = True
         start = sum(part.numel() for part in parts[: self.rank])
         return keep[start : start + values.numel()]
+
+    def gather_counts(self, value: int) -> list[int]:
+        return [int(v) for v in self.gather(torch.tensor([value]))]
 
     def lowest(self, value: Tensor) -> float:
         value = value.detach().clone()
@@ -116,7 +127,7 @@ class LatentParallel(_Group):
         return self._sum(value)
 
     def keep_topk(self, values: Tensor, k: int) -> Tensor | None:
-        parts = self._gather(values)  # world x [rows, c]
+        parts = self.gather(values)  # world x [rows, c]
         everything = torch.cat(parts, dim=1)
         keep = torch.zeros_like(everything, dtype=torch.bool)
         order = torch.sort(everything, dim=1, descending=True, stable=True).indices[:, :k]

@@ -133,9 +133,7 @@ def _tile(
     return gW_enc, gW_dec, dots
 
 
-def _step_matrices(
-    bank: Bank, cell: Cell, a: int, b: int, gW_enc: Tensor, gW_dec: Tensor, dots: Tensor | None
-) -> None:
+def _step_matrices(bank: Bank, cell: Cell, a: int, b: int, gW_enc: Tensor, gW_dec: Tensor, dots: Tensor | None) -> None:
     W_dec = bank.W_dec[a:b]
     if cell.config.project:
         dots = torch.linalg.vecdot(gW_dec, W_dec) if dots is None else dots

@@ -1,0 +1,145 @@
+"""Chains of stages: the same SAE carried along the checkpoints of a model, and a control that stays at the first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hubsae.core.errors import ConfigError
+from hubsae.core.files import write_csv_atomic
+from hubsae.core.sae import HubSAE
+from hubsae.train.config import TrainConfig
+from hubsae.train.trainer import Run, TrainResult
+
+
+@dataclass
+class StageResult:
+    """One stage of a chain."""
+
+    stage: str
+    """Name of the stage whose activations were trained on."""
+    result: TrainResult
+    before: dict[str, float]
+    """Metrics of the SAE the stage started from, on this stage's validation data (of the untrained start for the first)."""
+    after: dict[str, float]
+
+    @property
+    def sae(self) -> HubSAE:
+        """The SAE after this stage."""
+        assert self.result.sae is not None
+        return self.result.sae
+
+
+@dataclass
+class ChainResult:
+    """A chain and its control."""
+
+    stages: list[StageResult]
+    control: list[StageResult] = field(default_factory=list)
+    """As many stages, all on the first stage's activations; empty where it was not asked for."""
+
+    def table(self) -> list[dict[str, Any]]:
+        """One row per stage: metrics before and after, and the control's after, to be subtracted."""
+        rows = []
+        for number, stage in enumerate(self.stages):
+            row: dict[str, Any] = {"number": number, "stage": stage.stage}
+            row |= {f"{k}_before": v for k, v in stage.before.items() if k != "val_rows"}
+            row |= {f"{k}_after": v for k, v in stage.after.items() if k != "val_rows"}
+            if self.control:
+                row |= {f"{k}_control": v for k, v in self.control[number].after.items() if k != "val_rows"}
+            rows.append(row)
+        return rows
+
+
+def run_chain(
+    config: TrainConfig,
+    stages: list[tuple[str, Any]],
+    *,
+    out: Path | None,
+    init: Any,
+    val: dict[str, Any],
+    control: bool,
+    resume: bool,
+    device: str | torch.device,
+    quiet: bool,
+) -> ChainResult:
+    """See `hubsae.train.train_chain`."""
+    names = [name for name, _ in stages]
+    if not stages or len(set(names)) < len(names):
+        raise ConfigError(f"a chain needs stages with names of their own, found {names}")
+    unknown = sorted(set(val) - set(names))
+    if unknown:
+        raise ConfigError(
+            f"validation data for {', '.join(unknown)}, which is no stage", hint=f"stages: {', '.join(names)}"
+        )
+    options = {"resume": resume, "device": device, "quiet": quiet}
+    chain = ChainResult(_walk(config, stages, out, "", init, val, options))
+    if control:
+        first, rows = stages[0]
+        chain.control = [chain.stages[0]]
+        again = [(f"control_{number:02d}", rows) for number in range(1, len(stages))]
+        same = {name: val[first] for name, _ in again if first in val}
+        chain.control += _walk(config, again, out, "control/", chain.stages[0].sae, same, options)
+        for stage in chain.control[1:]:
+            stage.stage = first
+    if out is not None:
+        write_csv_atomic(out / "chain.csv", chain.table())
+    return chain
+
+
+def _walk(
+    config: TrainConfig,
+    stages: list[tuple[str, Any]],
+    out: Path | None,
+    prefix: str,
+    start: Any,
+    val: dict[str, Any],
+    options: dict[str, Any],
+) -> list[StageResult]:
+    done: list[StageResult] = []
+    previous = start
+    for number, (name, activations) in enumerate(stages):
+        record = {**config.record}
+        record["base_model"] = {**record.get("base_model", {}), "stage": name.removeprefix("control_")}
+        own = config.model_copy(
+            update={
+                "name": f"{config.name}_{prefix.replace('/', '_')}{name}",
+                "record": record,
+                # another order in each stage; the control differs from the chain in nothing but the data
+                "data_seed": config.data_seed + int(name.removeprefix("control_"))
+                if prefix
+                else config.data_seed + number,
+            }
+        )
+        folder = None if out is None else out / f"{prefix}{number:02d}_{name}"
+        run = Run([own], activations, out=folder, starts=[previous], val=val.get(name), **options)
+        before = _measure(run)
+        (result,) = run.fit()
+        if result.error is not None:
+            raise result.error
+        after = {k: v for k, v in result.metrics.items() if k.startswith("val_")}
+        done.append(StageResult(name, result, before, after or _measure_final(run)))
+        previous = result.sae
+    return done
+
+
+def _measure(run: Run) -> dict[str, float]:
+    """Metrics of what a stage starts from; recorded once, so that a resumed chain reports the same."""
+    for line in run.log.lines:
+        if line["event"] == "before":
+            return {k: v for k, v in line.items() if k.startswith("val_")}
+    if run.step > 0:
+        return {}
+    with torch.no_grad():
+        values = run.validate_now()
+    run.log.add("before", 0, run.first.name, **values)
+    return values
+
+
+def _measure_final(run: Run) -> dict[str, float]:
+    """Without validation data the stage's own rows stand in."""
+    with torch.no_grad():
+        return run.validate_now()

@@ -1,0 +1,145 @@
+"""How parameters start: from random directions and the data's centre, or from an SAE that exists."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hubsae.core.errors import ConfigError
+from hubsae.core.fold import unfold
+from hubsae.core.normalizer import Normalizer
+from hubsae.core.sae import HubSAE
+from hubsae.train.config import TrainConfig
+from hubsae.train.state import Cell
+
+
+def fresh(cell: Cell, rows: Tensor) -> None:
+    """Random weights of a cell; the bias from rows of data in training space."""
+    config, d = cell.config, cell.W_dec.shape[1]
+    generator = torch.Generator().manual_seed(config.seed)
+    _fill(cell, cell.W_dec, config.init.decoder, d, generator, fan_in=cell.total)
+    if config.unit_norm:
+        cell.W_dec /= cell.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    if config.init.encoder == "tied":
+        cell.W_enc.copy_(cell.W_dec)
+    else:
+        _fill(cell, cell.W_enc, config.init.encoder, d, generator, fan_in=d)
+        if config.init.encoder == "torch":
+            bound = 1 / math.sqrt(d)
+            bias = torch.rand(cell.total, generator=generator) * (2 * bound) - bound
+            cell.vectors["b_enc"].copy_(bias[cell.offset : cell.offset + cell.n])
+    if config.init.bias != "zeros":
+        center = rows.double().mean(0) if config.init.bias == "mean" else geometric_median(rows)
+        cell.vectors["b_pre" if config.pre_bias == "untied" else "b_dec"].copy_(center)
+    if "log_threshold" in cell.vectors:
+        cell.vectors["log_threshold"].fill_(math.log(config.init.threshold))
+
+
+def _fill(cell: Cell, out: Tensor, kind: str, d: int, generator: torch.Generator, *, fan_in: int) -> None:
+    """Fill this rank's rows of a matrix [total, d]; every rank draws the whole, some rows at a time."""
+    bound = {"torch": 1 / math.sqrt(fan_in), "kaiming": math.sqrt(6 / d)}.get(kind, 0.0)
+    first, last = cell.offset, cell.offset + cell.n
+    for start in range(0, cell.total, 4096):
+        size = min(4096, cell.total - start)
+        if kind == "random":
+            rows = torch.randn(size, d, generator=generator)
+        else:
+            rows = torch.rand(size, d, generator=generator) * (2 * bound) - bound
+        a, b = max(start, first), min(start + size, last)
+        if a < b:
+            out[a - first : b - first].copy_(rows[a - start : b - start])
+
+
+def geometric_median(rows: Tensor, *, iterations: int = 100, tolerance: float = 1e-10) -> Tensor:
+    """The point with the least summed distance to the rows, by Weiszfeld's iteration. [d] float64"""
+    rows = rows.double()
+    point = rows.mean(0)
+    for _ in range(iterations):
+        weights = 1 / (rows - point).norm(dim=1).clamp_min(1e-12)
+        nearer = (weights @ rows) / weights.sum()
+        moved = float((nearer - point).norm() / point.norm().clamp_min(1e-12))
+        point = nearer
+        if moved < tolerance:
+            break
+    return point
+
+
+def resolve(start: Any) -> HubSAE | None:
+    """An SAE, a path to one in any format, or nothing."""
+    if start is None or isinstance(start, HubSAE):
+        return start
+    if isinstance(start, (str, os.PathLike)):
+        if Path(start).is_file():
+            from hubsae.formats.registry import read
+
+            return read(start)
+        return HubSAE.from_pretrained(start)
+    raise ConfigError(f"cannot start from {type(start).__name__}", hint="pass a HubSAE, or the path of one")
+
+
+def check_warm(config: TrainConfig, d: int, width: int, sae: HubSAE) -> None:
+    """Raise unless an SAE can start a run of these settings."""
+    wrong = []
+    if sae.d_in != d:
+        wrong.append(f"d_in {sae.d_in} instead of {d}")
+    if sae.d_sae != width:
+        wrong.append(f"d_sae {sae.d_sae} instead of {width}")
+    compatible = {"gated": ("gated",)}.get(config.architecture, ("topk", "batch_topk", "relu", "jumprelu"))
+    if sae.config.architecture not in compatible:
+        wrong.append(f"architecture {sae.config.architecture}, which cannot become {config.architecture}")
+    if sae.config.token_norm != "none":
+        wrong.append(f"token_norm {sae.config.token_norm}, which training does not have")
+    if wrong:
+        raise ConfigError(
+            f"{config.name}: the SAE to start from has {'; '.join(wrong)}",
+            hint="choose another start, or set d_sae / the activations to match it",
+        )
+
+
+def warm(cell: Cell, sae: HubSAE, space: Normalizer | None) -> None:
+    """Start a cell from an SAE, as the same function in this run's training space; the optimiser starts fresh.
+
+    An SAE whose pre-bias is tied starts an untied or bias-free one exactly, and the other way round: what one
+    form subtracts moves into the encoder bias.
+    """
+    config, d = cell.config, cell.W_dec.shape[1]
+    check_warm(config, d, cell.total, sae)
+    mean = torch.zeros(d) if space is None else space.mean
+    std = torch.ones(d) if space is None else space.std
+    t = unfold(sae.tensors(), mean, std, apply_b_dec_to_input=sae.config.apply_b_dec_to_input)
+    rows = slice(cell.offset, cell.offset + cell.n)
+    cell.W_enc.copy_(t.W_enc.t()[rows])
+    cell.W_dec.copy_(t.W_dec[rows])
+    # what the SAE subtracts before encoding against what this cell will: p moves to b_dec or to nothing
+    p = torch.zeros(d, dtype=torch.float64) if t.pre_bias is None else t.pre_bias
+    c = torch.zeros(d, dtype=torch.float64) if config.pre_bias == "none" else t.b_dec
+    shift = (c - p) @ t.W_enc
+    names = {"b_enc": "b_gate", "b_mag": "b_mag"} if config.architecture == "gated" else {"b_enc": "b_enc"}
+    for mine, theirs in names.items():
+        scaled = shift * t.r_mag.exp() if mine == "b_mag" and t.r_mag is not None else shift
+        cell.vectors[mine].copy_((t.encoder_biases[theirs] + scaled)[rows])
+    if t.r_mag is not None and "r_mag" in cell.vectors:
+        cell.vectors["r_mag"].copy_(t.r_mag[rows])
+    cell.vectors["b_dec"].copy_(t.b_dec)
+    if "b_pre" in cell.vectors:
+        cell.vectors["b_pre"].copy_(t.b_dec)
+    if "log_threshold" in cell.vectors:
+        has = sae.config.architecture == "jumprelu"
+        theta = sae.threshold.detach().clamp_min(1e-6) if has else torch.full((cell.total,), config.init.threshold)
+        cell.vectors["log_threshold"].copy_(theta[rows].log())
+    if config.unit_norm:
+        # the norm moves to the encoder side: z W_dec is unchanged for linear selections, and codes rescale
+        norms = cell.W_dec.norm(dim=1).clamp_min(1e-12)
+        if bool((norms - 1).abs().max() > 1e-3) and config.architecture in ("relu", "jumprelu"):
+            cell.W_dec /= norms[:, None]
+            cell.W_enc *= norms[:, None]
+            cell.vectors["b_enc"] *= norms
+            if "log_threshold" in cell.vectors:
+                cell.vectors["log_threshold"] += norms.log()
+    if config.architecture == "batch_topk":
+        cell.threshold = sae.config.threshold
