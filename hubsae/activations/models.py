@@ -99,3 +99,13 @@ def weights_id(model: nn.Module) -> str:
         step = max(1, flat.numel() // 64)
         digest.update(name.encode() + flat[::step][:64].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:12]
+
+
+def layer_count(model: str | Path, revision: str | None = None) -> int:
+    """How many decoder layers a model has, from its config alone."""
+    transformers = require("transformers", extra="train")
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(model), revision=revision)
+    except (OSError, ValueError) as error:
+        raise NotFoundError(f"model {model} has no config: {str(error).splitlines()[0]}") from error
+    return int(config.get_text_config().num_hidden_layers)

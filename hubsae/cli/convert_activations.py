@@ -1,0 +1,43 @@
+"""`hubsae convert-activations`: rewrite activations of another layout into a dataset everyone can load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hubsae.cli._common import JsonOption
+
+PANEL = "Activations"
+
+
+def command(
+    path: Annotated[
+        Path, typer.Argument(help="SAELens cache, folder of .pt/.npy/.safetensors/.parquet files, or one file.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+    dtype: Annotated[str | None, typer.Option(help="float16 or float32; default as in the source.")] = None,
+    scale: Annotated[str, typer.Option(help="Power of two for float16, or auto.")] = "auto",
+    config: Annotated[str | None, typer.Option(help="Name of the config, where there is only one.")] = None,
+    vector: Annotated[str | None, typer.Option(help="Column or tensor with the vectors.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model the activations come from, for the card.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Rewrite cached activations (SAELens, .pt piles, .npy, safetensors, Parquet) as an activation dataset."""
+    from hubsae.activations.convert import convert
+    from hubsae.activations.manifest import describe
+    from hubsae.cli._common import print_json, progress
+
+    with progress("converting") as advance:
+        convert(
+            path, out, dtype=dtype, scale=scale if scale == "auto" else float(scale), config=config, vector=vector,
+            source={"model": model} if model else None, progress=advance,
+        )  # fmt: skip
+    info = describe(out)
+    if as_json:
+        print_json(info)
+    else:
+        from hubsae.cli._activations import show_activations
+
+        show_activations(info)

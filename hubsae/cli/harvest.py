@@ -1,0 +1,119 @@
+"""`hubsae harvest`: run texts through a model and write its activations as a dataset."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hubsae.cli._common import JsonOption
+
+PANEL = "Activations"
+
+
+def command(
+    model: Annotated[str, typer.Option("--model", "-m", help="Model id or folder.")],
+    dataset: Annotated[
+        str, typer.Option("--dataset", "-d", help="Dataset id, or a .jsonl, .csv, .parquet or .txt file.")
+    ],
+    layers: Annotated[
+        str, typer.Option("--layers", "-l", help="Layers such as 6,12,18; 'all'; or hook points such as 12.mlp_out.")
+    ],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write.")] = None,
+    push: Annotated[str | None, typer.Option("--push", help="Dataset repo to publish to when done.")] = None,
+    mode: Annotated[str, typer.Option(help="text, prompt, prompt+response, generate or packed.")] = "text",
+    select: Annotated[str, typer.Option(help="Tokens to keep: all, prompt or response.")] = "all",
+    stage: Annotated[str | None, typer.Option(help="Name of a checkpoint; becomes part of the config names.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="LoRA adapter, merged in float32.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer, if not the model's.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of the model.")] = None,
+    dataset_config: Annotated[str | None, typer.Option("--dataset-config", help="Config of the dataset.")] = None,
+    dataset_split: Annotated[str, typer.Option("--split", help="Split of the dataset.")] = "train",
+    streaming: Annotated[
+        bool, typer.Option("--streaming", help="Stream the texts instead of downloading them.")
+    ] = False,
+    prompt_column: Annotated[str | None, typer.Option(help="Column with the prompts.")] = None,
+    response_column: Annotated[str | None, typer.Option(help="Column with the responses.")] = None,
+    text_column: Annotated[str | None, typer.Option(help="Column with the texts (text and packed modes).")] = None,
+    system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="No chat template.")] = False,
+    max_length: Annotated[
+        int | None, typer.Option(help="Cut samples at so many tokens; block length when packed.")
+    ] = None,
+    max_samples: Annotated[int | None, typer.Option(help="Stop after so many samples.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Stop with the sample that reaches so many kept tokens.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest response (generate).")] = 256,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature (generate); 0 is greedy.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    validation: Annotated[float, typer.Option(help="Share of the samples put into the validation split.")] = 0.0,
+    split_by: Annotated[str, typer.Option(help="sample, token or tail.")] = "sample",
+    reward_model: Annotated[
+        str | None, typer.Option(help="Classifier whose scores go into the column 'reward'.")
+    ] = None,
+    step_separator: Annotated[
+        str | None, typer.Option(help="Text that ends a step; the reward model then scores steps.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Type to store: float16 or float32.")] = "float16",
+    scale: Annotated[str, typer.Option(help="Power of two for float16, or auto.")] = "auto",
+    model_dtype: Annotated[str | None, typer.Option(help="Type to compute in.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...")] = None,
+    batch_tokens: Annotated[int | None, typer.Option(help="Tokens per batch, padding included.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repo private.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a model's activations at some layers as a dataset; run it again to continue after an interruption.
+
+    Example: hubsae harvest -m Qwen/Qwen2.5-0.5B-Instruct -d openai/gsm8k --dataset-config main
+    --layers 6,12,18,23 --mode prompt+response --out acts
+
+    Under `torchrun --nproc-per-node N` with the same arguments every process takes its share.
+    """
+    if out is None and push is None:
+        raise typer.BadParameter("give --out DIR, --push REPO, or both")
+    separator = step_separator.encode().decode("unicode_escape") if step_separator else None
+    from hubsae.activations.harvesting import harvest
+    from hubsae.activations.manifest import describe
+    from hubsae.activations.models import layer_count, load_tokenizer
+    from hubsae.activations.ranks import Ranks
+    from hubsae.activations.texts import load_texts
+
+    rows, record = load_texts(dataset, config=dataset_config, split=dataset_split, streaming=streaming)
+    scorers = {}
+    if reward_model is not None:
+        from hubsae.activations.rewards import ModelScorer
+
+        scorers["reward"] = ModelScorer.from_pretrained(reward_model, separator=separator, device=device)
+    points = list(range(layer_count(model, revision))) if layers == "all" else [p for p in layers.split(",") if p]
+    generation = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    if temperature > 0:
+        generation["temperature"] = temperature
+    folder = out or Path(str(push).rpartition("/")[2])
+    harvested = harvest(
+        model, rows, points, out=folder, tokenizer=load_tokenizer(tokenizer) if tokenizer else None,
+        mode=mode, stage=stage, adapter=adapter, revision=revision, model_dtype=model_dtype, device=device,  # pyright: ignore[reportArgumentType]
+        dtype=dtype, scale=scale if scale == "auto" else float(scale), select=select, max_length=max_length,  # pyright: ignore[reportArgumentType]
+        max_samples=max_samples, max_tokens=max_tokens, chat=False if raw else None, system=system,
+        prompt_column=prompt_column, response_column=response_column, text_column=text_column,
+        generation=generation, seed=seed, scorers=scorers, validation_fraction=validation, split_by=split_by,
+        batch_tokens=batch_tokens, source=record,
+    )  # fmt: skip
+    if Ranks.find().rank != 0:
+        return
+    info = describe(harvested.path)
+    if as_json:
+        from hubsae.cli._common import print_json
+
+        print_json(info)
+    else:
+        from hubsae.cli._activations import show_activations
+
+        show_activations(info)
+    if push is not None:
+        from hubsae.cli._common import err
+        from hubsae.hub.datasets import push_activations
+
+        done = push_activations(folder, push, private=private or None, notify=err().print)
+        err().print(f"published {done.url} ({done.commit[:10]})")
