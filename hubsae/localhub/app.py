@@ -57,13 +57,16 @@ class App:
             response = _error(HubError(fault.lost_status, "Injected fault: the answer was lost"))
         if fault is not None and fault.status is None:
             response.headers.update(fault.headers)
-        self.hub.faults.note(method, full, response.status_code)
+        if not path.startswith("/_local/"):
+            self.hub.faults.note(method, full, response.status_code)
         _stamp(request, response)
         await response(scope, receive, _without_body(send) if method == "HEAD" else send)
 
     async def respond(self, request: Request, method: str, path: str) -> Response:
         """The answer to a request; every refusal becomes one, and a bug a logged 500."""
         try:
+            if method not in ("GET", "HEAD") and request.headers.get("sec-fetch-site") in ("cross-site", "same-site"):
+                raise HubError(403, "A page of another origin may not change anything here")
             match = self.router.find(method, path)
             call = Call(self.hub, request, match.params)
             call.caller = self.hub.accounts.identify(_credentials(request, path))

@@ -69,6 +69,10 @@ class Accounts:
         members = {user for org in self.orgs.values() for user in org.members}
         return sorted({t.user for t in self.tokens} | members)
 
+    def full_name(self, user: str) -> str:
+        """The name a person shows, by default their user name."""
+        return next((t.full_name for t in self.tokens if t.user == user and t.full_name), user)
+
     def canonical(self, namespace: str) -> str | None:
         """The namespace as it was registered, whatever case it was asked in; None if nobody has it."""
         if org := self.org(namespace):

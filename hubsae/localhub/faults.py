@@ -69,6 +69,7 @@ class Faults:
         self._lock = threading.Lock()
         self.rules: list[Fault] = []
         self.requests: list[tuple[str, str, int]] = []
+        self.count = 0
 
     def add(self, fault: Fault) -> Fault:
         with self._lock:
@@ -97,6 +98,7 @@ class Faults:
     def note(self, method: str, path: str, status: int) -> None:
         """Remember a finished request (the last 20,000)."""
         with self._lock:
+            self.count += 1
             self.requests.append((method, path, status))
             if len(self.requests) > 20_000:
                 del self.requests[:10_000]

@@ -17,6 +17,9 @@ from .repos import KINDS
 
 Handler = Callable[..., Any]
 
+# first pieces of urls that are no repo's owner
+RESERVED = frozenset({"api", "storage", "xet", "_local", "v1", "collections", "login", "favicon.ico", "robots.txt", *KINDS})
+
 
 @dataclass(frozen=True)
 class Route:
@@ -75,11 +78,11 @@ class Router:
         wanted = [method, "GET"] if method == "HEAD" else [method]
         for verb in wanted:
             for route in self.routes.get(verb, []):
-                params = _fit(route.pieces, pieces)
+                params = _match(route, pieces)
                 if params is not None:
                     return Match(route, {**params, **dict(route.fixed)})
         for verb, routes in self.routes.items():
-            if verb not in wanted and any(_fit(r.pieces, pieces) is not None for r in routes):
+            if verb not in wanted and any(_match(r, pieces) is not None for r in routes):
                 raise HubError(405, f"{method} is not allowed here", headers={"Allow": verb})
         raise HubError(404, "Sorry, we can't find the page you are looking for.")
 
@@ -100,6 +103,12 @@ def split_path(raw_path: str) -> list[str]:
     if any("\0" in piece for piece in pieces) or len(text) > 16_000:
         raise bad_request("The url is not valid")
     return pieces
+
+
+def _match(route: Route, pieces: list[str]) -> dict[str, str] | None:
+    if route.pieces and route.pieces[0].startswith("{repo}") and pieces and pieces[0] in RESERVED:
+        return None
+    return _fit(route.pieces, pieces)
 
 
 def _fit(pattern: tuple[str, ...], pieces: list[str]) -> dict[str, str] | None:

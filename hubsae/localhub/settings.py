@@ -20,6 +20,7 @@ class Token:
     user: str
     secret: str
     role: str = "write"  # "write" | "read"
+    full_name: str = ""
 
     @classmethod
     def parse(cls, text: str) -> Token:
@@ -42,6 +43,7 @@ class Org:
     name: str
     members: dict[str, str] = field(default_factory=dict)
     default_private: bool = False
+    full_name: str = ""
 
     @classmethod
     def parse(cls, text: str) -> Org:

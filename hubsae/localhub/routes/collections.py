@@ -156,7 +156,8 @@ def _flag(body: dict[str, Any], name: str, default: bool) -> bool:
 
 
 @routes.on("GET", "/api/collections/{owner}/{slug}")
-def get(call: Call) -> Any:
+def describe_collection(call: Call) -> Any:
+    """One collection, without the items the caller may not see."""
     return _view(call, _find(call))
 
 

@@ -60,3 +60,10 @@ def switch_xet(call: Call) -> dict[str, Any]:
     _require_admin(call)
     call.hub.xet = bool(call.json().get("enabled"))
     return {"xet": call.hub.xet}
+
+
+@routes.on("GET", "/_local/requests")
+def requests(call: Call) -> dict[str, Any]:
+    """How many requests were answered so far, these of the control routes not counted, and the last of them."""
+    _require_admin(call)
+    return {"count": call.hub.faults.count, "last": call.hub.faults.requests[-20:]}

@@ -16,7 +16,8 @@ routes = Router()
 PAGE = 10
 
 
-def _number(call: Call) -> int:
+def number_of(call: Call) -> int:
+    """The number in the url."""
     text = call["number"]
     if not text.isascii() or not text.isdigit() or len(text) > 9:
         raise HubError(404, f"Discussion {text[:40]!r} not found")
@@ -61,14 +62,14 @@ def create(call: Call) -> Any:
 @routes.on("GET", "/api/{kind}/{repo}/discussions/{number}")
 def details(call: Call) -> Any:
     board = Board(call.repo())
-    return board.details(board.get(_number(call)), call.flag("diff"))
+    return board.details(board.get(number_of(call)), call.flag("diff"))
 
 
 def _change(call: Call) -> tuple[Repo, Board, dict[str, Any], str]:
     repo = call.repo()
     author = may_contribute(call, repo)
     board = Board(repo)
-    return repo, board, board.get(_number(call)), author
+    return repo, board, board.get(number_of(call)), author
 
 
 def _owner_or_author(call: Call, repo: Repo, item: dict[str, Any], author: str) -> None:
