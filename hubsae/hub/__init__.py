@@ -21,6 +21,7 @@ _NAMES = {
     "render_card": "hubsae.hub.card",
 }
 
+
 def __getattr__(name: str) -> Any:
     if name not in _NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -57,6 +57,21 @@ def split_repo(repo: str, revision: str | None = None) -> tuple[str, str | None]
     return repo_id, (inline if at and inline else revision)
 
 
+def hf_home() -> Path:
+    """The client library's folder, as the environment says now (it reads it once, at import)."""
+    from huggingface_hub import constants
+
+    return Path(os.environ.get("HF_HOME") or constants.HF_HOME).expanduser()
+
+
+def _cache_folder() -> str:
+    from huggingface_hub import constants
+
+    if named := os.environ.get("HF_HUB_CACHE"):
+        return named
+    return str(hf_home() / "hub") if os.environ.get("HF_HOME") else constants.HF_HUB_CACHE
+
+
 @dataclass
 class HubClient:
     """A Hub, a token and a cache.
@@ -79,7 +94,7 @@ class HubClient:
         # set after the import of huggingface_hub (notebooks, tests), the environment still counts
         asked = self.endpoint or os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
         self.endpoint = asked.rstrip("/")
-        self.cache_dir = Path(self.cache_dir or constants.HF_HUB_CACHE).expanduser()
+        self.cache_dir = Path(self.cache_dir or _cache_folder()).expanduser()
 
     @cached_property
     def api(self) -> HfApi:
@@ -93,7 +108,8 @@ class HubClient:
         """Whether only the cache may be used."""
         from huggingface_hub import constants
 
-        return self.local_files_only or bool(constants.HF_HUB_OFFLINE)
+        told = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+        return self.local_files_only or told or bool(constants.HF_HUB_OFFLINE)
 
     def page(self, repo_id: str | None, repo_type: str = "model", revision: str | None = None) -> str:
         """The web address of a repo."""

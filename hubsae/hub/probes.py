@@ -136,6 +136,8 @@ def check(
                 f"on {len(x)} tokens of {kind} SAELens selects the same latents for {rows:.1%}, "
                 f"with a relative error of up to {error:.2g}"
             )
+        if written.config.architecture == "topk" and activations is not None:
+            notes.append(_negatives(written, activations))
     fvu, l0 = (None, None) if activations is None else quality(written, activations)
     if fvu is not None and fvu > 1:
         notes.append(
@@ -143,6 +145,19 @@ def check(
             "stage and reading (decode_adds_b_pre, normaliser)?"
         )
     return Check(id, True, verdict, error, rows, fvu, l0, notes)
+
+
+def _negatives(sae: HubSAE, activations: Tensor) -> str:
+    """Whether a signed top-k ever selects a negative latent on these activations."""
+    with torch.no_grad():
+        values = sae.encode_sparse(activations.float()).values
+    share = (values < 0).any(-1).double().mean().item()
+    if share:
+        return f"on {share:.2%} of {len(values):,} of your activations a negative latent is selected: the sign matters"
+    return (
+        f"on {len(values):,} of your activations no negative latent is selected: a ReLU changes nothing there. "
+        "-s topk_relu=true publishes it as ReLU top-k, which SAELens and sparsify express"
+    )
 
 
 def quality(sae: HubSAE, activations: Tensor) -> tuple[float | None, float | None]:

@@ -22,7 +22,7 @@ from hubsae.formats.manifest import MANIFEST_NAME, Manifest
 from hubsae.formats.package import PackagePlan, load_planned, package
 from hubsae.formats.package import plan as plan_package
 from hubsae.formats.release import Release as PackagedRelease
-from hubsae.hub.client import HubClient
+from hubsae.hub.client import HubClient, hf_home
 from hubsae.hub.plan import PushOptions, datasets_of
 from hubsae.hub.probes import Activations, Calibration, calibrate
 
@@ -185,9 +185,7 @@ def one_place(manifest: Manifest) -> bool:
 @contextmanager
 def staging_folder() -> Iterator[Path]:
     """A folder beside the Hub cache (a disk with room for models), removed afterwards; those of dead pushes too."""
-    from huggingface_hub import constants
-
-    parent = Path(constants.HF_HOME).expanduser() / "hubsae" / "staging"
+    parent = hf_home() / "hubsae" / "staging"
     parent.mkdir(parents=True, exist_ok=True)
     for old in parent.iterdir():
         owner = old.name.partition("-")[0]

@@ -144,6 +144,7 @@ def compare(contents: Contents, tree: dict[str, RemoteFile]) -> Diff:
     """Sort the files into new, changed, unchanged and deleted."""
     new, changed, unchanged = [], [], []
     for file in contents.files:
+        _ = file.size  # a plan is still shown when its staging folder is gone
         remote = tree.get(file.path)
         (new if remote is None else unchanged if file.same_as(remote) else changed).append(file)
     kept = {file.path for file in contents.files}

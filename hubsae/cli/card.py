@@ -1,0 +1,45 @@
+"""hubsae card: render or update the README of a release folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hubsae.cli._common import out
+
+PANEL = "Publish and load"
+
+
+def command(
+    path: Annotated[Path, typer.Argument(help="A release folder.")],
+    repo_id: Annotated[
+        str | None,
+        typer.Option("--repo-id", "-r", help="Repo that the loading snippets name.", show_default="you/<folder>"),
+    ] = None,
+    preview: Annotated[bool, typer.Option("--preview", help="Write an HTML page to look at instead.")] = False,
+    template: Annotated[Path | None, typer.Option("--card-template", help="Your own card template (.md.j2).")] = None,
+    kind: Annotated[str | None, typer.Option(help="single, chain, grid or release.")] = None,
+    title: Annotated[str | None, typer.Option(help="Title of the card.")] = None,
+    force: Annotated[bool, typer.Option("--force-card", help="Replace blocks even where edited by hand.")] = False,
+) -> None:
+    """Render the card of a release folder into its README.md; your own words in it are left alone."""
+    from hubsae.core.files import write_text_atomic
+    from hubsae.hub.card import card_of_release, render_card
+
+    readme = path / "README.md"
+    name = repo_id or f"you/{path.resolve().name}"
+    card = card_of_release(path, name, kind=kind, title=title)
+    existing = readme.read_text(encoding="utf-8") if readme.is_file() else None
+    merged = render_card(card, existing, template=template, force=force)
+    console = out()
+    for block in merged.kept_by_hand:
+        console.print(f"note: the block {block!r} was edited by hand and left alone (--force-card replaces it)")
+    if preview:
+        from hubsae.hub.preview import write_preview
+
+        console.print(str(write_preview(merged.text, path)), markup=False)
+    else:
+        write_text_atomic(readme, merged.text)
+        console.print(str(readme), markup=False)

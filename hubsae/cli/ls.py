@@ -1,0 +1,31 @@
+"""hubsae ls: the SAEs of a repo or folder."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from hubsae.cli._common import JsonOption, out, print_json
+
+PANEL = "Publish and load"
+
+
+def command(
+    repo: Annotated[str, typer.Argument(help="name/repo, name/repo@revision, or a local folder.")],
+    id: Annotated[str | None, typer.Argument(help="Only SAEs in this folder of it.")] = None,
+    layer: Annotated[int | None, typer.Option(help="Only this layer.")] = None,
+    stage: Annotated[str | None, typer.Option(help="Only this training stage.")] = None,
+    k: Annotated[int | None, typer.Option(help="Only this k.")] = None,
+    architecture: Annotated[str | None, typer.Option(help="Only this architecture.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag, commit or refs/pr/N.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """List the SAEs of a release, with layer, stage, k and headline metrics; no weights are read."""
+    from hubsae.hub.listing import list_saes
+
+    table = list_saes(repo, id, revision=revision, layer=layer, stage=stage, k=k, architecture=architecture)
+    if json:
+        print_json(list(table))
+    else:
+        out().print(str(table), markup=False, no_wrap=True)

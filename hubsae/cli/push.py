@@ -1,0 +1,235 @@
+"""hubsae push: publish SAEs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hubsae.cli._common import DryRunOption, JsonOption, YesOption, err, out, print_json
+
+if TYPE_CHECKING:
+    from hubsae.hub.plan import PushPlan, PushResult
+
+PANEL = "Publish and load"
+
+
+def command(
+    path: Annotated[Path, typer.Argument(help="A folder of SAE files, one file, a release folder or a recipe's run.")],
+    repo_id: Annotated[
+        str | None, typer.Option("--repo-id", "-r", help="Where to: name/repo.", show_default="<you>/<folder>")
+    ] = None,
+    base_model: Annotated[str | None, typer.Option(help="Base model, such as Qwen/Qwen2.5-0.5B-Instruct.")] = None,
+    base_model_revision: Annotated[str | None, typer.Option(help="Its commit.")] = None,
+    hook: Annotated[str | None, typer.Option(help="Hook point, such as 'model.layers.{layer}'.")] = None,
+    license: Annotated[str | None, typer.Option(help="License of the weights, such as apache-2.0.")] = None,
+    dataset: Annotated[list[str] | None, typer.Option(help="Dataset id on the Hub; may be repeated.")] = None,
+    activations: Annotated[
+        str | None,
+        typer.Option(help="Activations to check quality on and to find BatchTopK thresholds: a file or a dataset."),
+    ] = None,
+    dry_run: DryRunOption = False,
+    yes: YesOption = False,
+    pr: Annotated[bool, typer.Option("--pr", help="Open a pull request instead of committing.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to publish on; made if missing.")] = None,
+    tag: Annotated[str | None, typer.Option(help="Tag the release, such as v1.0.")] = None,
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Visibility of a new repo.", show_default=False)
+    ] = None,
+    message: Annotated[str | None, typer.Option("--message", "-m", help="Title of the commit.")] = None,
+    also: Annotated[
+        str, typer.Option(help="Further formats beside each SAE: sparsify,onnx,pt,raw (comma-separated).")
+    ] = "",
+    keep_source: Annotated[bool, typer.Option("--keep-source", help="Ship the original files too.")] = False,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Delete SAEs of the repo that are not in this release.")
+    ] = False,
+    delete: Annotated[
+        list[str] | None, typer.Option(help="Delete files of the repo by pattern, in the same commit, e.g. '*.pt'.")
+    ] = None,
+    pattern: Annotated[str | None, typer.Option(help="Naming scheme, such as '{stage}_L{layer}_k{k}.pt'.")] = None,
+    format: Annotated[str | None, typer.Option(help="Force a format; see `hubsae formats`.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-s", help="A choice for the reader: k=64, decode_adds_b_pre=false ..."),
+    ] = None,
+    mixed_widths: Annotated[bool, typer.Option("--mixed-widths", help="Allow SAEs of different input width.")] = False,
+    card_template: Annotated[Path | None, typer.Option(help="Your own card template (.md.j2).")] = None,
+    card_kind: Annotated[str | None, typer.Option(help="single, chain, grid or release.")] = None,
+    force_card: Annotated[
+        bool, typer.Option("--force-card", help="Replace generated card blocks even where edited by hand.")
+    ] = False,
+    title: Annotated[str | None, typer.Option(help="Title of the card.")] = None,
+    overwrite_config: Annotated[
+        bool, typer.Option("--overwrite-config", help="Replace a config.json that is no release manifest.")
+    ] = False,
+    saelens_check: Annotated[
+        bool, typer.Option("--saelens-check/--no-saelens-check", help="Compare with stock SAELens, if installed.")
+    ] = True,
+    json: JsonOption = False,
+) -> None:
+    """Publish SAEs on the Hub: package, verify, show the plan, upload in one commit.
+
+    Run it again after any interruption: it goes on where it stopped. An unchanged push makes no commit.
+    """
+    from hubsae.hub.push import push
+
+    result = push(
+        path,
+        repo_id,
+        notify=lambda line: err().print(line, style="dim", markup=False),
+        confirm=None if yes or dry_run else _refuse if json else _confirm,
+        revision=revision,
+        tag=tag,
+        pr=pr,
+        private=private,
+        message=message,
+        dry_run=dry_run,
+        prune=prune,
+        delete=delete or (),
+        overwrite_config=overwrite_config,
+        card_template=card_template,
+        card_kind=card_kind,
+        force_card=force_card,
+        title=title,
+        license=license,
+        base_model=base_model,
+        base_model_revision=base_model_revision,
+        hook=hook,
+        dataset=dataset,
+        pattern=pattern,
+        format=format,
+        choices=_choices(set_ or []) or None,
+        mixed_widths=mixed_widths or None,
+        activations=activations,
+        also=[name.strip() for name in also.split(",") if name.strip()],
+        keep_source=keep_source,
+        check_saelens=saelens_check,
+    )
+    if json:
+        print_json(as_json(result))
+    elif result.published is None:
+        if dry_run or yes:
+            show_plan(result.plan)
+        out().print("nothing was published" + (" (dry run)" if dry_run else ""))
+    else:
+        if yes:
+            show_plan(result.plan)
+        _show_result(result)
+
+
+def show_plan(plan: PushPlan) -> None:
+    """The plan as a table that a person can check in ten seconds."""
+    from rich.table import Table
+
+    from hubsae.hub.cardtext import human_bytes
+
+    console = out()
+    columns = ["SAE", "read as", "selection", "d_in x d_sae", "size", "on the Hub", "SAELens"]
+    quality = any(row.check.fvu is not None for row in plan.rows)
+    table = Table(header_style="bold")
+    for name in columns + (["FVU", "L0"] if quality else []):
+        table.add_column(name, overflow="fold", justify="right" if name in ("size", "FVU", "L0") else "left")
+    shown = plan.rows if len(plan.rows) <= 40 else plan.rows[:30]
+    for row in shown:
+        cells = [row.id, row.read_as, row.selection, row.shape, human_bytes(row.size), row.on_hub, row.check.saelens]
+        if quality:
+            cells += [f"{v:.4g}" if v is not None else "" for v in (row.check.fvu, row.check.l0)]
+        table.add_row(*cells)
+    if not console.is_terminal:
+        console.width = 180
+    console.print(table)
+    if len(shown) < len(plan.rows):
+        console.print(f"... and {len(plan.rows) - len(shown)} more")
+    for line in plan.summary():
+        console.print(line, markup=False)
+    for note in plan.notes:
+        console.print(f"note: {note}", style="yellow", markup=False)
+
+
+def as_json(result: PushResult) -> dict[str, Any]:
+    """The outcome for other programs."""
+    plan = result.plan
+    return {
+        "repo_id": plan.repo_id,
+        "url": result.url,
+        "commit": result.commit,
+        "committed": result.committed,
+        "dry_run": result.published is None,
+        "tag": result.tag,
+        "saes": [
+            {
+                "id": row.id,
+                "read_as": row.read_as,
+                "selection": row.selection,
+                "bytes": row.size,
+                "on_hub": row.on_hub,
+                "saelens": row.check.saelens,
+                "saelens_error": row.check.saelens_error,
+                "fvu": row.check.fvu,
+                "l0": row.check.l0,
+            }
+            for row in plan.rows
+        ],
+        "kept": plan.kept,
+        "new": [file.path for file in plan.diff.new],
+        "changed": [file.path for file in plan.diff.changed],
+        "deleted": plan.diff.deleted,
+        "unchanged": len(plan.diff.unchanged),
+        "notes": plan.notes,
+    }
+
+
+def _confirm(plan: PushPlan) -> bool:
+    import sys
+
+    from hubsae.core.errors import HubSAEError
+
+    show_plan(plan)
+    if plan.diff.empty:
+        return True
+    if not sys.stdin.isatty():
+        raise HubSAEError(
+            "nobody is here to confirm this plan", hint="add --yes to publish it, or --dry-run to only see it"
+        )
+    return typer.confirm("Publish?", default=True)
+
+
+def _refuse(plan: PushPlan) -> bool:
+    from hubsae.core.errors import HubSAEError
+
+    raise HubSAEError("--json does not ask", hint="add --yes to publish, or --dry-run to only see the plan")
+
+
+def _show_result(result: PushResult) -> None:
+    console = out()
+    assert result.published is not None
+    if result.published.pr_url:
+        console.print(f"proposed: {result.published.pr_url}", style="bold", markup=False)
+        console.print(f'try it with revision="{result.published.revision}"', markup=False)
+    elif result.committed:
+        console.print(f"published: {result.url}", style="bold", markup=False)
+        console.print(f"commit {result.commit}" + (f", tag {result.tag}" if result.tag else ""), markup=False)
+    else:
+        console.print(f"nothing to do: {result.url} already holds all of it", markup=False)
+    first = result.plan.rows[0].id
+    at = f"@{result.published.revision}" if result.published.revision != "main" else ""
+    console.print(f'load it: HubSAE.from_pretrained("{result.plan.repo_id}{at}", "{first}")', markup=False)
+
+
+def _choices(texts: list[str]) -> dict[str, Any]:
+    import json as json_module
+
+    from hubsae.core.errors import ConfigError
+
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"-s {text!r}: expected name=value", hint="for instance: -s k=64")
+        try:
+            found[name.strip()] = json_module.loads(value)
+        except ValueError:
+            found[name.strip()] = {"True": True, "False": False}.get(value, value)
+    return found
