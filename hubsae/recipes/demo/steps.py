@@ -1,0 +1,191 @@
+"""The demo's work, as steps of a run folder: a model that learns, its activations, a chain of SAEs, a release.
+
+    world -> activations -> chain -> release
+
+A second run finds the steps finished; a run that was stopped continues with the step it was in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hubsae.recipes.steps import Step, StepContext
+
+TEXT_SEED = 11
+
+
+@dataclass(frozen=True)
+class DemoSize:
+    """How much the demo does."""
+
+    world: str
+    stages: tuple[str, ...]
+    layers: tuple[int, ...]
+    problems: int
+    d_sae: int
+    k: int
+    epochs: int
+
+
+SIZES = {
+    "demo": DemoSize("tiny", ("sft_step100", "sft_step300", "sft_step600"), (1, 3), 1000, 512, 8, 6),
+    "fast": DemoSize("quick", ("sft_step40", "sft_step100", "sft_step200"), (1, 3), 300, 256, 8, 4),
+}
+
+BASE_MODEL = "tiny-world"
+"""What the record names as base model; the checkpoint itself is made on this machine."""
+
+
+def steps(size: DemoSize) -> list[Step]:
+    """The steps of a demo of this size."""
+    return [
+        Step("world", world, settings={"size": size.world}),
+        Step(
+            "activations",
+            activations,
+            settings={"stages": size.stages, "layers": size.layers, "problems": size.problems},
+            needs=("world",),
+            resumes=True,
+        ),
+        Step(
+            "chain",
+            chain,
+            settings={
+                "stages": size.stages, "layers": size.layers,
+                "d_sae": size.d_sae, "k": size.k, "epochs": size.epochs,
+            },
+            needs=("activations",),
+        ),
+        Step("release", release, settings={"stages": size.stages, "layers": size.layers}, needs=("activations", "chain")),
+    ]  # fmt: skip
+
+
+def commands(size: DemoSize, run: Path) -> dict[str, str]:
+    """What a person would type to do the same as each step, by step name."""
+    layers = ",".join(map(str, size.layers))
+    last = size.stages[-1]
+    return {
+        "activations": f"hubsae harvest --model CHECKPOINT --dataset openai/gsm8k --layers {layers} "
+        f"--mode prompt+response --stage {last} --out activations/",
+        "chain": f"hubsae train seed_000.yaml activations={run.name}/activations d_sae={size.d_sae} k={size.k}",
+        "release": f"hubsae package saes/ --out release/ --base-model {BASE_MODEL}\n"
+        "hubsae drift release/ --activations activations/",
+    }
+
+
+def world(ctx: StepContext) -> dict[str, Any]:
+    """A tiny Qwen2 model that learns word problems; its checkpoints are the stages."""
+    from hubsae.recipes.tiny import tiny_world
+
+    found = tiny_world(ctx.settings["size"], progress=ctx.progress)
+    return {"folder": str(found.folder), "size": ctx.settings["size"]}
+
+
+def activations(ctx: StepContext) -> dict[str, Any]:
+    """Residual stream of every stage, at two layers, on the same problems and answers."""
+    from hubsae.activations import harvest
+
+    settings = ctx.settings
+    tiny = open_world(ctx.result("world"))
+    texts = problem_texts(tiny, settings["problems"])
+    for number, stage in enumerate(settings["stages"]):
+        ctx.progress(number, len(settings["stages"]), stage)
+        harvest(
+            tiny.load_stage(stage), texts, list(settings["layers"]), out=ctx.folder, tokenizer=tiny.tokenizer,
+            mode="prompt+response", stage=stage, validation_fraction=0.1, progress=False,
+            source={"text_dataset": "word problems made by rule", "model": BASE_MODEL},
+        )  # fmt: skip
+    return {"stages": settings["stages"], "problems": len(texts)}
+
+
+def open_world(result: dict[str, Any]) -> Any:
+    """The tiny world that the step `world` made; built again if its cache was emptied."""
+    from hubsae.recipes.tiny import tiny_world
+
+    return tiny_world(result["size"])
+
+
+def problem_texts(tiny: Any, count: int) -> list[dict[str, str]]:
+    """Problems with answers in the styles the model was taught, the same for every stage."""
+    import random
+
+    from hubsae.recipes.tiny_problems import draw_style, styled_answer
+
+    rng = random.Random(TEXT_SEED)
+    return [
+        {"prompt": problem.question, "response": styled_answer(problem, draw_style(rng))}
+        for problem in tiny.train_problems[:count]
+    ]
+
+
+def chain(ctx: StepContext) -> dict[str, Any]:
+    """One chain of SAEs per layer, each stage warm-started from the one before."""
+    from hubsae.formats.base import hook_record
+    from hubsae.train import ScheduleConfig, TrainConfig, train_chain
+
+    settings, data = ctx.settings, ctx.path("activations")
+    for number, layer in enumerate(settings["layers"]):
+        ctx.progress(number, len(settings["layers"]), f"layer {layer}")
+        config = TrainConfig(
+            name=f"layer{layer}", d_sae=settings["d_sae"], k=settings["k"], epochs=settings["epochs"],
+            batch_size=512, lr=1e-3, schedule=ScheduleConfig(shape="cosine", floor=0.1),
+            record={
+                "base_model": {"id": BASE_MODEL},
+                "hook": hook_record(None, layer) | {"context_size": 512, "prepend_bos": False},
+                "activations": {"mode": "prompt+response", "text_dataset": "word problems made by rule"},
+            },
+        )  # fmt: skip
+        trained = train_chain(
+            config,
+            {stage: opened(data, stage, layer, "train") for stage in settings["stages"]},
+            val={stage: opened(data, stage, layer, "validation") for stage in settings["stages"]},
+            control=False,
+            quiet=True,
+        )
+        for stage in trained.stages:
+            stage.sae.metadata.base_model.stage = stage.stage
+            stage.sae.metadata.base_model.step = int(stage.stage.removeprefix("sft_step"))
+            stage.sae.save_pretrained(ctx.folder / sae_id(stage.stage, layer))
+    return {"saes": len(settings["layers"]) * len(settings["stages"])}
+
+
+def release(ctx: StepContext) -> dict[str, Any]:
+    """Package the chain with its metrics, its drift and its card."""
+    from hubsae.core.sae import HubSAE
+    from hubsae.evals import drift, reconstruction
+    from hubsae.evals.record import record_drift, record_metrics
+    from hubsae.formats import Release
+    from hubsae.core.files import write_text_atomic
+    from hubsae.hub.card import card_of_release, render_card
+
+    settings, data = ctx.settings, ctx.path("activations")
+    made = Release.create(ctx.folder, name="hubsae-demo", base_model=BASE_MODEL, license="apache-2.0")
+    saes: dict[str, list[HubSAE]] = {}
+    pairs = [(stage, layer) for stage in settings["stages"] for layer in settings["layers"]]
+    for number, (stage, layer) in enumerate(pairs):
+        name = sae_id(stage, layer)
+        ctx.progress(number, len(pairs), name)
+        sae = HubSAE.from_pretrained(ctx.path("chain") / name)
+        saes.setdefault(stage, []).append(sae)
+        made.add(sae, name)
+        measured = reconstruction({name: sae}, opened(data, stage, layer, "validation"))
+        record_metrics(made, {name: measured[name].metrics()})
+    held_out = {(stage, layer): opened(data, stage, layer, "validation") for stage, layer in pairs}
+    record_drift(made, drift(saes, held_out, name="demo"))
+    card = render_card(card_of_release(made.path, "local/hubsae-demo"))
+    write_text_atomic(made.path / "README.md", card.text)
+    return {"saes": len(made), "plots": [plot.name for plot in made.plots]}
+
+
+def sae_id(stage: str, layer: int) -> str:
+    """Where an SAE lies in the release."""
+    return f"saes/{stage}/layer{layer}"
+
+
+def opened(folder: Path, stage: str, layer: int, split: str) -> Any:
+    """Activations of one stage and layer."""
+    from hubsae.activations import ActivationDataset
+
+    return ActivationDataset.open(folder, f"{stage}.layers.{layer}", split)
