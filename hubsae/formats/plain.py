@@ -84,7 +84,9 @@ def write_pt(sae: HubSAE, path: str | os.PathLike[str]) -> Path:
         "state_dict": {name: t.detach().cpu().contiguous() for name, t in sae.tensors().items()},
     }
     with atomic_path(path) as temporary:
-        torch.save(content, temporary)
+        # a file object, because torch writes a path's name into the archive: equal SAEs are equal files
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
     return Path(path)
 
 
