@@ -263,9 +263,7 @@ def test_plain_dict_says_what_it_does_not_say(turned, rand, x, same, tmp_path):
 
 
 def test_square_matrices_of_a_layout_without_orientation_are_refused(rand, tmp_path):
-    torch.save(
-        {"W_enc": rand(8, 8), "W_dec": rand(8, 8), "b_enc": rand(8), "b_dec": rand(8)}, tmp_path / "relu.pt"
-    )
+    torch.save({"W_enc": rand(8, 8), "W_dec": rand(8, 8), "b_enc": rand(8), "b_dec": rand(8)}, tmp_path / "relu.pt")
     with pytest.raises(FormatError, match="square ones") as caught:
         read(tmp_path / "relu.pt", architecture="relu", apply_b_dec_to_input=True)
     assert "transposed=" in caught.value.hint

@@ -62,26 +62,27 @@ def test_folded_sae_against_the_unfolded_in_float64(architecture, stats, subtrac
     if architecture == "jumprelu":
         tensors["threshold"] = threshold
     config = SAEConfig(
-        architecture=architecture, d_in=D, d_sae=WIDE, k=K if architecture == "topk" else None, apply_b_dec_to_input=flag
+        architecture=architecture,
+        d_in=D,
+        d_sae=WIDE,
+        k=K if architecture == "topk" else None,
+        apply_b_dec_to_input=flag,
     )
     sae = HubSAE(config, tensors)
     assert flag is subtract
     found = sae.encode(x)
-    rows = float(((found != 0) == (codes != 0)).all(-1).float().mean())
-    worst = float((found.double() - codes).abs().max())
     kept = ((found != 0) == (codes != 0)).all(-1)
-    # per token, in units of each dimension's own spread: an outlier dimension must not hide the others
-    error = ((sae(x).double() - rebuilt) / std.double())[kept].norm() / ((rebuilt - mean.double()) / std.double())[kept].norm()
-    if subtract or stats == "ordinary":
-        # a value within rounding of its threshold may fall on either side; thresholds alone meet that here
-        assert rows >= (1.0 if architecture == "topk" else 0.998)
-        assert worst <= 2e-5 or rows < 1
+    rows, worst = float(kept.float().mean()), float((found.double() - codes)[kept].abs().max())
+    error = float((sae(x).double() - rebuilt)[kept].norm() / rebuilt[kept].norm())
+    # the measured errors of a fold in float64 stored in float32, with a factor of two for other machines
+    if architecture == "topk":
+        assert rows == 1.0 or (stats == "outliers" and not subtract and rows >= 0.998)
     else:
-        # without the subtraction the mean of 3000 stays inside the product: ten times less exact, as documented
-        assert rows >= 0.995
-    assert float((sae(x).double() - rebuilt)[kept].norm() / rebuilt[kept].norm()) <= 1e-6
-    if stats == "ordinary":
-        assert float(error) <= 2e-6
+        # a value within rounding of a threshold may fall on either side of it
+        assert rows >= (0.97 if stats == "outliers" and not subtract else 0.99)
+    # without the subtraction a mean of 3000 stays inside the product: ten times less exact, hence the default
+    assert worst <= (6e-5 if stats == "outliers" and not subtract else 8e-6)
+    assert error <= (3e-7 if architecture == "topk" else 1e-6)
 
 
 def test_stored_tensors_reproduce_the_fold_exactly(tmp_path):
@@ -98,3 +99,34 @@ def test_stored_tensors_reproduce_the_fold_exactly(tmp_path):
 
     for name, tensor in read(tmp_path).tensors().items():
         assert torch.equal(tensor, tensors[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("subtract", [True, False])
+def test_full_size_with_outlier_dimensions(subtract):
+    """d_in 896, d_sae 7168, k 64, 4096 tokens: the shape the published table was measured at."""
+    d, wide, k = 896, 7168, 64
+    generator = torch.Generator().manual_seed(5)
+    mean, std = torch.randn(d, generator=generator), 0.5 + torch.rand(d, generator=generator)
+    mean[3], std[3], mean[40], std[40], std[77] = 3000.0, 40.0, -250.0, 5.0, 1e-3
+    W_enc, W_dec = (
+        torch.randn(d, wide, generator=generator) / d**0.5,
+        torch.randn(wide, d, generator=generator) / d**0.5,
+    )
+    b_d, p = 0.1 * torch.randn(d, generator=generator), torch.randn(d, generator=generator)
+    b_enc = 0.1 * torch.randn(wide, generator=generator)
+    x = torch.randn(4096, d, generator=generator) * std + mean
+    z = (x.double() - mean.double()) / std.double()
+    pre = (z - p.double()) @ W_enc.double() + b_enc.double()
+    top = pre.topk(k)
+    codes = torch.zeros_like(pre).scatter_(-1, top.indices, top.values.relu())
+    rebuilt = (codes @ W_dec.double() + b_d.double()) * std.double() + mean.double()
+    tensors, flag = fold(
+        TrainedTensors(W_enc, W_dec, b_d, p, {"b_enc": b_enc}), mean, std, apply_b_dec_to_input=subtract
+    )
+    sae = HubSAE(SAEConfig(architecture="topk", d_in=d, d_sae=wide, k=k, apply_b_dec_to_input=flag), tensors)
+    found = sae.encode(x)
+    kept = ((found != 0) == (codes != 0)).all(-1)
+    assert float(kept.double().mean()) >= (0.9997 if subtract else 0.9990)
+    assert float((found.double() - codes)[kept].abs().max()) <= (6e-6 if subtract else 6e-5)
+    assert float((sae(x).double() - rebuilt)[kept].norm() / rebuilt[kept].norm()) <= 6e-7

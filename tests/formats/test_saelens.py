@@ -33,7 +33,9 @@ def lens_sae(architecture, rand, *, subtract=True, norm="none", training=False, 
     with torch.no_grad():
         for name, parameter in sae.named_parameters():
             value = rand(*parameter.shape, scale=0.3 if parameter.ndim == 2 else 0.5)
-            parameter.copy_(value.abs().log() if name == "log_threshold" else value.abs() if name == "threshold" else value)
+            parameter.copy_(
+                value.abs().log() if name == "log_threshold" else value.abs() if name == "threshold" else value
+            )
     return sae.eval()
 
 

@@ -104,7 +104,12 @@ def llama_numbers(t, config, norm, x):
 @pytest.mark.parametrize("norm_activation", ["dataset-wise", "token-wise", "inference"])
 @pytest.mark.parametrize("act_fn", ["relu", "topk", "jumprelu"])
 def test_llamascopium_folder(act_fn, norm_activation, include_norm, rand, x, same, tmp_path):
-    t = {"W_E": rand(D_IN, D_SAE, scale=0.3), "b_E": rand(D_SAE), "W_D": rand(D_SAE, D_IN, scale=0.3), "b_D": rand(D_IN)}
+    t = {
+        "W_E": rand(D_IN, D_SAE, scale=0.3),
+        "b_E": rand(D_SAE),
+        "W_D": rand(D_SAE, D_IN, scale=0.3),
+        "b_D": rand(D_IN),
+    }
     if act_fn == "jumprelu":
         t["activation_function.log_jumprelu_threshold"] = rand(D_SAE, scale=0.3)
     hook = "blocks.9.hook_resid_post"
@@ -122,7 +127,12 @@ def test_llamascopium_folder(act_fn, norm_activation, include_norm, rand, x, sam
 
 
 def test_llamascopium_older_names_and_pt(rand, x, same, tmp_path):
-    t = {"W_E": rand(D_IN, D_SAE, scale=0.3), "b_E": rand(D_SAE), "W_D": rand(D_SAE, D_IN, scale=0.3), "b_D": rand(D_IN)}
+    t = {
+        "W_E": rand(D_IN, D_SAE, scale=0.3),
+        "b_E": rand(D_SAE),
+        "W_D": rand(D_SAE, D_IN, scale=0.3),
+        "b_D": rand(D_IN),
+    }
     old = {"encoder.weight": t["W_E"].t().contiguous(), "encoder.bias": t["b_E"],
            "decoder.weight": t["W_D"].t().contiguous(), "decoder.bias": t["b_D"]}  # fmt: skip
     config = {"sae_type": "sae", "hook_point_in": "blocks.9.hook_resid_post", "d_model": D_IN, "act_fn": "relu",
@@ -176,8 +186,15 @@ def test_llamascopium_without_its_norm_or_of_another_kind_is_refused(rand, tmp_p
 # ---- bundles -------------------------------------------------------------------------------------------------------
 
 
-def bundle(folder, rand, *, enc_turned=False, dec_turned=False, names=("W_enc", "W_dec", "b_enc", "b_dec"), nested=True):
-    t = {"W_enc": rand(D_IN, D_SAE, scale=0.3), "W_dec": rand(D_SAE, D_IN, scale=0.3), "b_enc": rand(D_SAE), "b_dec": rand(D_IN)}
+def bundle(
+    folder, rand, *, enc_turned=False, dec_turned=False, names=("W_enc", "W_dec", "b_enc", "b_dec"), nested=True
+):
+    t = {
+        "W_enc": rand(D_IN, D_SAE, scale=0.3),
+        "W_dec": rand(D_SAE, D_IN, scale=0.3),
+        "b_enc": rand(D_SAE),
+        "b_dec": rand(D_IN),
+    }
     stored = dict(t)
     stored["W_enc"] = t["W_enc"].t().contiguous() if enc_turned else t["W_enc"]
     stored["W_dec"] = t["W_dec"].t().contiguous() if dec_turned else t["W_dec"]
