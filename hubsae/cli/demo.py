@@ -39,7 +39,11 @@ def command(
     size = SIZES[name]
     console = out()
     run = _open_run(keep, name, console)
-    _work(run, size, console)
+    try:
+        _work(run, size, console)
+    except KeyboardInterrupt:
+        console.print(f"\nstopped; finished steps are kept in {run.path}, the same command continues", highlight=False)
+        raise
     _tour(run.path, size, run.result("world"), console)
 
 
@@ -54,6 +58,10 @@ def _open_run(keep: Path | None, name: str, console: Console) -> Any:
     if keep is not None:
         if not writable(keep):
             raise HubSAEError(f"cannot write to {keep}", hint="choose another folder with --keep")
+        if is_busy(keep):
+            raise HubSAEError(
+                f"another process is running in {keep}", hint="wait for it, or choose another folder with --keep"
+            )
         return RunFolder(keep)
     folder = Path(tempfile.gettempdir()) / f"hubsae-{name}"
     if not writable(folder) or is_busy(folder):

@@ -19,6 +19,8 @@ from hubsae.core.errors import HubSAEError
 # typer used to build on click and now carries its own copy; either way this is the base of usage errors
 USAGE_ERROR: type[Any] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
+STOPPED = 130
+
 PANELS = ("Publish and load", "Activations", "Train and measure", "Recipes and demo", "Tools")
 
 app = typer.Typer(
@@ -77,15 +79,17 @@ def main() -> None:
         sys.argv = [sys.argv[0], "--debug", *(arg for arg in sys.argv[1:] if arg != "--debug")]
     try:
         code = build()(standalone_mode=False)
+        if code == STOPPED:  # typer turns Ctrl-C into this code and says nothing
+            _say("stopped")
     except typer.Abort:
         _say("stopped")
-        code = 130
+        code = STOPPED
     except USAGE_ERROR as error:  # pyright: ignore[reportGeneralTypeIssues]
         error.show()
         code = error.exit_code
     except KeyboardInterrupt:
         _say("stopped")
-        code = 130
+        code = STOPPED
     except BrokenPipeError:
         # the reader went away (`hubsae ls | head`): nothing is wrong, but flushing again would raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -58,7 +58,10 @@ def steps(size: DemoSize) -> list[Step]:
             },
             needs=("activations",),
         ),
-        Step("release", release, settings={"stages": size.stages, "layers": size.layers}, needs=("activations", "chain")),
+        Step(
+            "release", release, settings={"stages": size.stages, "layers": size.layers},
+            needs=("activations", "chain"),
+        ),
     ]  # fmt: skip
 
 
@@ -153,11 +156,11 @@ def chain(ctx: StepContext) -> dict[str, Any]:
 
 def release(ctx: StepContext) -> dict[str, Any]:
     """Package the chain with its metrics, its drift and its card."""
+    from hubsae.core.files import write_text_atomic
     from hubsae.core.sae import HubSAE
     from hubsae.evals import drift, reconstruction
     from hubsae.evals.record import record_drift, record_metrics
     from hubsae.formats import Release
-    from hubsae.core.files import write_text_atomic
     from hubsae.hub.card import card_of_release, render_card
 
     settings, data = ctx.settings, ctx.path("activations")
