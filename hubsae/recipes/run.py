@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 
 from hubsae.core.errors import ConfigError, HubSAEError
 from hubsae.core.files import read_json, safe_join, write_json_atomic, write_text_atomic
+from hubsae.recipes.follow import follow, follows
 from hubsae.recipes.steps import Step, StepContext, fingerprint, plain
 from hubsae.recipes.view import SilentView, View
 from hubsae.version import __version__
@@ -96,6 +97,8 @@ class RunFolder:
     def execute(self, steps: Sequence[Step]) -> list[StepOutcome]:
         """Run every step that is not finished, in the given order."""
         prints = self._fingerprints(steps)
+        if follows():
+            return follow(self, steps, prints, self._context)
         with self._lock():
             self.view.start(len(steps))
             try:
@@ -126,16 +129,8 @@ class RunFolder:
             self.view.step_skipped(step.name)
             return StepOutcome(step.name, False, record["seconds"], record["result"])
         self.view.step_started(step.name, state.why)
-        folder = self._prepare(step, prints[step.name])
-        results = {outcome.name: outcome.result for outcome in before}
-        context = StepContext(
-            step=step,
-            folder=folder,
-            run_folder=self.path,
-            results={name: results[name] for name in step.needs},
-            folders={name: self.folder(name) for name in step.needs},
-            progress=self.view.progress,
-        )
+        self._prepare(step, prints[step.name])
+        context = self._context(step, before)
         clock = time.perf_counter()
         try:
             result = plain(step.run(context))
@@ -147,8 +142,38 @@ class RunFolder:
         self.view.step_finished(step.name, seconds)
         return StepOutcome(step.name, True, seconds, result)
 
-    def _prepare(self, step: Step, print_: str) -> Path:
-        """The step's folder: as a killed run left it if the step can go on from that, else empty."""
+    def _context(self, step: Step, before: list[StepOutcome]) -> StepContext:
+        results = {outcome.name: outcome.result for outcome in before}
+        return StepContext(
+            step=step,
+            folder=self.folder(step.name),
+            run_folder=self.path,
+            results={name: results[name] for name in step.needs},
+            folders={name: self.folder(name) for name in step.needs},
+            progress=self.view.progress,
+            show=self.view.show,
+        )
+
+    def has_begun(self, step: Step, print_: str) -> bool:
+        """Whether a step is being run (or was when it was killed) with this fingerprint."""
+        begun = self._begun_path(step.name)
+        try:
+            return begun.read_text(encoding="utf-8").strip() == print_
+        except FileNotFoundError:
+            return False
+
+    def finished(self, step: Step, print_: str) -> StepOutcome | None:
+        """What became of a step that is finished with this fingerprint, None where it is not."""
+        try:
+            if self._state(step, print_).state != "finished":
+                return None
+            record = read_json(self._record_path(step.name))
+        except FileNotFoundError:
+            return None  # taken away in between, to be run again
+        return StepOutcome(step.name, True, record["seconds"], record["result"])
+
+    def _prepare(self, step: Step, print_: str) -> None:
+        """Make the step's folder: as a killed run left it if the step can go on from that, else empty."""
         folder, begun = self.folder(step.name), self._begun_path(step.name)
         self._record_path(step.name).unlink(missing_ok=True)
         same = begun.is_file() and begun.read_text(encoding="utf-8").strip() == print_
@@ -157,7 +182,6 @@ class RunFolder:
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         write_text_atomic(begun, print_ + "\n")
-        return folder
 
     def _finish(self, step: Step, prints: dict[str, str], result: Any, seconds: float) -> None:
         record = {

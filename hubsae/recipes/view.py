@@ -14,6 +14,7 @@ class View(Protocol):
     def step_skipped(self, name: str) -> None: ...
     def step_finished(self, name: str, seconds: float) -> None: ...
     def progress(self, done: float, total: float | None = None, text: str | None = None) -> None: ...
+    def show(self, renderable: Any) -> None: ...
     def stop(self) -> None: ...
 
 
@@ -38,6 +39,9 @@ class SilentView:
     def progress(self, done: float, total: float | None = None, text: str | None = None) -> None:
         """The running step is this far."""
 
+    def show(self, renderable: Any) -> None:
+        """Something to show while the step runs."""
+
     def stop(self) -> None:
         """The run ended, well or not."""
 
@@ -56,6 +60,7 @@ class ConsoleView:
         self._terminal = terminal
         self._bar: Any = None
         self._task: Any = None
+        self._below: Any = None
         self._number = 0
         self._steps = 0
         self._name = ""
@@ -66,7 +71,15 @@ class ConsoleView:
         if self._terminal:
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-            self._bar = Progress(
+            view = self
+
+            class Bars(Progress):
+                def get_renderables(self) -> Any:
+                    yield from super().get_renderables()
+                    if view._below is not None:
+                        yield view._below
+
+            self._bar = Bars(
                 TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
                 TimeElapsedColumn(), TimeRemainingColumn(), console=self._console, transient=True,
             )  # fmt: skip
@@ -100,8 +113,13 @@ class ConsoleView:
             label = f"{self._name}: {text}" if text else self._name
             self._bar.update(self._task, completed=done, total=total, description=label)
 
+    def show(self, renderable: Any) -> None:
+        """Something of rich below the bar, until the next call."""
+        self._below = renderable
+
     def stop(self) -> None:
         """The run ended, well or not."""
+        self._below = None
         if self._bar is not None:
             self._bar.stop()
             self._bar = self._task = None

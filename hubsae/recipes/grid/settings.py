@@ -1,0 +1,153 @@
+"""Settings of a grid search: the model and texts, the sweep, how cells are trained and measured."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from hubsae.recipes.config import RecipeConfig
+from hubsae.recipes.grid.cells import Cell, Kind
+
+
+class ModelSettings(RecipeConfig):
+    """The language model."""
+
+    id: str = Field(description="Model on the Hub or a folder; `tiny` builds the tiny world.")
+    revision: str | None = None
+    dtype: str | None = Field(None, description="Type the model runs in; default: as its checkpoint says.")
+    size: Literal["tiny", "quick"] = Field("tiny", description="Size of the tiny world.")
+
+
+class DataSettings(RecipeConfig):
+    """The texts and the place where activations are read."""
+
+    dataset: str = Field(description="Dataset on the Hub or a folder in the layout of GSM8K; `tiny`: the tiny world's.")
+    config: str = "main"
+    chat: bool = Field(
+        description="Question and answer in the chat template; otherwise the bare question, as published."
+    )
+    layer: int = Field(ge=0, description="0-based block whose output is read.")
+    prompts: int | None = Field(None, ge=2, description="Training prompts used; default: all.")
+    max_length: int | None = 512
+    validation_fraction: float = Field(0.1, gt=0, lt=1, description="Share of prompts kept from training.")
+    texts: int = Field(200, ge=2, description="Test texts on which the loss is measured.")
+
+
+class SweepSettings(RecipeConfig):
+    """The cells: every kind at every expansion with each of its numbers."""
+
+    kinds: tuple[Kind, ...] = ("topk", "batch_topk", "jumprelu_fixed", "jumprelu_trained")
+    expansions: tuple[float, ...] = (4, 8, 16)
+    ks: tuple[int, ...] = (32, 64, 128, 220)
+    thresholds: tuple[float, ...] = Field((), description="jumprelu_fixed: the thresholds, in raw activation space.")
+    l0_targets: tuple[float, ...] = Field((), description="jumprelu_trained: L0 to aim at; default: the ks.")
+    seeds: tuple[int, ...] = (0,)
+
+    @model_validator(mode="after")
+    def _some(self) -> SweepSettings:
+        if "jumprelu_fixed" in self.kinds and not self.thresholds:
+            raise ValueError("jumprelu_fixed needs thresholds")
+        if not self.cells():
+            raise ValueError("the sweep has no cell")
+        return self
+
+    def cells(self) -> list[Cell]:
+        """Every cell of the sweep, in a fixed order.
+
+        >>> sweep = SweepSettings(kinds=("topk", "batch_topk"), expansions=(4,), ks=(8, 16))
+        >>> [cell.id for cell in sweep.cells()]
+        ['TopK_exp4x_k8', 'TopK_exp4x_k16', 'BatchTopK_exp4x_k8', 'BatchTopK_exp4x_k16']
+        """
+        numbers = {
+            "topk": self.ks,
+            "batch_topk": self.ks,
+            "jumprelu_fixed": self.thresholds,
+            "jumprelu_trained": self.l0_targets or self.ks,
+        }
+        return [
+            Cell(kind, float(expansion), float(number), seed)
+            for kind in dict.fromkeys(self.kinds)
+            for expansion in dict.fromkeys(self.expansions)
+            for number in dict.fromkeys(numbers[kind])
+            for seed in dict.fromkeys(self.seeds)
+        ]
+
+
+class JumpReLUSettings(RecipeConfig):
+    """How thresholds are trained; all in the space the SAE is trained in."""
+
+    coefficient: float = Field(1.0, gt=0, description="Of (L0 / target - 1)².")
+    bandwidth: float = Field(0.1, gt=0, description="Width of the straight-through estimator.")
+    start: float = Field(0.1, gt=0, description="First threshold of every latent.")
+    warmup: float = Field(0.2, ge=0, lt=1, description="Share of the steps over which the coefficient rises.")
+
+
+class TrainSettings(RecipeConfig):
+    """How every cell is trained: what they share, so that one pass over the data serves them all."""
+
+    epochs: float = Field(10, gt=0)
+    batch_size: int = Field(512, ge=1)
+    lr: float = Field(1e-4, gt=0)
+    floor: float = Field(0.0, ge=0, le=1, description="Last learning rate of the cosine, as a share of lr.")
+    normalize: Literal["none", "mean_std", "center_scalar", "scalar"] = Field(
+        "none", description="Input space; folded into the published weights. Thresholds and bandwidth live in it."
+    )
+    init: Literal["tied", "torch"] = Field(
+        "tied", description="tied: encoder := decoder's transpose; torch: nn.Linear."
+    )
+    aux: float | None = Field(None, gt=0, description="AuxK coefficient (1/32 is usual); none as published.")
+    dead_tokens: int = Field(100_000, ge=1, description="Tokens without firing after which AuxK takes a latent up.")
+    jumprelu: JumpReLUSettings = JumpReLUSettings()
+    checkpoints: int = Field(10, ge=1, description="How many states a group leaves over its run, to resume from.")
+    memory_gb: float | None = Field(
+        None, gt=0, description="Cells trained together may take this much; default: most of what is free."
+    )
+    calibration_tokens: int = Field(
+        65_536, ge=1, description="Training tokens the BatchTopK thresholds are taken from."
+    )
+
+
+class SyntheticSettings(RecipeConfig):
+    """Data with known features, on which the same trainer is checked."""
+
+    d_in: int = 64
+    features: int = 256
+    l0: float = 8.0
+    spread: float = 4.0
+    noise: float = 0.02
+    tokens: int = 40_000
+    expansions: tuple[float, ...] = (1, 2, 4)
+    ks: tuple[int, ...] = (8,)
+    kinds: tuple[Kind, ...] = ("topk", "batch_topk", "jumprelu_trained")
+    epochs: float = 10
+    batch_size: int = 512
+    lr: float = 3e-3
+
+    def sweep(self) -> SweepSettings:
+        """Its cells."""
+        return SweepSettings(kinds=self.kinds, expansions=self.expansions, ks=self.ks)
+
+
+class ReleaseSettings(RecipeConfig):
+    """What the packaged release is called."""
+
+    name: str = "sae-grid-search"
+    license: str | None = "apache-2.0"
+
+
+class GridConfig(RecipeConfig):
+    """A grid search.
+
+    >>> GridConfig(model={"id": "tiny"}, data={"dataset": "tiny", "chat": True, "layer": 2},
+    ...            sweep={"kinds": ["topk"], "expansions": [2], "ks": [4]}).sweep.cells()[0].id
+    'TopK_exp2x_k4'
+    """
+
+    seed: int = Field(0, description="Order of the data, split, and the first of the sweep's seeds is added to it.")
+    model: ModelSettings
+    data: DataSettings
+    sweep: SweepSettings
+    train: TrainSettings = TrainSettings()
+    synthetic: SyntheticSettings = SyntheticSettings()
+    release: ReleaseSettings = ReleaseSettings()
