@@ -51,7 +51,7 @@ def test_metrics_match_their_definition_written_in_float64(name, scope, saes, ta
     with torch.no_grad():
         x_hat = saes[name](table["x"]).double()[keep]
         z = saes[name].encode(table["x"]).double()[keep]
-    e, n, d = x - x_hat, *x.shape
+    e, n = x - x_hat, len(x)
     sst = (x - x.mean(0)).square().sum()
     fired = (z != 0).sum(0).double()
     share = fired[fired > 0] / fired.sum()
@@ -181,9 +181,9 @@ def test_metrics_become_metadata_entries_and_tidy_rows(result, tmp_path):
 
 
 def test_an_unknown_metric_or_scope_lists_what_there_is(result):
-    with pytest.raises(DataError, match="metrics: .*nmse_pooled"):
+    with pytest.raises(DataError, match=r"metrics: .*nmse_pooled"):
         result["topk"].value("nmse")
-    with pytest.raises(DataError, match="scopes: .*no_position_0"):
+    with pytest.raises(DataError, match=r"scopes: .*no_position_0"):
         result["topk"].value("mse", "bos")
 
 

@@ -1,0 +1,155 @@
+"""What the published tables support, read from the tables alone."""
+
+import csv
+
+import pytest
+
+from hubsae.core.errors import DataError, FormatError
+from hubsae.evals.tables import (
+    analyse_table,
+    base_loss_from_ratio,
+    compare_chains,
+    find_table,
+    half_unit,
+    read_table,
+)
+
+CHAINS, GRID = "chains_reconstruction.csv", "grid_layer12.csv"
+
+
+@pytest.mark.parametrize(("layer", "k", "end_to_end", "at_116"), [(18, 64, 1.25, 0.74), (23, 256, 1.37, 1.30)])
+def test_strict_over_flexible_end_to_end_and_at_matched_step(layer, k, end_to_end, at_116):
+    full = compare_chains(CHAINS, "strict", "flexible", layer, k, matched=False)
+    matched = compare_chains(CHAINS, "strict", "flexible", layer, k, matched=True)
+    assert round(full.ratio, 2) == end_to_end
+    assert round(matched.ratio, 2) == at_116
+    assert (full.steps_a, full.steps_b, matched.steps_a, matched.steps_b) == (116, 200, 116, 116)
+    for ratio in (full, matched):
+        low, high = ratio.interval
+        assert low < ratio.ratio < high and high - low < 0.02
+
+
+def test_the_two_chains_are_not_within_three_percent():
+    findings = [f for f in analyse_table(CHAINS).findings if "strict over flexible" in f["finding"]]
+    assert len(findings) == 2
+    assert all(abs(f["end_to_end"] - 1) > 0.03 and abs(f["matched"] - 1) > 0.03 for f in findings)
+
+
+def test_one_sae_on_two_validation_sets_is_noticed():
+    found = [f for f in analyse_table(CHAINS).findings if "different validation sets" in f["finding"]]
+    assert [f["n_dead"] for f in found] == [
+        {"flexible": 43, "strict": 170},
+        {"flexible": 80, "strict": 258},
+        {"flexible": 29, "strict": 109},
+    ]
+
+
+def test_the_denominator_of_nmse_differs_between_layers():
+    [found] = [f for f in analyse_table(CHAINS).findings if "not comparable across layers" in f["finding"]]
+    variance = found["implied_variance_by_layer"]
+    assert variance[6][0] > 45 and variance[18][1] < 48.5 and variance[23][1] < 3.6
+
+
+def test_chains_without_a_usable_base_get_no_rate():
+    report = analyse_table(CHAINS)
+    text = " ".join(f["finding"] for f in report.findings if "no rate is taken" in f["finding"])
+    assert "sft layer 23 k 64" in text and "sft layer 6 k 64" in text
+    assert not any(row["chain"] == "sft" for row in report.tables["rates"])
+
+
+def test_the_shuffled_control_shows_most_of_the_fall():
+    rows = analyse_table(CHAINS).tables["less_control"]
+    shares = {(r["chain"], r["layer"]): r["share_in_control"] for r in rows}
+    assert shares["flexible", 18] == pytest.approx((0.003666 - 0.003334) / (0.003844 - 0.003428))
+    assert sum(share >= 0.75 for share in shares.values()) == 10 and len(shares) == 11
+
+
+def test_retraining_the_base_spreads_by_a_quarter_of_what_the_strict_chain_changes_at_layer_18():
+    rows = {(r["chain"], r["layer"], r["k"]): r for r in analyse_table(CHAINS).tables["replicate_spread"]}
+    row = rows["strict", 18, 64]
+    assert row["base_trainings"] == 3
+    assert row["spread_over_delta"] == pytest.approx((0.003666 - 0.003580) / (0.003580 - 0.003256))
+
+
+def test_grid_counts():
+    report = analyse_table(GRID)
+    cells = report.tables["matched_cells"]
+    assert len(cells) == 12
+    assert sum(c["lower_mse"] == "TopK" for c in cells) == 10
+    assert {(c["expansion"], c["k"]) for c in cells if c["lower_mse"] == "BatchTopK"} == {(4, 128), (4, 220)}
+    assert sum(c["fewer_dead"] == "BatchTopK" for c in cells) == 11
+    assert [(c["expansion"], c["k"]) for c in cells if c["fewer_dead"] != "BatchTopK"] == [(16, 64)]
+    claim = next(f for f in report.findings if f["finding"].startswith("BatchTopK is ahead on both"))
+    assert claim["holds"] is False
+
+
+def test_published_frac_rec_is_base_loss_over_sae_loss_and_flagged():
+    low, high = base_loss_from_ratio(read_table(GRID))
+    assert low < 3.2097 < high and high - low < 0.001
+    [flag] = [f for f in analyse_table(GRID).findings if "not loss recovered" in f["finding"]]
+    assert flag["rows"] == 36 and flag["holds"]
+    for row in analyse_table(GRID).tables["published_frac_rec"]:
+        assert row["published_percent"] == pytest.approx(row["l_base_over_l_sae_percent"], abs=0.006)
+
+
+def test_a_true_recovered_fraction_is_not_mistaken_for_the_ratio():
+    rows = [dict(row) for row in read_table(GRID)]
+    for row in rows:
+        # against an ablation of 10 nats
+        recovered = 100 * (1 - float(row["delta_loss"]) / (10 - 3.2097))
+        row["published_frac_rec_percent"] = f"{recovered:.2f}"
+    assert base_loss_from_ratio(rows) is None
+
+
+def test_instruct_win_counts():
+    wins = {
+        (w["architecture"], w["metric"], w["method"]): w["wins"]
+        for w in analyse_table("instruct_reconstruction.csv").tables["wins"]
+    }
+    assert [wins["standard", "log2_mse", m] for m in ("sequential", "block_finetune", "block_pretrain")] == [31, 9, 0]
+    assert wins["standard", "log2_mse_special_tokens", "sequential"] == 37
+    assert [wins["jumprelu", "log2_mse", m] for m in ("sequential", "block_finetune", "block_pretrain")] == [34, 5, 1]
+    assert wins["jumprelu", "log2_mse_special_tokens", "sequential"] == 40
+
+
+def test_accuracy_never_reaches_seventy_percent():
+    runs = analyse_table("chains_accuracy.csv").tables["runs"]
+    assert max(run["best"] for run in runs) < 0.59
+
+
+def test_decoder_drift_per_step():
+    rows = analyse_table("chains_decoder_cosine.csv").tables["decoder_drift"]
+    first = next(r for r in rows if (r["chain"], r["layer"], r["from_step"]) == ("strict", "6", "0"))
+    assert first["drift_per_step"] == pytest.approx((1 - 0.842) / 10)
+
+
+@pytest.mark.parametrize(("text", "half"), [(".003844", 5e-7), ("59.06", 5e-3), ("1.41e-05", 5e-8), ("12", 0.5)])
+def test_half_a_unit_of_the_last_place(text, half):
+    assert half_unit(text) == pytest.approx(half)
+
+
+def test_a_report_is_written_whole(tmp_path):
+    written = analyse_table(CHAINS).write(tmp_path)
+    assert {p.name for p in written} >= {"rates.csv", "comparisons.csv", "findings.json"}
+    with open(tmp_path / "comparisons.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    match = [
+        r
+        for r in rows
+        if (r["chain_a"], r["chain_b"], r["layer"], r["comparison"]) == ("strict", "flexible", "18", "end_to_end")
+    ]
+    assert round(float(match[0]["ratio_of_rates"]), 2) == 1.25
+
+
+def test_unknown_tables_say_what_is_expected(tmp_path):
+    other = tmp_path / "other.csv"
+    other.write_text("a,b\n1,2\n")
+    with pytest.raises(FormatError, match="a table with the columns"):
+        analyse_table(other)
+    other.write_text("a,b\n")
+    with pytest.raises(FormatError, match="empty"):
+        analyse_table(other)
+    with pytest.raises(FormatError, match="bundled tables: chains_accuracy"):
+        find_table("nothing.csv")
+    with pytest.raises(DataError, match="no chain nobody"):
+        compare_chains(CHAINS, "nobody", "flexible", 18, 64, matched=True)
