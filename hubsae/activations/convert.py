@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -74,7 +75,9 @@ def _convert_one(
     kind = dtype or ("float32" if data.stored_dtype == torch.float32 else "float16")
     factor = 1.0 if kind != "float16" else float(scale) if scale != "auto" else scale_for(_largest(data))
     extra = {name: _kind(data, name) for name in data.label_names if name not in LABELS}
-    record = {"converted_from": Path(data.path).name, "hook_point": data.config, **data.info, **(source or {})}
+    record: dict[str, Any] = {"converted_from": Path(data.path).name, **data.info, **(source or {})}
+    if found := re.fullmatch(r"(?:(?P<stage>.+)\.)?(?P<hook>layers\.\d+.*)", config):
+        record = {"hook_point": found["hook"], **({"stage": found["stage"]} if found["stage"] else {}), **record}
     writer = ActivationWriter(
         out, d=data.d, dtype=kind, config=config, scale=factor, split=split, columns=extra, source=record,
         shard_bytes=shard_bytes, finalize=False,

@@ -228,9 +228,8 @@ class ActivationDataset:
             raise ConfigError(f"rank {rank} is outside a world of {world_size}")
         names = self._check_columns(columns)
         dtype = dtype or self.dtype
-        in_window = shuffle or any(s.remote for s in self.sources)
-        window_rows = window_bytes // (self.d * self.stored_dtype.itemsize) if in_window else 0
-        window_rows = max(batch_size, window_rows)
+        # the batch size has no part in it: the order, and a saved state, are the same for every batch size
+        window_rows = max(1, window_bytes // (self.d * self.stored_dtype.itemsize))
         order = plan_order(
             self._blocks(),
             shuffle=shuffle,
@@ -310,7 +309,7 @@ class ActivationDataset:
                     if remember:
                         self._place = _Place(epoch, number, at, shape)
                     vectors = self._deliver(stored, dtype)
-                    stored = None  # the caller alone holds the memory while it works on the batch
+                    stored = target = None  # the caller alone holds the memory while it works on the batch
                     if names:
                         yield {"vector": vectors, **{n: _as_tensor(np.concatenate(p)) for n, p in parts.items()}}
                     else:
@@ -318,6 +317,7 @@ class ActivationDataset:
                     del vectors
                     parts = {n: [] for n in names}
                     filled, goal = 0, min(batch_size, rows_left)
+            pool = target = None  # so that the next window is read into the same memory
         if remember:
             self._place = _Place(epoch + 1, 0, 0, shape)
 

@@ -32,6 +32,8 @@ from hubsae.core.extras import require
 
 TAIL_BYTES = 256 << 10
 """First read of a file: its footer, page index and statistics are usually in it."""
+REMOTE_PAGES = 4
+"""Pages fetched together from the Hub: 32 MB ranges waste little time waiting."""
 BLOCK_ROWS = 4096
 """Rows of a block where the format has no blocks of its own."""
 
@@ -125,8 +127,48 @@ class Source:
         return {}
 
 
+def _joined(pages: Sequence[Page], count: int) -> list[tuple[int, int]]:
+    """Blocks of up to `count` neighbouring pages of one row group."""
+    blocks: list[tuple[int, int]] = []
+    held, group = 0, -1
+    for page in pages:
+        if page.row_group == group and held < count:
+            blocks[-1] = (blocks[-1][0], blocks[-1][1] + page.n_rows)
+            held += 1
+        else:
+            blocks.append((page.first_row, page.n_rows))
+            held, group = 1, page.row_group
+    return blocks
+
+
 def _even_blocks(rows: int) -> list[tuple[int, int]]:
     return [(first, min(BLOCK_ROWS, rows - first)) for first in range(0, rows, BLOCK_ROWS)]
+
+
+class _Run:
+    """Reads of adjacent places of a file, gathered into few calls."""
+
+    MOST = 512
+    """Views of one call; the system's limit is 1024."""
+
+    def __init__(self, file: ByteFile):
+        self.file, self.start, self.end = file, 0, 0
+        self.views: list[memoryview] = []
+
+    def add(self, offset: int, view: memoryview) -> None:
+        """Read `view` from `offset`, now or with the next flush."""
+        if self.views and (offset != self.end or len(self.views) >= self.MOST):
+            self.flush()
+        if not self.views:
+            self.start = self.end = offset
+        self.views.append(view)
+        self.end += len(view)
+
+    def flush(self) -> None:
+        """Do the reads that wait."""
+        if self.views:
+            self.file.read_into(self.start, self.views)
+            self.views = []
 
 
 class ParquetSource(Source):
@@ -159,13 +201,22 @@ class ParquetSource(Source):
             self.d, self.dtype = self._foreign_shape()
         self.n_rows = self.footer.n_rows
         self.label_names = tuple(c for c in self.footer.columns if "." not in c and c != vector)
+        if self.header is not None and set(self.label_names) != set(LABELS) | set(self.header.columns):
+            raise FormatError(
+                self.name,
+                f"the columns {', '.join([*LABELS, *self.header.columns])}",
+                ", ".join(self.label_names),
+                hint="the file is damaged",
+            )
         self.row_bytes = self.d * self.dtype.itemsize
         self.pages = self._find_pages(tail, file.size - tail_size)
+        if self.header is None and self.pages is not None and not self._all_dense(self.pages):
+            self.pages = None
         self.starts = [p.first_row for p in self.pages or ()]
         group_starts = np.concatenate([[0], np.cumsum(self.footer.row_groups)]).tolist()
         self.group_starts: list[int] = [int(s) for s in group_starts]
         if self.pages is not None:
-            self.blocks = [(p.first_row, p.n_rows) for p in self.pages]
+            self.blocks = _joined(self.pages, REMOTE_PAGES if self.remote else 1)
         else:
             self.blocks = [(s, n) for s, n in zip(self.group_starts, self.footer.row_groups, strict=False) if n]
         self._checked: set[int] = set()
@@ -175,6 +226,16 @@ class ParquetSource(Source):
         data = bytearray(length)
         self.file.read_into(offset, [memoryview(data)])
         return bytes(data)
+
+    def _all_dense(self, pages: list[Page]) -> bool:
+        """Whether every page of a file of other origin is laid out as the direct path needs it."""
+        try:
+            for page in pages:
+                head = self._bytes(page.offset, page.size - page.n_rows * self.row_bytes)
+                check_page(self.name, page, head, self.d)
+        except FormatError:
+            return False  # pyarrow reads it, or says what is wrong
+        return True
 
     def _foreign_shape(self) -> tuple[int, torch.dtype]:
         """Width and type of the vectors in a file of other origin."""
@@ -221,24 +282,28 @@ class ParquetSource(Source):
             return
         number = bisect_right(self.starts, start) - 1
         at = start
+        run = _Run(self.file)  # pages that follow each other in the file are read in one call
+        heads: list[tuple[int, bytearray, memoryview]] = []
         while at < stop:
             page = self.pages[number]
             upto = min(stop, page.first_row + page.n_rows)
             view = raw_view(out[at - start : upto - start])
             head_size = page.size - page.n_rows * self.row_bytes
-            whole = upto - at == page.n_rows
-            if number in self._checked:
-                skip = head_size + (at - page.first_row) * self.row_bytes
-                self.file.read_into(page.offset + skip, [view])
-            elif whole:
-                head = bytearray(head_size)
-                self.file.read_into(page.offset, [memoryview(head), view])
-                check_page(self.name, page, memoryview(head), self.d, view if self.verify else None)
-                self._checked.add(number)
+            if upto - at == page.n_rows:
+                if number not in self._checked or self.remote:
+                    head = bytearray(head_size)
+                    run.add(page.offset, memoryview(head))
+                    heads.append((number, head, view))
+                run.add(page.offset + head_size, view)
             else:
-                self._check_apart(number, page, head_size)
-                continue
+                if number not in self._checked:
+                    self._check_apart(number, page, head_size)
+                run.add(page.offset + head_size + (at - page.first_row) * self.row_bytes, view)
             at, number = upto, number + 1
+        run.flush()
+        for index, head, view in heads:
+            check_page(self.name, self.pages[index], memoryview(head), self.d, view if self.verify else None)
+            self._checked.add(index)
 
     def _check_apart(self, number: int, page: Page, head_size: int) -> None:
         """Check a page of which only a part is wanted."""
@@ -255,6 +320,8 @@ class ParquetSource(Source):
             pa = require("pyarrow", extra="train")
             try:
                 table = self._arrow_file().read_row_group(number, columns=list(names))
+                if missing := set(names) - set(table.schema.names):
+                    raise OSError(f"no column {', '.join(sorted(missing))}")
             except (pa.ArrowInvalid, OSError) as error:
                 raise FormatError(self.name, f"a readable row group {number}", str(error)) from error
             while len(self._groups) >= (1 if self.vector in names else 16):

@@ -282,9 +282,22 @@ class _Stream:
         self.cleanup = contextlib.ExitStack()
 
     def append(self, x: Tensor, labels: dict[str, np.ndarray]) -> None:
+        """Add rows, closing the file at the first boundary between samples where it is full."""
         sample = labels["sample_id"]
-        if self.shard_rows and self._full() and (sample[0] < 0 or sample[0] != self.last_sample):
-            self.commit()
+        # a row may begin a file if its sample is another than that of the row before, or unknown
+        before = np.concatenate([[self.last_sample], sample[:-1]])
+        starts = np.flatnonzero((sample != before) | (sample < 0))
+        at = 0
+        while at < len(x):
+            if self.shard_rows and self._full() and (sample[at] < 0 or sample[at] != self.last_sample):
+                self.commit()
+            room = max(1, -(-(self.writer.shard_bytes - self.shard_rows * self.row_bytes) // self.row_bytes))
+            later = starts[np.searchsorted(starts, at + room) :]
+            stop = int(later[0]) if len(later) else len(x)
+            self._add(x[at:stop], {name: values[at:stop] for name, values in labels.items()})
+            at = stop
+
+    def _add(self, x: Tensor, labels: dict[str, np.ndarray]) -> None:
         if not self.shard_rows:
             self.opened = time.monotonic()
         scale = self.writer.header.scale
@@ -306,7 +319,7 @@ class _Stream:
                     self._flush()
         self.shard_rows += len(x)
         self.n_rows += len(x)
-        self.last_sample = int(sample[-1])
+        self.last_sample = int(labels["sample_id"][-1])
 
     def _full(self) -> bool:
         limit = self.writer.shard_seconds
