@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hubsae.core.errors import HubSAEError
-from hubsae.hub.errors import AccessError, explained
+from hubsae.hub.errors import AccessError, OfflineError, explained
 from hubsae.hub.retry import RetryPolicy, retrying
 from hubsae.version import __version__
 
@@ -84,7 +84,7 @@ class HubClient:
     endpoint: str = ""
     cache_dir: str | os.PathLike[str] = ""
     local_files_only: bool = False
-    policy: RetryPolicy = field(default_factory=RetryPolicy.from_environment)
+    policy: RetryPolicy = field(default_factory=lambda: RetryPolicy.from_environment())
     notify: Callable[[str], None] | None = None
     """Gets one line for whatever a person who waits would like to know."""
 
@@ -199,6 +199,8 @@ class HubClient:
         """One file, through the shared cache; its path in the snapshot folder."""
         from huggingface_hub import hf_hub_download
 
+        if force and self.offline:
+            raise OfflineError(f"force_download of {path} needs the Hub, which is not asked (offline)")
         with explained(self, repo_id, revision=revision, path=path, repo_type=repo_type):
             return Path(
                 self.retry(

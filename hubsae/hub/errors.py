@@ -93,6 +93,8 @@ def explain(
     from huggingface_hub import errors as hf
 
     where = f"{repo_id}@{revision}" if revision else str(repo_id)
+    if isinstance(error, ValueError) and isinstance(error.__cause__, Exception) and "Force download" in str(error):
+        return explain(client, error.__cause__, repo_id, revision, path, repo_type, writing)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return _disk_full(client, error)
     if isinstance(error, hf.HFValidationError):

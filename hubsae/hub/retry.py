@@ -99,9 +99,9 @@ def is_transient(error: BaseException) -> bool:
         # hf_xet raises ConnectionError with the status only in its text
         text = str(error)
         return not any(f"HTTP status client error ({code}" in text for code in (400, 401, 403, 404))
-    # the LFS uploader wraps what happened to a file into a RuntimeError
+    # the LFS uploader and forced downloads wrap what happened into these
     cause = error.__cause__
-    return isinstance(error, RuntimeError) and cause is not None and is_transient(cause)
+    return isinstance(error, RuntimeError | ValueError) and cause is not None and is_transient(cause)
 
 
 def retrying(

@@ -17,6 +17,8 @@ from hubsae.localhub.settings import Token
 
 # read by hf_xet when its session starts, hence before any test
 os.environ.setdefault("HF_XET_CACHE", tempfile.mkdtemp(prefix="hubsae-xet-"))
+os.environ.setdefault("HF_XET_CLIENT_RETRY_BASE_DELAY", "20ms")
+os.environ.setdefault("HF_XET_CLIENT_RETRY_MAX_DURATION", "2s")
 
 TOKENS = ["me=hf_me", "other=hf_other", "reader=hf_reader:read"]
 ABOUT = {
