@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hubsae.core.metadata import Metadata
     from hubsae.core.normalizer import Normalizer
     from hubsae.core.sae import HubSAE
+    from hubsae.formats.converter import saelens_converter
     from hubsae.hub.listing import list_saes
     from hubsae.hub.load import pull
     from hubsae.hub.push import push
@@ -33,6 +34,7 @@ __all__ = [
     "list_saes",
     "pull",
     "push",
+    "saelens_converter",
 ]
 
 # public name -> the module that defines it
@@ -44,6 +46,7 @@ _HOME = {
     "Normalizer": "hubsae.core.normalizer",
     "SAEConfig": "hubsae.core.config",
     "SparseCodes": "hubsae.core.codes",
+    "saelens_converter": "hubsae.formats.converter",
     "list_saes": "hubsae.hub.listing",
     "pull": "hubsae.hub.load",
     "push": "hubsae.hub.push",

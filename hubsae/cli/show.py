@@ -55,7 +55,7 @@ def _is_description(found: Any) -> TypeGuard[Description]:
 def _is_repo_id(text: str) -> bool:
     import re
 
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", text)) and not text.startswith((".", "/"))
+    return bool(re.fullmatch(r"[\w.-]+(/[\w.+=-]+)+(@[\w./-]+)?", text)) and not text.startswith((".", "/"))
 
 
 def _is_activations(folder: Path) -> bool:

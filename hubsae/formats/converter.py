@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -34,35 +33,37 @@ class saelens_converter:
     def __init__(self, **options: Any):
         self.options = options
 
-    def __call__(
+    def __call__(self, *args: Any, **named: Any) -> tuple[Any, ...]:
+        """SAELens calls with names for the Hub (`repo_id, folder_name, ...`) and with the path first for a disk."""
+        if "repo_id" in named:
+            return tuple(self._from_hub(**named))
+        found = self._from_disk(*args, **named)
+        return found.cfg, found.state
+
+    def _from_hub(
         self,
-        repo_id: str | os.PathLike[str] | None = None,
-        folder_name: str | None = None,
+        repo_id: str,
+        folder_name: str,
         device: str | None = None,
         force_download: bool = False,
         cfg_overrides: dict[str, Any] | None = None,
-        path: str | os.PathLike[str] | None = None,
-    ) -> tuple[Any, ...]:
-        """SAELens calls the Hub protocol with names, and the one for disks with the path first."""
-        if folder_name is None:
-            source = path if path is not None else repo_id
-            if source is None:
-                raise TypeError("a converter is called by SAELens, with a repo id and folder or with a path")
-            found = self._from_disk(Path(source), device, cfg_overrides)
-            return found.cfg, found.state
+    ) -> _OnHub:
         options = dict(self.options)
         if force_download:
             options["force_download"] = True
-        return tuple(
-            _parts(HubSAE.from_pretrained(str(repo_id), folder_name or None, **options), device, cfg_overrides)
-        )
+        return _parts(HubSAE.from_pretrained(repo_id, folder_name or None, **options), device, cfg_overrides)
 
-    def _from_disk(self, path: Path, device: str | None, overrides: dict[str, Any] | None) -> _OnHub:
+    def _from_disk(
+        self,
+        path: str | os.PathLike[str],
+        device: str | None = None,
+        cfg_overrides: dict[str, Any] | None = None,
+    ) -> _OnHub:
         from hubsae.formats.registry import read
 
         only_hub = ("revision", "token", "cache_dir", "local_files_only", "force_download", "endpoint")
         choices = {name: value for name, value in self.options.items() if name not in only_hub}
-        return _parts(read(path, **choices), device, overrides)
+        return _parts(read(path, **choices), device, cfg_overrides)
 
 
 def _parts(sae: HubSAE, device: str | None, overrides: dict[str, Any] | None) -> _OnHub:

@@ -165,10 +165,9 @@ def write(sae: HubSAE, folder: str | os.PathLike[str]) -> Path:
     if config.k is not None:
         trainer["k"] = config.k
     folder = Path(folder)
-    with atomic_path(folder / WEIGHTS_NAME) as temporary:
-        # a file object, because torch writes a path's name into the archive: equal SAEs are equal files
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
+    # a file object, because torch writes a path's name into the archive: equal SAEs are equal files
+    with atomic_path(folder / WEIGHTS_NAME) as temporary, temporary.open("wb") as file:
+        torch.save(state, file)
     write_json_atomic(folder / CONFIG_NAME, {"trainer": trainer, "buffer": {"ctx_len": meta.hook.context_size}})
     return folder
 

@@ -83,10 +83,9 @@ def write_pt(sae: HubSAE, path: str | os.PathLike[str]) -> Path:
         "metadata": sae.metadata.to_dict(),
         "state_dict": {name: t.detach().cpu().contiguous() for name, t in sae.tensors().items()},
     }
-    with atomic_path(path) as temporary:
-        # a file object, because torch writes a path's name into the archive: equal SAEs are equal files
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
+    # a file object, because torch writes a path's name into the archive: equal SAEs are equal files
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        torch.save(content, file)
     return Path(path)
 
 

@@ -1,0 +1,62 @@
+"""`hubsae convert`, `show` and `package`, run as a person runs them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hubsae import HubSAE, SAEConfig
+from hubsae.formats import read, write
+
+CONFIG = SAEConfig(architecture="topk", d_in=16, d_sae=64, k=4)
+
+
+def run(*args, code=0):
+    done = subprocess.run([sys.executable, "-m", "hubsae.cli.main", *map(str, args)], capture_output=True, text=True)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
+def files(tmp_path):
+    for layer in (3, 12):
+        sae = HubSAE.random(CONFIG, seed=layer)
+        write(sae, tmp_path / "saes" / f"sae_base_layer{layer}.pt", "pt")
+    return tmp_path / "saes"
+
+
+def test_package_show_and_convert(files, tmp_path):
+    planned = json.loads(
+        run("package", files, "--base-model", "a/b", "--hook", "layers.{layer}", "--dry-run", "--json")
+    )
+    assert [row["id"] for row in planned["saes"]] == ["saes/base/layer3", "saes/base/layer12"]
+    assert not (tmp_path / "release").exists()
+    asked = run("package", files, "--out", tmp_path / "release", code=1)
+    assert "--base-model" in asked and "--hook" in asked
+    made = run("package", files, "--out", tmp_path / "release", "--base-model", "a/b", "--hook", "layers.{layer}")
+    assert "2 SAEs" in made and "hubsae push" in made
+    shown = run("show", tmp_path / "release")
+    assert "saes/base/layer12" in shown and "a/b" in shown
+    one = tmp_path / "release" / "saes" / "base" / "layer3"
+    assert "topk(k=4), then ReLU" in run("show", one)
+    run("convert", one, tmp_path / "back.pt", "--to", "pt")
+    assert torch.equal(read(tmp_path / "back.pt").W_enc, read(one).W_enc)
+    assert "exists" in run("convert", one, tmp_path / "back.pt", "--to", "pt", code=1)
+
+
+def test_show_says_what_is_not_known(files):
+    found = json.loads(run("show", files / "sae_base_layer3.pt", "--json"))
+    assert found["config"]["k"] == 4 and found["unknown"] == ["base model", "hook point"]
+    torch.save({n: t for n, t in HubSAE.random(CONFIG).tensors().items()}, files / "bare.pt")
+    text = run("show", files / "bare.pt")
+    assert "W_enc" in text and "how latents are selected" in text
+    assert "topk(k=7)" in run(
+        "show", files / "bare.pt", "-s", "architecture=topk", "-s", "k=7", "-s", "apply_b_dec_to_input=true"
+    )
+    assert "nothing at that path" in run("show", files / "no-such-file.pt", code=1)
+    run("show", files / "bare.pt", "-s", "k", code=2)
