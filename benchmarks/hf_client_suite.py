@@ -47,7 +47,7 @@ from .testing_utils import repo_name
 RepoFactory = Callable[..., RepoUrl]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def api() -> HfApi:
     return HfApi(endpoint=ENDPOINT_STAGING, token=TOKEN)
 
@@ -72,7 +72,8 @@ _opener = build_opener(ProxyHandler({}))
 
 
 def _seen() -> int:
-    request = Request(os.environ["LOCAL_HUB_COUNT"], headers={"Authorization": "Bearer " + os.environ["LOCAL_HUB_ADMIN"]})
+    headers = {"Authorization": "Bearer " + os.environ["LOCAL_HUB_ADMIN"]}
+    request = Request(os.environ["LOCAL_HUB_COUNT"], headers=headers)
     with _opener.open(request, timeout=10) as answer:
         return json.load(answer)["count"]
 
@@ -92,7 +93,8 @@ def pytest_runtest_makereport(item, call):
     if report.when == "call" or report.outcome != "passed":
         why = str(report.longrepr)[-1500:] if report.outcome == "failed" else ""
         with open(os.environ["LOCAL_HUB_REPORT"], "a") as out:
-            out.write(json.dumps({"test": item.nodeid, "outcome": report.outcome, "when": report.when, "why": why}) + "\\n")
+            line = {"test": item.nodeid, "outcome": report.outcome, "when": report.when, "why": why}
+            out.write(json.dumps(line) + "\\n")
 '''
 
 INI = """[pytest]
@@ -177,12 +179,36 @@ def run(mode: str, work: Path, extra: list[str]) -> int:
         point_at(source / "tests", hub.url)
         env = hub.env(home, LOCAL_HUB_COUNT=f"{hub.url}/_local/requests", LOCAL_HUB_ADMIN=hub.hub.admin_token)
         env |= {"LOCAL_HUB_REPORT": str(report), "PYTHONPATH": str(plugins)}
-        for name in ("HF_TOKEN", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_TELEMETRY", "HF_XET_CACHE", "HF_HUB_CACHE"):
+        for name in (
+            "HF_TOKEN",
+            "HF_HUB_DISABLE_PROGRESS_BARS",
+            "HF_HUB_DISABLE_TELEMETRY",
+            "HF_XET_CACHE",
+            "HF_HUB_CACHE",
+        ):
             env.pop(name, None)
         if "lfs" in mode:
             env["HF_HUB_DISABLE_XET"] = "1"
-        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--timeout=300", "--continue-on-collection-errors"]
-        command += ["-p", "pytest_mock", "-p", "pytest_asyncio", "-m", "not production", "-c", "pytest.ini", "tests", *extra]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "--tb=short",
+            "--timeout=300",
+            "--continue-on-collection-errors",
+        ]
+        command += [
+            "-p",
+            "pytest_mock",
+            "-p",
+            "pytest_asyncio",
+            "-m",
+            "not production",
+            "-c",
+            "pytest.ini",
+            *(extra or ["tests"]),
+        ]
         with open(work / f"output-{mode}.txt", "w") as log:
             subprocess.run(command, cwd=source, env=env, stdout=log, stderr=subprocess.STDOUT, check=False)
     return summarise(mode, report)
@@ -202,7 +228,9 @@ def summarise(mode: str, report: Path) -> int:
     buckets = {t for t in talking if "bucket" in t.lower() or "bucket" in outcomes.get(t, ("", ""))[1].lower()}
     table = collections.Counter(outcomes.get(t, ("passed", ""))[0] for t in talking - buckets)
     print(f"\nhuggingface_hub {version('huggingface_hub')}, mode {mode}")
-    print(f"tests run: {len(requests)}; talked to the hub: {len(talking)}, of these {len(buckets)} about storage buckets")
+    print(
+        f"tests run: {len(requests)}; talked to the hub: {len(talking)}, of these {len(buckets)} about storage buckets"
+    )
     print("of the others: " + ", ".join(f"{n} {what}" for what, n in sorted(table.items())))
     for test in sorted(talking - buckets):
         outcome, why = outcomes.get(test, ("passed", ""))

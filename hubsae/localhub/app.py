@@ -133,8 +133,8 @@ def _without_body(send: Send) -> Send:
 def _cut(send: Any) -> None:
     """Close the connection without an answer, as a dying server or a cut cable would.
 
-    ASGI has no word for that. uvicorn's `send` is a method of its connection cycle, which holds the transport; elsewhere
-    returning without an answer makes the server close or answer 500, which tests the same.
+    ASGI has no word for that. uvicorn's `send` is a method of its connection cycle, which holds the transport;
+    elsewhere returning without an answer makes the server close or answer 500, which tests the same.
     """
     transport = getattr(getattr(send, "__self__", None), "transport", None)
     if transport is not None:

@@ -20,10 +20,7 @@ from .http import check_path, clean, parse_json
 from .lfs import AttributeRules, is_oid, pointer_text
 from .repos import Repo
 
-STALE_PARENT = (
-    "A commit has happened since. Please refresh and try again. "
-    "(The branch was updated since you opened this page: its newest commit is not the given parentCommit.)"
-)
+STALE_PARENT = "The branch was updated since you opened this page. Please refresh and try again."
 
 
 @dataclass

@@ -148,7 +148,7 @@ class Board:
         if conflicts:
             raise HubError(409, f"This pull request has conflicts in {', '.join(conflicts[:10])}")
         base = merge_base(git, ours, theirs)
-        steps = [c for c in _since(self.repo, theirs, base)]
+        steps = list(_since(self.repo, theirs, base))
         authors = sorted({c.author for c in steps} - {author})
         lines = [f"{item['title']} (#{item['num']})", "", *(f"- {c.title} ({c.sha})" for c in steps)]
         lines += ["", *(f"Co-authored-by: {a} <{a}@users.noreply.local-hub>" for a in authors)] if authors else []

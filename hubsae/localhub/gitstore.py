@@ -235,7 +235,8 @@ class GitStore:
     def write_tag(self, name: str, commit: str, author: str, message: str) -> str:
         """Store an annotated tag object."""
         safe = re.sub(r"[<>\n\0]", "", author) or "unknown"
-        head = f"object {commit}\ntype commit\ntag {name}\ntagger {safe} <{safe}@users.noreply.local-hub> {int(time.time())} +0000"
+        who = f"{safe} <{safe}@users.noreply.local-hub> {int(time.time())} +0000"
+        head = f"object {commit}\ntype commit\ntag {name}\ntagger {who}"
         return self.write_object("tag", f"{head}\n\n{message}\n".replace("\0", "").encode("utf-8", "replace"))
 
     def peel(self, sha: str) -> str:

@@ -98,7 +98,7 @@ def merge_trees(store: GitStore, base: str | None, ours: str, theirs: str) -> tu
     conflicts = []
     for path in sorted(in_base.keys() | in_theirs.keys()):
         old, mine, new = in_base.get(path), in_ours.get(path), in_theirs.get(path)
-        if new == old or new == mine:
+        if new in (old, mine):
             continue
         if mine == old:
             if new is None:

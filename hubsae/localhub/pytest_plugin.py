@@ -1,6 +1,7 @@
 """pytest fixtures: a real Hub for the tests of any project.
 
-Load with `-p hubsae.localhub.pytest_plugin` or `pytest_plugins = ["hubsae.localhub.pytest_plugin"]` in the top conftest.
+Load with `-p hubsae.localhub.pytest_plugin`, or `pytest_plugins = ["hubsae.localhub.pytest_plugin"]` in the top
+conftest.py.
 
 - `local_hub`: a fresh hub with Xet for one test. Give `hub.env(tmp_path)` to a subprocess.
 - `local_hub_factory`: make hubs with other switches: `local_hub_factory(xet=False, cdn=True)`.
@@ -22,7 +23,18 @@ import pytest
 
 from .server import LocalHub, running
 
-_VARIABLES = ["HF_ENDPOINT", "HF_TOKEN", "HF_HOME", "HF_HUB_CACHE", "HF_XET_CACHE", "HF_DATASETS_CACHE", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS", "NO_PROXY", "no_proxy"]
+_VARIABLES = [
+    "HF_ENDPOINT",
+    "HF_TOKEN",
+    "HF_HOME",
+    "HF_HUB_CACHE",
+    "HF_XET_CACHE",
+    "HF_DATASETS_CACHE",
+    "HF_HUB_DISABLE_TELEMETRY",
+    "HF_HUB_DISABLE_PROGRESS_BARS",
+    "NO_PROXY",
+    "no_proxy",
+]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

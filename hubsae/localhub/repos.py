@@ -205,8 +205,8 @@ class Registry:
         if granted.get("status") == "accepted":
             return
         if not caller.known:
-            why = "Access to {} is restricted. You must have access to it and be authenticated to access it. Please log in."
-            raise HubError(401, why.format(f"{repo.kind[:-1]} {repo.id}"), code="GatedRepo")
+            why = "is restricted. You must have access to it and be authenticated to access it. Please log in."
+            raise HubError(401, f"Access to {repo.kind[:-1]} {repo.id} {why}", code="GatedRepo")
         if granted.get("status") == "pending":
             message = f"Your request to access {repo.kind[:-1]} {repo.id} is awaiting a review from the repo authors."
         else:
@@ -278,7 +278,7 @@ class Registry:
         with self.lock, repo.lock:
             taken = self._by_name.get((repo.kind, new_id.lower()))
             if taken is not None and taken is not repo:
-                raise HubError(409, f"Cannot move: {new_id} already exists")
+                raise HubError(409, f"A {repo.kind[:-1]} repository called {new_id} already exists")
             target = self._path(repo.kind, new_id)
             target.parent.mkdir(parents=True, exist_ok=True)
             old_id = repo.id
@@ -304,8 +304,8 @@ def check_name(name: str) -> None:
     """400 for names the Hub refuses (and any that could leave the folder)."""
     if not _NAME.match(name) or ".." in name or "--" in name or name.endswith((".git", ".ipynb", ".", "-")):
         raise bad_request(
-            f"Invalid repo name: {name!r}. Use 1 to 96 letters, digits, '-', '_' or '.'; no '--' or '..', not ending in "
-            "'.', '-', '.git' or '.ipynb'"
+            f"Invalid repo name: {name!r}. Use 1 to 96 letters, digits, '-', '_' or '.'; no '--' or '..', not ending "
+            "in '.', '-', '.git' or '.ipynb'"
         )
 
 

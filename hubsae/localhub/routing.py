@@ -18,7 +18,9 @@ from .repos import KINDS
 Handler = Callable[..., Any]
 
 # first pieces of urls that are no repo's owner
-RESERVED = frozenset({"api", "storage", "xet", "_local", "v1", "collections", "login", "favicon.ico", "robots.txt", *KINDS})
+RESERVED = frozenset(
+    {"api", "storage", "xet", "_local", "v1", "collections", "login", "favicon.ico", "robots.txt", *KINDS}
+)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ class Raw:
         path: str,
         body: Any = None,
         *,
-        token: str | None | bool = None,
+        token: str | bool | None = None,
         headers: dict[str, str] | None = None,
         port: int | None = None,
     ) -> Answer:
@@ -51,7 +51,7 @@ class Raw:
             sent.setdefault("Content-Type", "application/json")
         line = http.client.HTTPConnection("127.0.0.1", port or self.hub.port, timeout=30)
         try:
-            line.putrequest(method, path, skip_accept_encoding=True)
+            line.putrequest(method, path, skip_host="Host" in sent, skip_accept_encoding=True)
             for name, value in sent.items():
                 line.putheader(name, value)
             if body is not None and "Content-Length" not in sent:
@@ -66,8 +66,10 @@ class Raw:
         owner, name = repo.split("/")
         return self("POST", "/api/repos/create", {"name": name, "organization": owner, "type": kind, **more})
 
-    def commit(self, files: dict[str, bytes], repo: str = "models/local/x", revision: str = "main", **more: Any) -> Answer:
-        """A commit of regular files (content None deletes); other keywords go to the header line, `query` to the url."""
+    def commit(
+        self, files: dict[str, bytes], repo: str = "models/local/x", revision: str = "main", **more: Any
+    ) -> Answer:
+        """A commit of regular files (None deletes); other keywords go to the header line, `query` to the url."""
         query = more.pop("query", "")
         token = more.pop("token", None)
         lines: list[dict[str, Any]] = [{"key": "header", "value": {"summary": "change", **more}}]
@@ -117,6 +119,12 @@ def raw(hub) -> Raw:
 
 
 @pytest.fixture
+def raw_for():
+    """Raw clients for hubs made with other settings."""
+    return Raw
+
+
+@pytest.fixture
 def script(tmp_path):
     """Run Python code in a fresh process whose Hugging Face clients use a hub; its standard output."""
 
@@ -134,9 +142,14 @@ def script(tmp_path):
     return run
 
 
-def git(hub: LocalHub, *args: str, repo: str = "local/x") -> str:
-    """What the real git says about a repo of the hub."""
-    path = hub.git_path(repo)
-    done = subprocess.run(["git", "-c", "safe.directory=*", *args], cwd=path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def git(hub):
+    """What the real git says about a repo of the hub: `git("fsck", "--strict")`."""
+
+    def run(*args: str, repo: str = "local/x") -> str:
+        command = ["git", "-c", "safe.directory=*", *args]
+        done = subprocess.run(command, cwd=hub.git_path(repo), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run

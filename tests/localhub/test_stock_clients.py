@@ -11,7 +11,8 @@ import pytest
 HUB_CLIENT = r"""
 import os, pathlib, sys
 import huggingface_hub as hh
-from huggingface_hub import HfApi, HfFileSystem, ModelCard, CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
+from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
+from huggingface_hub import HfApi, HfFileSystem, ModelCard
 
 api = HfApi()
 assert api.whoami()["name"] == "local"
@@ -72,7 +73,8 @@ assert api.move_repo("local/release", "local/renamed") is None
 assert api.model_info("local/release").id == "local/renamed"
 assert pathlib.Path(hh.hf_hub_download("local/release", "config.json")).read_bytes() == b"{}"
 other = api.duplicate_repo("local/renamed", "local/twin")
-assert pathlib.Path(hh.hf_hub_download("local/twin", "copy.safetensors")).read_bytes() == files["saes/layer18/w.safetensors"]
+twin = pathlib.Path(hh.hf_hub_download("local/twin", "copy.safetensors"))
+assert twin.read_bytes() == files["saes/layer18/w.safetensors"]
 big = api.create_collection("SAEs"); api.add_collection_item(big.slug, "local/twin", "model")
 assert [i.item_id for i in api.get_collection(big.slug).items] == ["local/twin"]
 """

@@ -59,7 +59,7 @@ def requests(call: Call) -> Any:
     return [
         {
             "requestId": item["id"],
-            "user": {"_id": item["id"], "user": name, "fullname": name, "email": f"{name}@users.noreply.local-hub"},
+            "user": {"_id": item["id"], "user": name, "fullname": name, "email": None},
             "status": item["status"],
             "timestamp": iso(item["time"]),
             "fields": item.get("fields"),

@@ -159,12 +159,12 @@ def _org(call: Call) -> Any:
 
 @routes.on("GET", "/api/settings/repositories")
 @routes.on("GET", "/api/organizations/{org}/settings/repositories")
-def repositories(call: Call) -> dict[str, Any]:
+def repositories(call: Call) -> list[dict[str, Any]]:
     """What takes how much space."""
     owner = _org(call).name if "org" in call.params else call.need_user()
     if not call.hub.accounts.may_read_all(call.caller, owner):
         raise HubError(403, "You cannot see the settings of this organization")
-    items = []
+    items: list[dict[str, Any]] = []
     for kind in KINDS:
         for repo in call.hub.registry.all(kind, call.caller):
             if repo.owner == owner:
@@ -174,7 +174,6 @@ def repositories(call: Call) -> dict[str, Any]:
                         "id": repo.id,
                         "type": kind[:-1],
                         "visibility": "private" if repo.private else "public",
-                        "private": repo.private,
                         "storage": size,
                         "storagePercent": 0.0,
                         "updatedAt": iso(repo.last_modified()),
@@ -183,7 +182,7 @@ def repositories(call: Call) -> dict[str, Any]:
     total = sum(i["storage"] for i in items)
     for item in items:
         item["storagePercent"] = item["storage"] / total if total else 0.0
-    return {"repositories": items, "items": items, "totalStorage": total}
+    return items
 
 
 @routes.on("POST", "/api/validate-yaml")

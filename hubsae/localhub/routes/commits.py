@@ -176,7 +176,7 @@ def _history_of_lfs(repo: Repo) -> dict[str, dict[str, Any]]:
                 if entry.is_tree or (pointer := repo.blob_info(entry).lfs) is None:
                     continue
                 old = found.get(pointer.oid)
-                if old is None or item.when <= old["when"]:
+                if old is None or (old["ref"] == ref and item.when <= old["when"]):
                     found[pointer.oid] = {
                         "when": item.when,
                         "path": path,

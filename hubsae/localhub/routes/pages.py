@@ -38,7 +38,9 @@ _SHOWN = 1000
 def _templates() -> Any:
     from jinja2 import Environment, FileSystemLoader
 
-    made = Environment(loader=FileSystemLoader(Path(__file__).parent.parent / "templates"), autoescape=True, trim_blocks=True)
+    made = Environment(
+        loader=FileSystemLoader(Path(__file__).parent.parent / "templates"), autoescape=True, trim_blocks=True
+    )
     made.filters.update(size=_size, when=_when, urlencode_all=lambda t: quote(t, safe=""), urlencode_path=quote_path)
     return made
 
@@ -57,7 +59,9 @@ def _when(seconds: float) -> str:
 
 def _page(call: Call, template: str, **values: Any) -> Response:
     text = _templates().get_template(template).render(user=call.caller.name, base=call.base, xet=call.hub.xet, **values)
-    return HTMLResponse(text, headers={"Content-Security-Policy": _POLICY.format(call.storage_base), "Referrer-Policy": "no-referrer"})
+    return HTMLResponse(
+        text, headers={"Content-Security-Policy": _POLICY.format(call.storage_base), "Referrer-Policy": "no-referrer"}
+    )
 
 
 def _repo_page(call: Call, repo: Repo, template: str, tab: str, revision: str = "main", **values: Any) -> Response:
@@ -66,7 +70,15 @@ def _repo_page(call: Call, repo: Repo, template: str, tab: str, revision: str = 
         tags = repo.tags(repo.head())
     kind = repo.kind[:-1]
     return _page(
-        call, template, repo=repo, kind=kind, url=quote_path(repo.url_path), tags=tags, tab=tab, revision=revision, **values
+        call,
+        template,
+        repo=repo,
+        kind=kind,
+        url=quote_path(repo.url_path),
+        tags=tags,
+        tab=tab,
+        revision=revision,
+        **values,
     )
 
 
@@ -190,7 +202,9 @@ def blob(call: Call) -> Response:
 def commits(call: Call) -> Response:
     repo = call.repo()
     found = list(islice(log(repo.git, repo.git.resolve(call["revision"])), 201))
-    return _repo_page(call, repo, "commits.html", "commits", call["revision"], commits=found[:200], more=len(found) > 200)
+    return _repo_page(
+        call, repo, "commits.html", "commits", call["revision"], commits=found[:200], more=len(found) > 200
+    )
 
 
 @routes.on_repo("GET", "/commit/{revision}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ..errors import HubError, bad_request
+from ..errors import HubError, bad_request, revision_not_found
 from ..gitstore import is_ref_name
 from ..http import Call, text_field
 from ..repos import Repo
@@ -54,7 +54,7 @@ def delete_branch(call: Call) -> Any:
         raise HubError(403, "Cannot delete refs/heads/main")
     with repo.lock:
         if not is_ref_name(name) or repo.git.ref(f"refs/heads/{name}") is None:
-            raise HubError(404, f"Reference refs/heads/{name} does not exist", code="RevisionNotFound")
+            raise revision_not_found(name)
         repo.git.delete_ref(f"refs/heads/{name}")
     return {"ok": True}
 
@@ -67,10 +67,10 @@ def create_tag(call: Call) -> Any:
     message = body.get("message")
     if message is not None and not isinstance(message, str):
         raise bad_request('"message" must be a string')
-    if not is_ref_name(name):
-        raise bad_request(f"Invalid tag name: {name!r}")
     with repo.lock:
         commit = repo.git.resolve(call["revision"])
+        if not is_ref_name(name):
+            raise bad_request(f"Invalid tag name: {name!r}")
         if repo.git.ref(f"refs/tags/{name}") is not None:
             raise HubError(409, f"Tag {name} already exists: reference refs/tags/{name} already exists")
         target = repo.git.write_tag(name, commit, call.need_user(), message) if message else commit
