@@ -14,6 +14,7 @@ verdict on another CPU: ratios are quoted with the CPU's name.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import platform
 import statistics
@@ -385,14 +386,9 @@ def peak(peer: str, case: Case) -> float | None:
     """MB at the peak of eight steps above imports and data; run in a process of its own."""
     import torch
 
-    if peer.startswith("saelens"):
-        import sae_lens.saes.topk_sae
-    elif peer == "sparsify":
-        import sparsify as _
-    elif peer == "dictionary_learning":
-        import dictionary_learning.trainers.top_k
-    else:
-        from hubsae.train import step, update  # noqa: F401
+    modules = {"sparsify": "sparsify", "dictionary_learning": "dictionary_learning.trainers.top_k"}
+    modules |= {"saelens": "sae_lens.saes.topk_sae", "saelens-sparse": "sae_lens.saes.topk_sae"}
+    importlib.import_module(modules.get(peer, "hubsae.train"))
     s = start(case)
     torch.randn(8, 8) @ torch.randn(8, 8)
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM; ru_maxrss would start at the parent's peak

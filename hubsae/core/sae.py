@@ -125,7 +125,12 @@ class HubSAE(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """Dense codes [..., d_sae], as SAELens users expect them."""
-        return self.encode_sparse(x).dense()
+        codes = self.encode_sparse(x)
+        if self.config.architecture != "topk":
+            return codes.dense()
+        # no padding, so indices of a row differ: writing is enough and faster than adding
+        out = codes.values.new_zeros(*codes.values.shape[:-1], self.d_sae)
+        return out.scatter_(-1, codes.indices, codes.values)
 
     def decode(self, codes: SparseCodes | Tensor) -> Tensor:
         """Reconstruction of sparse or dense codes [..., d_in]."""
@@ -178,7 +183,8 @@ class HubSAE(nn.Module):
         if self.features is not None:
             config.check_feature_subset()
         if config.architecture == "topk":
-            values, indices = inference.select_topk(self._pre(flat), config.k or 0)
+            center = self.b_dec if config.apply_b_dec_to_input else None
+            values, indices = inference.encode_topk(flat, self.W_enc, self.b_enc, config.k or 0, center)
             return (values.relu() if config.topk_relu else values), indices
         if config.architecture == "gated":
             gate = self._pre(flat)

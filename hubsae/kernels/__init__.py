@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+
 IMPLEMENTATIONS = ("torch", "numba", "triton")
 _chosen = "torch"
 
@@ -11,7 +15,20 @@ def use(name: str) -> None:
     global _chosen
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"kernels {name!r} are unknown; choose one of {', '.join(IMPLEMENTATIONS)}")
+    if name != "torch" and find_spec(name) is None:
+        raise ImportError(f"kernels={name!r} need the package {name}, which is not installed")
     _chosen = name
+
+
+@contextmanager
+def using(name: str) -> Iterator[None]:
+    """`use` for the length of a context."""
+    before = _chosen
+    use(name)
+    try:
+        yield
+    finally:
+        use(before)
 
 
 def chosen() -> str:

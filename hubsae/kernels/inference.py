@@ -1,4 +1,8 @@
-"""Encoding and decoding at inference: one dense product, a selection, and a gather of decoder rows."""
+"""Encoding and decoding at inference: one dense product, a selection, and a gather of decoder rows.
+
+Top-k codes are made some rows at a time, so that the block of pre-activations is selected from while it is in cache
+and never exists for all tokens: 2.3 times the peers' encode, exact (benchmarks/encode.py).
+"""
 
 from __future__ import annotations
 
@@ -6,23 +10,54 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hubsae.kernels import select
+from hubsae.kernels.linear import linear
+
+# rows encoded at once; 512 x 7168 float32 are 15 MB
+ROWS = 512
+
 
 def encode_linear(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
     """Pre-activations [tokens, d_sae] of x [tokens, d_in] with W_enc [d_in, d_sae]."""
+    if x.ndim == 2:
+        return linear(x, W_enc.t(), b_enc)
     return F.linear(x, W_enc.t(), b_enc)
+
+
+def encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, center: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The k largest pre-activations of each row of x [tokens, d_in]: values and indices [tokens, k], largest first.
+
+    Equal to `select_topk(encode_linear(x - center, ...), k)` without the block of all pre-activations.
+    """
+    if x.shape[0] <= ROWS or (torch.is_grad_enabled() and (x.requires_grad or W_enc.requires_grad)):
+        return select_topk(encode_linear(x if center is None else x - center, W_enc, b_enc), k)
+    values = torch.empty(x.shape[0], k, dtype=x.dtype, device=x.device)
+    indices = torch.empty(x.shape[0], k, dtype=torch.int64, device=x.device)
+    for start in range(0, x.shape[0], ROWS):
+        part = slice(start, start + ROWS)
+        rows = x[part] if center is None else x[part] - center
+        values[part], indices[part] = select_topk(encode_linear(rows, W_enc, b_enc), k)
+    return values, indices
 
 
 def select_topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row: values and indices [tokens, k], largest first."""
+    if pre.ndim == 2:
+        return select.topk(pre, k, sorted=True)
     return torch.topk(pre, k, dim=-1)
 
 
 def select_ragged(active: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     """Compact the active entries of z [tokens, d_sae] to [tokens, widest row]; padding is value 0 at index 0."""
-    width = max(int(active.sum(-1).max()) if active.shape[0] else 0, 1)
-    order = torch.topk(active.to(torch.uint8), width, dim=-1, sorted=False).indices.sort(-1).values
-    kept = active.gather(-1, order)
-    return torch.where(kept, z.gather(-1, order), 0), torch.where(kept, order, 0)
+    counts = active.sum(-1)
+    width = max(int(counts.max()) if active.shape[0] else 0, 1)
+    rows, columns = select.nonzero(active)
+    place = torch.arange(rows.numel(), device=rows.device) - (counts.cumsum(0) - counts)[rows]
+    indices = torch.zeros(active.shape[0], width, dtype=torch.int64, device=active.device)
+    indices[rows, place] = columns
+    values = torch.zeros(active.shape[0], width, dtype=z.dtype, device=z.device)
+    # written by index, so that gradients reach z
+    return values.index_put((rows, place), z[rows, columns]), indices
 
 
 def decode_rows(indices: Tensor, values: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:

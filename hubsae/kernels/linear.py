@@ -35,6 +35,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         and _regular(x)
         and _regular(weight)
         and x.shape[0] * weight.numel() >= SMALL
+        # the operator has no derivative
+        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
     )
     if fast and backend(x.shape[0], weight.shape[1], weight.shape[0], torch.get_num_threads()) == "onednn":
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hubsae.kernels import chosen
+
 # rows narrower than this go straight to torch.topk
 DIRECT = 512
 GROUP = 4
 
 
-def topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row [rows, n], unordered: values and int64 indices [rows, k]. Exact.
+def topk(pre: Tensor, k: int, *, sorted: bool = False) -> tuple[Tensor, Tensor]:
+    """The k largest of each row [rows, n], in no order unless `sorted` (largest first): values and int64 indices [rows, k]. Exact.
 
     A row's k largest lie in the k groups with the largest maxima, so the row is reduced by maxima of strided
     groups until it is short, and expanded again level by level; each level keeps k groups of four candidates.
@@ -22,14 +24,22 @@ def topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     [1, 3]
     """
     rows, n = pre.shape
+    if chosen() == "numba" and pre.dtype is torch.float32 and pre.device.type == "cpu" and pre.is_contiguous():
+        from hubsae.kernels import compiled
+
+        values, indices = compiled.topk(pre, k)
+        if sorted:
+            values, order = values.sort(1, descending=True)
+            indices = indices.gather(1, order)
+        return values, indices
     groups = n // GROUP
     # the maxima must outnumber k clearly, or the level costs more than it saves
     if n <= DIRECT or n % GROUP or groups < 4 * k or not pre.is_contiguous():
-        return torch.topk(pre, k, dim=1, sorted=False)
+        return torch.topk(pre, k, dim=1, sorted=sorted)
     grouped = pre.view(rows, GROUP, groups)
     group = topk(grouped.amax(1), k)[1]  # [rows, k]
     candidates = grouped.gather(2, group.unsqueeze(1).expand(-1, GROUP, -1)).view(rows, GROUP * k)
-    values, place = torch.topk(candidates, k, dim=1, sorted=False)
+    values, place = torch.topk(candidates, k, dim=1, sorted=sorted)
     member = torch.div(place, k, rounding_mode="floor")
     return values, member * groups + group.gather(1, place - member * k)
 
@@ -63,7 +73,7 @@ def batch_topk(pre: Tensor, count: int, guess: float | None = None) -> tuple[Ten
     >>> rows.tolist(), columns.tolist(), values.tolist()
     ([0, 0, 1], [0, 1, 1], [5.0, 4.0, 3.0])
     """
-    rows, n = pre.shape
+    n = pre.shape[1]
     floor = 0.85 * guess if guess is not None and guess > 0 else 0.0
     found = above(pre, floor)
     if floor > 0 and found[0].numel() < count:

@@ -108,7 +108,7 @@ def train_many(
 def stream_key(config: TrainConfig) -> tuple[Any, ...]:
     """What configs must agree on to be trained on one stream."""
     c = config
-    every = (c.eval_every, c.eval_rows, c.checkpoint_every, c.log_every, c.loggers, c.parallel)
+    every = (c.eval_every, c.eval_rows, c.checkpoint_every, c.log_every, c.loggers, c.parallel, c.kernels)
     space = (c.normalize, c.max_norm_factor, c.val_fraction)
     # clipping and accumulation store gradients: cells that do not ask for it should not pay
     return (c.batch_size, c.epochs, c.tokens, c.data_seed, c.accumulate, c.clip is None, *space, *every)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from hubsae.kernels.linear import linear
-from hubsae.train.parallel import Solo
 from hubsae.train.state import Cell
 
 

@@ -23,7 +23,7 @@ class StageResult:
     """Name of the stage whose activations were trained on."""
     result: TrainResult
     before: dict[str, float]
-    """Metrics of the SAE the stage started from, on this stage's validation data (of the untrained start for the first)."""
+    """Metrics of the SAE the stage started from, on this stage's validation data; for the first, of its start."""
     after: dict[str, float]
 
     @property

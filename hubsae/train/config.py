@@ -22,54 +22,58 @@ class InitConfig(Part):
     """How parameters start, where no SAE to start from is given."""
 
     encoder: Literal["tied", "torch", "kaiming"] = Field(
-        "tied", description="tied: the decoder's transpose; torch: nn.Linear's default; kaiming: kaiming-uniform."
+        default="tied",
+        description="tied: the decoder's transpose; torch: nn.Linear's default; kaiming: kaiming-uniform.",
     )
     decoder: Literal["random", "torch", "kaiming"] = Field(
-        "random", description="random: unit directions; torch: nn.Linear's default; kaiming: kaiming-uniform."
+        default="random", description="random: unit directions; torch: nn.Linear's default; kaiming: kaiming-uniform."
     )
     bias: Literal["zeros", "mean", "geometric_median"] = Field(
-        "mean", description="Start of the pre-bias (of b_dec where they are tied or there is none)."
+        default="mean", description="Start of the pre-bias (of b_dec where they are tied or there is none)."
     )
-    rows: int = Field(65_536, ge=1, description="Rows of data the mean or median is taken over.")
-    threshold: float = Field(0.001, gt=0, description="jumprelu: first threshold of every latent.")
+    rows: int = Field(default=65_536, ge=1, description="Rows of data the mean or median is taken over.")
+    threshold: float = Field(default=0.001, gt=0, description="jumprelu: first threshold of every latent.")
 
 
 class AuxConfig(Part):
     """AuxK: a second reconstruction by dead latents alone, so that they get a gradient."""
 
     coefficient: float = Field(1 / 32, ge=0)
-    k: int | None = Field(None, ge=1, description="Dead latents per token; default: half of d_in.")
+    k: int | None = Field(default=None, ge=1, description="Dead latents per token; default: half of d_in.")
     target: Literal["residual", "full"] = Field(
-        "residual",
-        description="residual: what the SAE left over (Gao et al.); full: the activation itself, with the decoder bias.",
+        default="residual",
+        description="residual: what the SAE left over (Gao et al.); full: the activation, with the decoder bias.",
     )
-    normalize: bool = Field(False, description="Divide by the variance of the target, as Gao et al. do.")
-    scale_by_dead: bool = Field(False, description="Multiply by min(1, dead / k), as SAELens does.")
+    normalize: bool = Field(default=False, description="Divide by the variance of the target, as Gao et al. do.")
+    scale_by_dead: bool = Field(default=False, description="Multiply by min(1, dead / k), as SAELens does.")
 
 
 class ResampleConfig(Part):
     """Giving dead latents a new start."""
 
     method: Literal["worst_tokens", "anthropic"] = Field(
-        "worst_tokens",
+        default="worst_tokens",
         description="worst_tokens: encoder and decoder row := unit vector of a token among the worst reconstructed "
         "quarter, encoder bias 0, optimiser untouched (seed release 000). anthropic: tokens drawn by squared loss, "
         "decoder row := unit vector of the centred token, encoder row the same at 0.2 times the mean norm of living "
         "ones, bias 0, optimiser state of the latent reset.",
     )
-    every_epochs: int | None = Field(None, ge=1, description="After each this many epochs, but not after the last.")
-    at_steps: tuple[int, ...] = Field((), description="Or after these steps.")
-    tokens: int = Field(8_192, ge=1, description="Random training tokens to choose from.")
+    every_epochs: int | None = Field(
+        default=None, ge=1, description="After each this many epochs, but not after the last."
+    )
+    at_steps: tuple[int, ...] = Field(default=(), description="Or after these steps.")
+    tokens: int = Field(default=8_192, ge=1, description="Random training tokens to choose from.")
 
 
 class DeadConfig(Part):
     """When a latent counts as dead, and what is done about it."""
 
     rule: Literal["tokens", "frequency"] = Field(
-        "tokens", description="tokens: not fired for this many; frequency: fired on too few tokens of the last epoch."
+        default="tokens",
+        description="tokens: not fired for this many; frequency: fired on too few tokens of the last epoch.",
     )
-    tokens: int = Field(10_000_000, ge=1)
-    frequency: float = Field(1e-4, gt=0)
+    tokens: int = Field(default=10_000_000, ge=1)
+    frequency: float = Field(default=1e-4, gt=0)
     resample: ResampleConfig | None = None
 
 
@@ -77,26 +81,29 @@ class ScheduleConfig(Part):
     """Learning rate over the run: warm-up, then a shape."""
 
     shape: Literal["constant", "cosine", "linear"] = "constant"
-    floor: float = Field(0.0, ge=0, le=1, description="Last learning rate, as a share of lr (cosine, linear).")
-    warmup_steps: int = Field(0, ge=0)
-    warmup_tokens: int = Field(0, ge=0, description="In place of warmup_steps.")
+    floor: float = Field(default=0.0, ge=0, le=1, description="Last learning rate, as a share of lr (cosine, linear).")
+    warmup_steps: int = Field(default=0, ge=0)
+    warmup_tokens: int = Field(default=0, ge=0, description="In place of warmup_steps.")
     decay_steps: int | None = Field(
-        None, ge=1, description="linear: decay over the last this many steps; default: all after the warm-up."
+        default=None, ge=1, description="linear: decay over the last this many steps; default: all after the warm-up."
     )
 
 
 class SparsityConfig(Part):
     """Penalties of the architectures whose sparsity is trained and not chosen."""
 
-    l1: float = Field(0.0, ge=0, description="relu, gated: coefficient of Σ z, mean over tokens.")
-    l0: float = Field(0.0, ge=0, description="jumprelu: coefficient of L0, or of (L0/target - 1)² with a target.")
-    l0_target: float | None = Field(None, gt=0)
-    bandwidth: float = Field(0.001, gt=0, description="jumprelu: width of the straight-through estimator.")
-    train_threshold: bool = Field(
-        True, description="jumprelu: false leaves every threshold at init.threshold, so that nothing sets the sparsity."
+    l1: float = Field(default=0.0, ge=0, description="relu, gated: coefficient of Σ z, mean over tokens.")
+    l0: float = Field(
+        default=0.0, ge=0, description="jumprelu: coefficient of L0, or of (L0/target - 1)² with a target."
     )
-    warmup_steps: int = Field(0, ge=0, description="The coefficient rises linearly from 0 over these steps.")
-    warmup_tokens: int = Field(0, ge=0, description="In place of warmup_steps.")
+    l0_target: float | None = Field(default=None, gt=0)
+    bandwidth: float = Field(default=0.001, gt=0, description="jumprelu: width of the straight-through estimator.")
+    train_threshold: bool = Field(
+        default=True,
+        description="jumprelu: false leaves every threshold at init.threshold, so that nothing sets the sparsity.",
+    )
+    warmup_steps: int = Field(default=0, ge=0, description="The coefficient rises linearly from 0 over these steps.")
+    warmup_tokens: int = Field(default=0, ge=0, description="In place of warmup_steps.")
 
 
 class TrainConfig(Part):
@@ -106,41 +113,43 @@ class TrainConfig(Part):
     7168
     """
 
-    name: str = Field("sae", description="Name of the run, also of its cell in train_many.")
+    name: str = Field(default="sae", description="Name of the run, also of its cell in train_many.")
 
     # the SAE
     architecture: Architecture = "topk"
-    d_sae: int | None = Field(None, ge=1, description="Number of latents, or give expansion.")
-    expansion: float | None = Field(None, gt=0, description="d_sae as a multiple of d_in.")
-    k: int | None = Field(None, ge=1, description="topk, batch_topk: latents per token.")
-    topk_relu: bool = Field(True, description="topk: whether a ReLU follows the selection.")
+    d_sae: int | None = Field(default=None, ge=1, description="Number of latents, or give expansion.")
+    expansion: float | None = Field(default=None, gt=0, description="d_sae as a multiple of d_in.")
+    k: int | None = Field(default=None, ge=1, description="topk, batch_topk: latents per token.")
+    topk_relu: bool = Field(default=True, description="topk: whether a ReLU follows the selection.")
     pre_bias: Literal["tied", "untied", "none"] = Field(
-        "tied",
+        default="tied",
         description="What is subtracted before encoding: b_dec, a bias of its own (seed release 000), or nothing.",
     )
     matryoshka: tuple[int | float, ...] = Field(
-        (), description="Prefixes (widths, or shares below 1) that must reconstruct alone; d_sae is added."
+        default=(), description="Prefixes (widths, or shares below 1) that must reconstruct alone; d_sae is added."
     )
     init: InitConfig = InitConfig()
 
     # the data
-    batch_size: int = Field(4_096, ge=1, description="Tokens per step, over all ranks.")
-    epochs: float = Field(1.0, gt=0)
-    tokens: int | None = Field(None, ge=1, description="Stop after this many tokens; overrides epochs.")
-    data_seed: int = Field(0, description="Order of the data; apart from `seed`, so that seeds can share a stream.")
-    val_fraction: float = Field(0.0, ge=0, lt=1, description="Tail of an in-memory tensor kept for validation.")
+    batch_size: int = Field(default=4_096, ge=1, description="Tokens per step, over all ranks.")
+    epochs: float = Field(default=1.0, gt=0)
+    tokens: int | None = Field(default=None, ge=1, description="Stop after this many tokens; overrides epochs.")
+    data_seed: int = Field(
+        default=0, description="Order of the data; apart from `seed`, so that seeds can share a stream."
+    )
+    val_fraction: float = Field(default=0.0, ge=0, lt=1, description="Tail of an in-memory tensor kept for validation.")
     normalize: Literal["none", "mean_std", "center_scalar", "scalar"] = Field(
-        "none",
+        default="none",
         description="Input space: per-dimension mean and std; mean and one global std; or one scale that makes the "
         "mean norm sqrt(d_in). Folded into the weights of the result.",
     )
     max_norm_factor: float | None = Field(
-        None, gt=0, description="Leave out tokens whose norm is above this multiple of the median norm."
+        default=None, gt=0, description="Leave out tokens whose norm is above this multiple of the median norm."
     )
 
     # the loss
     loss: Literal["mean", "sum", "fvu"] = Field(
-        "mean",
+        default="mean",
         description="Squared error: mean over elements; summed over dimensions, mean over tokens; or divided by the "
         "batch's variance.",
     )
@@ -149,36 +158,47 @@ class TrainConfig(Part):
     dead: DeadConfig = DeadConfig()
 
     # the optimiser
-    lr: float = Field(1e-4, gt=0)
+    lr: float = Field(default=1e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
     schedule: ScheduleConfig = ScheduleConfig()
-    clip: float | None = Field(None, gt=0, description="Largest gradient norm. Costs a stored gradient.")
-    accumulate: int = Field(1, ge=1, description="Split each batch into this many parts (memory).")
+    clip: float | None = Field(default=None, gt=0, description="Largest gradient norm. Costs a stored gradient.")
+    accumulate: int = Field(default=1, ge=1, description="Split each batch into this many parts (memory).")
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="bf16: the encoder product under autocast; approximate selection."
+        default="fp32", description="bf16: the encoder product under autocast; approximate selection."
     )
-    unit_norm: bool = Field(True, description="Decoder rows are rescaled to norm one after each step.")
-    project: bool = Field(True, description="The part of a decoder row's gradient along the row is removed.")
-    threshold_lr: float = Field(0.01, gt=0, le=1, description="batch_topk: rate of the running inference threshold.")
-    seed: int = Field(0, description="Initialisation and resampling.")
+    kernels: Literal["torch", "numba", "triton"] = Field(
+        default="torch", description="Implementation of the selection and the sparse sums; the same numbers."
+    )
+    unit_norm: bool = Field(default=True, description="Decoder rows are rescaled to norm one after each step.")
+    project: bool = Field(default=True, description="The part of a decoder row's gradient along the row is removed.")
+    threshold_lr: float = Field(
+        default=0.01, gt=0, le=1, description="batch_topk: rate of the running inference threshold."
+    )
+    seed: int = Field(default=0, description="Initialisation and resampling.")
 
     # while it runs
-    eval_every: int | None = Field(None, ge=1, description="Steps between validations; default: each epoch's end.")
-    eval_rows: int = Field(65_536, ge=1, description="Most validation rows used.")
-    log_every: int = Field(50, ge=1, description="Steps between log lines.")
-    checkpoint_every: int | None = Field(None, ge=1, description="Steps between checkpoints; default: epoch ends.")
-    keep_best: int = Field(1, ge=0, description="Checkpoints kept by metric, besides the last.")
+    eval_every: int | None = Field(
+        default=None, ge=1, description="Steps between validations; default: each epoch's end."
+    )
+    eval_rows: int = Field(default=65_536, ge=1, description="Most validation rows used.")
+    log_every: int = Field(default=50, ge=1, description="Steps between log lines.")
+    checkpoint_every: int | None = Field(
+        default=None, ge=1, description="Steps between checkpoints; default: epoch ends."
+    )
+    keep_best: int = Field(default=1, ge=0, description="Checkpoints kept by metric, besides the last.")
     metric: Literal["val_mse", "val_fvu", "train_loss"] | None = Field(
-        None, description="What best means; default val_mse, or train_loss without validation data."
+        default=None, description="What best means; default val_mse, or train_loss without validation data."
     )
-    select: Literal["last", "best"] = Field("best", description="Which checkpoint the result is.")
+    select: Literal["last", "best"] = Field(default="best", description="Which checkpoint the result is.")
     loggers: tuple[Literal["trackio", "wandb", "tensorboard"], ...] = ()
-    project_name: str = Field("hubsae", description="Project in trackio or wandb.")
+    project_name: str = Field(default="hubsae", description="Project in trackio or wandb.")
     exports: tuple[Literal["safetensors", "pt", "onnx"], ...] = Field(
-        ("safetensors",), description="What the final SAE is written as, in the run folder."
+        default=("safetensors",), description="What the final SAE is written as, in the run folder."
     )
-    parallel: Literal["data", "latent"] = Field("data", description="Under torchrun: what is split across ranks.")
+    parallel: Literal["data", "latent"] = Field(
+        default="data", description="Under torchrun: what is split across ranks."
+    )
     record: dict[str, Any] = Field(
         default_factory=dict,
         description="Sections of metadata.json to carry along, such as hook: {layer: 18} or base_model: {id: ...}.",

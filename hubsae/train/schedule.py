@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from hubsae.train.config import ScheduleConfig, TrainConfig
+from hubsae.train.config import TrainConfig
 
 
 def warmup_steps(steps: int, tokens: int, batch_size: int) -> int:

@@ -19,10 +19,12 @@ import torch
 from torch import Tensor
 
 from hubsae.core.errors import ConfigError, DataError, HubSAEError, TrainingError
+from hubsae.core.extras import require
 from hubsae.core.files import read_json, write_json_atomic
 from hubsae.core.metadata import Metric
 from hubsae.core.normalizer import Normalizer
 from hubsae.core.sae import HubSAE
+from hubsae import kernels
 from hubsae.kernels import linear
 from hubsae.train import checkpoint, data, dead, export, init, step, update
 from hubsae.train.config import TrainConfig
@@ -218,7 +220,9 @@ class Run:
 
     def fit(self) -> list[TrainResult]:
         """Train to the end, from wherever the run stands."""
-        with torch.no_grad(), _flushed_denormals(), self._interruptible():
+        if self.first.kernels != "torch":
+            require(self.first.kernels, extra="fast")
+        with torch.no_grad(), kernels.using(self.first.kernels), _flushed_denormals(), self._interruptible():
             while self.step < self.total and self.bank.live and not self.finished:
                 for x in self._batches():
                     self._train(x)
@@ -448,12 +452,8 @@ class Run:
                 raise ConfigError(f"metric {metric} needs validation data", hint="pass val=, or set val_fraction")
             entry = {"step": self.step, "metric": metric, "value": values[metric], "values": values}
             entry |= {"threshold": cell.threshold, "tokens": cell.tokens}
-            if (
-                cell.config.keep_best
-                and cell.config.select == "best"
-                or cell.config.keep_best > 1
-                or self.out is not None
-            ):
+            kept_in_memory = cell.config.select == "best" and cell.config.keep_best > 0
+            if kept_in_memory or self.out is not None:
                 best.offer(self._gathered(cell), entry)
 
     def validate_now(self) -> dict[str, float]:
