@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from hubsae.core.errors import ConfigError, HubSAEError
 from hubsae.core.files import safe_join, sha256_file
+from hubsae.formats.names import parse_name
 from hubsae.hub import progress
 from hubsae.hub.catalog import CACHE_NOTES, FILTERS, Catalog, Entry, ExpectedFile, open_catalog
 from hubsae.hub.client import HubClient
@@ -261,9 +262,10 @@ def read_entry(
         return native.read(path, device=device, dtype=dtype, features=features)
     from hubsae import formats
 
-    asked = {name: value for name, value in (choices or {}).items() if value is not None}
-    # what its path says and the content may not: the layer of `k64/layer18/ae.pt`
-    known = {name: entry.fields[name] for name in ("layer", "stage", "k") if name in entry.fields}
+    # a filter that the path already answered has chosen the file; the content says the rest, and knows better
+    asked = {n: v for n, v in (choices or {}).items() if v is not None and n not in entry.fields}
+    inside = parse_name(path.name)
+    known = {n: entry.fields[n] for n in ("layer", "stage") if n in entry.fields and getattr(inside, n) is None}
     return formats.read(path, device=device, dtype=dtype, features=features, **_for_reader(known | asked))
 
 
