@@ -17,6 +17,7 @@ from hubsae.core.errors import ConfigError, FormatError
 from hubsae.core.files import atomic_path, write_json_atomic
 from hubsae.core.fold import TrainedTensors
 from hubsae.core.sae import HubSAE
+from hubsae.formats import tensors as io
 from hubsae.formats.base import Format, Found, Overrides, Probe, assemble, expect_keys, linear_pair
 
 WEIGHTS_NAME = "ae.pt"
@@ -165,6 +166,7 @@ def write(sae: HubSAE, folder: str | os.PathLike[str]) -> Path:
     if config.k is not None:
         trainer["k"] = config.k
     folder = Path(folder)
+    io.ensure_finite(folder / WEIGHTS_NAME, state)
     # a file object, because torch writes a path's name into the archive: equal SAEs are equal files
     with atomic_path(folder / WEIGHTS_NAME) as temporary, temporary.open("wb") as file:
         torch.save(state, file)
