@@ -79,9 +79,16 @@ class Policy:
     """The model that is trained, with its reference."""
 
     def __init__(
-        self, path: str | Path, lora: LoRA | None, *, seed: int, revision: str | None = None, device: Any = "cpu"
+        self,
+        path: str | Path,
+        lora: LoRA | None,
+        *,
+        seed: int,
+        revision: str | None = None,
+        device: Any = "cpu",
+        name: str | None = None,
     ):
-        self.path, self.lora = str(path), lora
+        self.name, self.revision, self.lora = name or str(path), revision, lora
         model = load_model(path, revision=revision, device=device)
         self._reference: Any = None
         if lora is None:
@@ -121,6 +128,7 @@ class Policy:
             # peft writes a set in the order of this process' string hashes; sorted, the same run gives the same file
             about = read_json(folder / "adapter_config.json")
             about["target_modules"] = sorted(about["target_modules"])
+            about["base_model_name_or_path"], about["revision"] = self.name, self.revision
             write_json_atomic(folder / "adapter_config.json", about)
         tokenizer.save_pretrained(folder)
 

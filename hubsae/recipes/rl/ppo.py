@@ -73,11 +73,12 @@ class PPO:
         seed: int = 0,
         revision: str | None = None,
         device: Any = "cpu",
+        name: str | None = None,
     ):
         self.config, self.folder, self.seed = config, folder, seed
         self.tokenizer, self.train, self.test = tokenizer, train, test
         self.device = torch.device(device)
-        self.policy = Policy(model, config.lora, seed=seed, revision=revision, device=self.device)
+        self.policy = Policy(model, config.lora, seed=seed, revision=revision, device=self.device, name=name)
         self.critic = new_critic(model, revision=revision, device=self.device)
         decay = config.weight_decay
         self.optimizer = torch.optim.AdamW(self.policy.trainable().values(), lr=config.lr, weight_decay=decay)

@@ -1,0 +1,216 @@
+"""The report of a chain: how the policy learned, what the SAEs do, how they drift, and the published numbers beside."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hubsae.recipes.report import Band, Report, compare, read_csv, summary_of
+from hubsae.recipes.rl.chain_settings import ChainConfig
+from hubsae.recipes.rl.config import LABELS
+
+Rows = list[dict[str, Any]]
+
+HEADLINES = {
+    "mse": "mse", "nmse": "nmse_pooled", "fvu": "fvu", "n_dead": "n_dead", "l_sae": "ce_sae", "delta_ce": "delta_ce",
+    "frac_rec": "frac_recovered_mean", "kl": "kl",
+}  # fmt: skip
+"""Columns of the published table and ours, and the names of the measures they are."""
+
+SHORT = ("strict", "flexible", "verl_flexible", "lm_eval_strict", "length", "problems")
+
+
+def write_chain_report(
+    folder: Path,
+    config: ChainConfig,
+    *,
+    accuracy: Mapping[str, dict[str, Any]],
+    merge: Sequence[dict[str, Any]],
+    measures: Mapping[str, Sequence[Mapping[str, str]]],
+    drift: Path,
+    learning: Path | None,
+    published: Path,
+) -> dict[str, Any]:
+    """Write `report.md` with its tables; returns the summary a caller may show."""
+    report = Report(f"Chain {config.name}")
+    if config.about:
+        report.text(config.about)
+    _learning(report, config, accuracy, merge, learning, folder)
+    headline = headline_rows(config, measures)
+    report.heading("The SAEs, each on held-out activations and texts of its own stage")
+    report.table("Measures", "reconstruction", headline)
+    report.text(
+        f"Activations: {config.harvest.train_on}. `nmse` divides by the pooled variance of all elements, which a few "
+        "massive coordinates dominate outside the last layers; `fvu` does not. `n_dead` depends on the number of "
+        "tokens (`n_tokens`). All measures, with scopes and intervals, are in `measures.csv` of the release."
+    )
+    _drift(report, drift, folder)
+    verdicts = _published(report, config, accuracy, headline, drift, published)
+    report.write(folder)
+    base, last = accuracy[config.base_stage], accuracy[config.harvested_stages()[-1]]
+    return {
+        "accuracy": {name: {"base": base[name], "last": last[name]} for name in ("strict", "flexible")},
+        "verdicts": verdicts,
+    }
+
+
+def headline_rows(config: ChainConfig, measures: Mapping[str, Sequence[Mapping[str, str]]]) -> Rows:
+    """One row per SAE with the columns of the published table."""
+    rows: Rows = []
+    for stage, found in measures.items():
+        members: dict[tuple[str, str], dict[str, Any]] = {}
+        for row in found:
+            if row["scope"] != "all" or row["texts"] not in (config.harvest.train_on, "held-out"):
+                continue
+            member = members.setdefault(
+                (row["chain"], row["layer"]),
+                {"chain": config.name, "stage": stage, "layer": int(row["layer"]), "k": int(row["k"])},
+            )
+            for column, name in HEADLINES.items():
+                if row["metric"] == name and row["value"]:
+                    member[column] = float(row["value"])
+            if row["metric"] == "mse":
+                member["n_tokens"] = int(row["n_tokens"])
+        rows += members.values()
+    return rows
+
+
+def _learning(
+    report: Report,
+    config: ChainConfig,
+    accuracy: Mapping[str, dict[str, Any]],
+    merge: Sequence[dict[str, Any]],
+    learning: Path | None,
+    folder: Path,
+) -> None:
+    report.heading("The policy")
+    if config.rl is not None and config.runs_rl:
+        rl = config.rl
+        gold = ", against the gold of other problems" if rl.shuffled_gold else ""
+        report.text(
+            f"{LABELS[rl.algorithm]}. Reward: scorer `{rl.scorer}`{gold}. {rl.steps} steps of {rl.sequences} "
+            f"responses, {rl.minibatches} updates each; KL coefficient {rl.kl_coef}; "
+            + (f"LoRA r {rl.lora.r}, alpha {rl.lora.alpha}." if rl.lora else "all weights.")
+        )
+    elif config.control_steps:
+        report.text("No reinforcement learning: every stage is the base model, and only the SAEs train on.")
+    else:
+        report.text("Stages are checkpoints that existed already.")
+    rows = [{"stage": stage, **{name: found[name] for name in SHORT}} for stage, found in accuracy.items()]
+    report.table("Held-out accuracy by scorer", "accuracy", rows)
+    temperature = config.evaluation.accuracy_temperature
+    report.text(f"Sampled at temperature {temperature:g}." if temperature else "Greedy decoding.")
+    if learning is not None and (folder / "learning.png").is_file():
+        report.figure("Reward, KL, length and entropy by step", "learning.png")
+    if merge:
+        report.table("Size of the update, and what storing a stage in fewer bits loses of it", "merge_loss", merge)
+        report.text(
+            "`update`: norm of the change since the base over that of the weights. `unchanged`: share of the changed "
+            "elements that the format rounds back to the base's value. Stages here are merged in float32."
+        )
+
+
+def _drift(report: Report, drift: Path, folder: Path) -> None:
+    report.heading("Drift")
+    moves = [row for row in read_csv(drift / "drift_moves.csv") if row["against"] == "previous"]
+    columns = ["chain", "layer", "k", "from_stage", "to_stage", "decoder_mean", "encoder_mean"]
+    columns += ["encoder_decoder_correlation", "decoder_drift_per_step"]
+    report.table(
+        "Cosine of each latent to the stage before, the control below the chain", "moves", moves, columns=columns
+    )
+    if (drift / "drift_control.csv").is_file():
+        rows = read_csv(drift / "drift_control.csv")
+        report.table("Change since the base, the control's at the same step, and what remains", "less_control", rows)
+        report.text(
+            "A warm-started chain improves by training alone. The control trains as long on the base model's "
+            "activations; only what remains after subtracting it can belong to the policy."
+        )
+    if (drift / "comparison.csv").is_file():
+        report.table("Beside other chains", "comparison", read_csv(drift / "comparison.csv"))
+        report.text(
+            "`end_to_end` divides each chain's change by its own number of steps, `matched` compares both at the same "
+            "steps. Curves flatten, so the first favours whichever chain is shorter."
+        )
+    for plot in sorted(drift.glob("*.png")):
+        report.figure(plot.stem.replace("_", " "), os.path.relpath(plot, folder))
+
+
+def _published(
+    report: Report,
+    config: ChainConfig,
+    accuracy: Mapping[str, dict[str, Any]],
+    headline: Rows,
+    drift: Path,
+    folder: Path,
+) -> dict[str, str]:
+    name = config.published_as
+    if name is None:
+        return {}
+    report.heading("Beside the published numbers")
+    if not config.same_model:
+        report.text(
+            f"This run used {config.model.label}, not the published model: both numbers are shown, and no verdict is "
+            "given. `--profile full` gives verdicts."
+        )
+    bands = [
+        Band({"stage": r["stage"], "layer": r["layer"], "k": r["k"]}, r["metric"], float(r["low"]), float(r["high"]))
+        for r in read_csv(folder / "published_bands.csv")
+    ]
+    same = config.same_model
+    rows = [row for row in read_csv(folder / "published_reconstruction.csv") if row["chain"] == name]
+    ours = [{**row, "chain": name} for row in headline]
+    tables = {
+        "reconstruction": compare(
+            ours, rows, keys=["chain", "stage", "layer", "k"], metrics=["mse", "nmse", "n_dead", "l_sae", "frac_rec"],
+            bands=bands, same_model=same,
+        ),
+        "accuracy": _accuracy(config, name, accuracy, folder),
+        "decoder_cosine": _cosines(config, name, drift, folder),
+    }  # fmt: skip
+    for title, found in tables.items():
+        report.table(f"Published {title.replace('_', ' ')}: {summary_of(found)}", f"published_{title}", found, most=24)
+    report.text(
+        "Bands are the range of the replicates that the published work has: three trainings of the base stage per "
+        "layer, and two runs under the strict reward. Differences in cross-entropy below 0.006 mean nothing: that is "
+        "how far two published baselines of one model lie apart."
+    )
+    return {title: summary_of(found) for title, found in tables.items()}
+
+
+def _accuracy(config: ChainConfig, name: str, accuracy: Mapping[str, dict[str, Any]], folder: Path) -> Rows:
+    """Each chain was scored by its own reward."""
+    every = read_csv(folder / "published_accuracy.csv")
+    runs = sorted({row["run"] for row in every if row["run"].rpartition("_")[0] == name or row["run"] == name})
+    steps: dict[int, list[float]] = {}
+    for row in every:
+        if row["run"] in runs:
+            steps.setdefault(int(row["step"]), []).append(float(row["accuracy"]))
+    scorer = config.rl.scorer if config.rl is not None else "strict"
+    measured = {_step(stage): found.get(scorer) for stage, found in accuracy.items()}
+    published = [{"step": s, "accuracy": sum(v) / len(v)} for s, v in sorted(steps.items()) if s in measured]
+    bands = [Band({"step": s}, "accuracy", min(v), max(v)) for s, v in steps.items() if len(v) > 1]
+    ours = [{"step": step, "accuracy": value} for step, value in measured.items()]
+    return compare(
+        ours, published, keys=["step"], metrics=["accuracy"], bands=bands, same_model=config.same_model
+    )  # fmt: skip
+
+
+def _cosines(config: ChainConfig, name: str, drift: Path, folder: Path) -> Rows:
+    published = [row for row in read_csv(folder / "published_decoder_cosine.csv") if row["chain"] == name]
+    ours = [
+        {
+            "layer": row["layer"], "k": row["k"], "from_step": row["from_step"], "to_step": row["to_step"],
+            "mean_decoder_cosine": row["decoder_mean"],
+        }
+        for row in read_csv(drift / "drift_moves.csv")
+        if row["against"] == "previous" and row["chain"] == config.name
+    ]  # fmt: skip
+    keys = ["layer", "k", "from_step", "to_step"]
+    return compare(ours, published, keys=keys, metrics=["mean_decoder_cosine"], same_model=config.same_model)
+
+
+def _step(stage: str) -> int:
+    digits = stage[len(stage.rstrip("0123456789")) :]
+    return int(digits) if digits else 0
