@@ -102,6 +102,9 @@ class SparsityConfig(Part):
         default=True,
         description="jumprelu: false leaves every threshold at init.threshold, so that nothing sets the sparsity.",
     )
+    threshold_lr: float = Field(
+        default=1.0, gt=0, description="jumprelu: learning rate of the log thresholds, as a multiple of lr."
+    )
     warmup_steps: int = Field(default=0, ge=0, description="The coefficient rises linearly from 0 over these steps.")
     warmup_tokens: int = Field(default=0, ge=0, description="In place of warmup_steps.")
 

@@ -153,21 +153,31 @@ def _step_matrices(bank: Bank, cell: Cell, a: int, b: int, gW_enc: Tensor, gW_de
 
 def _step_vectors(cell: Cell, grads: dict[str, Tensor]) -> None:
     cell.step += 1
-    names = sorted(grads)
-    _adam(
-        cell,
-        [cell.vectors[n] for n in names],
-        [grads[n] for n in names],
-        [cell.m[n] for n in names],
-        [cell.v[n] for n in names],
-        cell.step,
-    )
+    factor = cell.config.sparsity.threshold_lr
+    own = [n for n in ("log_threshold",) if n in grads and factor != 1]
+    for names, scale in (([n for n in sorted(grads) if n not in own], 1.0), (own, factor)):
+        if names:
+            _adam(
+                cell,
+                [cell.vectors[n] for n in names],
+                [grads[n] for n in names],
+                [cell.m[n] for n in names],
+                [cell.v[n] for n in names],
+                cell.step,
+                scale,
+            )
 
 
 def _adam(
-    cell: Cell, params: list[Tensor], grads: list[Tensor], m: list[Tensor], v: list[Tensor], step: Tensor
+    cell: Cell,
+    params: list[Tensor],
+    grads: list[Tensor],
+    m: list[Tensor],
+    v: list[Tensor],
+    step: Tensor,
+    scale: float = 1.0,
 ) -> None:
-    """Fused Adam in place; `step` counts this step already."""
+    """Fused Adam in place; `step` counts this step already, `scale` multiplies the learning rate."""
     c = cell.config
     torch._fused_adam_(
         params,
@@ -176,7 +186,7 @@ def _adam(
         v,
         [],
         [step] * len(params),
-        lr=cell.lr,
+        lr=cell.lr * scale,
         beta1=c.betas[0],
         beta2=c.betas[1],
         weight_decay=0.0,
