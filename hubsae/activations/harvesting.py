@@ -27,7 +27,7 @@ from hubsae.activations.batching import batches_of, is_mine
 from hubsae.activations.capture import capture, padded
 from hubsae.activations.dataset import ActivationDataset
 from hubsae.activations.generation import generate_responses
-from hubsae.activations.layout import SHARD_BYTES, config_name, configs_in, shards_in
+from hubsae.activations.layout import SHARD_BYTES, TRUNCATED, config_name, configs_in, shards_in
 from hubsae.activations.manifest import finalize
 from hubsae.activations.models import load_model, load_tokenizer, merge_adapter, weights_id
 from hubsae.activations.ranks import Ranks
@@ -84,8 +84,8 @@ class Counts:
     samples: int = 0
     tokens: int = 0
     rows: int = 0
-    truncated: int = 0
     empty: int = 0
+    """Samples without a token to keep; they leave no row."""
     skipped: int = 0
     """Samples found finished when a run was resumed."""
     padded: int = 0
@@ -252,8 +252,8 @@ def harvest(
         _run(plan, itertools.chain([first], windows), n_items, writers, progress)
     finally:
         live.train(was_training)
-    run = {k: v for k, v in asdict(plan.counts).items() if k in ("samples", "truncated", "empty")}
-    ranks.finish(Path(out), lambda total: finalize(out, {stage or "run": total} if stage else total), run)
+    run = {"empty": plan.counts.empty}  # found again by every run; the other counts lie in the files
+    ranks.finish(Path(out), lambda total: finalize(out, {stage or "run": total}), run)
     return ActivationSet(out, [config_name(hook.name, stage) for hook in hooks])
 
 
@@ -331,6 +331,8 @@ def _open_writers(
     extra = dict.fromkeys(plan.scorers, "float32") | dict(plan.carried)
     if plan.special is not None:
         extra["is_special"] = "bool"
+    if plan.how.max_length is not None and plan.how.mode != "packed":
+        extra[TRUNCATED] = "bool"
     writers = {}
     for hook in plan.hooks:
         where = {
@@ -431,7 +433,6 @@ def _prepared(
                 sample.columns[name] = sample.item[name]
         if plan.ranks.rank == 0 or by_window:  # samples are counted once, whoever computes them
             plan.counts.samples += len(samples)
-            plan.counts.truncated += sum(s.truncated for s in samples)
             plan.counts.empty += sum(_rows_of(s, plan.select)[0] >= _rows_of(s, plan.select)[1] for s in samples)
         yield samples
         if plan.max_tokens is not None and total >= plan.max_tokens:
@@ -481,6 +482,8 @@ def _forward(plan: _Plan, batch: list[Sample]) -> tuple[dict[str, Tensor], dict[
         add("position", position)
         add("sample_id", np.full(len(position), sample.id))
         add("is_prompt", position < sample.prompt_length)
+        if plan.how.max_length is not None and plan.how.mode != "packed":
+            add(TRUNCATED, np.full(len(position), sample.truncated))
         for name in (*plan.scorers, *plan.carried):
             value = sample.columns[name]
             per_token = isinstance(value, np.ndarray)

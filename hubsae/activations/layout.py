@@ -31,6 +31,9 @@ VECTOR = "vector"
 LABELS = {"token_id": "int32", "position": "int32", "sample_id": "int64", "is_prompt": "bool"}
 """Label columns every shard has, with their Arrow types."""
 
+TRUNCATED = "truncated"
+"""Extra column a harvest with a length limit adds: the sample went on behind the limit."""
+
 PAGE_BYTES = 8 << 20
 ROW_GROUP_BYTES = 64 << 20
 SHARD_BYTES = 1 << 30

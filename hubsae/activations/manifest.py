@@ -46,6 +46,8 @@ def survey(root: Path) -> tuple[dict[str, Any], dict[str, ActivationStats]]:
             ]
             splits[split] = {
                 "rows": sum(s["rows"] for s in shards),
+                "samples": sum(s.counts.get("samples", 0) for s in sources),
+                "truncated": sum(s.counts.get("truncated", 0) for s in sources),
                 "bytes": sum(s["bytes"] for s in shards),
                 "shards": shards,
             }

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -114,6 +115,8 @@ class Source:
     scale: float = 1.0
     header: ShardHeader | None = None
     stats: RunningStats | None = None
+    counts: Mapping[str, int] = MappingProxyType({})
+    """Samples in the file, and how many of them were cut at the length limit."""
     remote = False
 
     def read(self, start: int, stop: int, out: Tensor) -> None:
@@ -193,6 +196,7 @@ class ParquetSource(Source):
         if found is not None:
             self.header, record = found
             self.d, self.dtype, self.scale = self.header.d, getattr(torch, self.header.dtype), self.header.scale
+            self.counts = {k: int(record.get(k, 0)) for k in ("samples", "truncated")}
             try:
                 self.stats = RunningStats.from_json(record["statistics"])
             except (KeyError, TypeError, ValueError) as error:

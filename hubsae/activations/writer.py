@@ -27,6 +27,7 @@ from hubsae.activations.layout import (
     LABELS,
     PAGE_BYTES,
     SHARD_BYTES,
+    TRUNCATED,
     VECTOR,
     ShardHeader,
     check_config,
@@ -274,7 +275,7 @@ class _Stream:
         self.buffer = torch.empty(0, header.d, dtype=getattr(torch, header.dtype))
         self.labels: dict[str, np.ndarray] = {}
         self.fill = 0
-        self.shard_rows = 0
+        self.shard_rows = self.samples = self.truncated = 0
         self.last_sample = -1
         self.stats = RunningStats(header.d)
         self.parquet: VectorFile | None = None
@@ -317,6 +318,11 @@ class _Stream:
                 taken += part
                 if self.fill == self.capacity:
                     self._flush()
+        sample = labels["sample_id"]
+        begins = sample != np.concatenate([[self.last_sample], sample[:-1]])
+        self.samples += int(begins.sum())
+        if TRUNCATED in labels:
+            self.truncated += int(labels[TRUNCATED][begins].sum())
         self.shard_rows += len(x)
         self.n_rows += len(x)
         self.last_sample = int(labels["sample_id"][-1])
@@ -359,13 +365,14 @@ class _Stream:
             return
         self._flush()
         record = {"version": FORMAT_VERSION, **self.writer.header.to_json(), "split": self.split}
-        record |= {"rows": self.shard_rows, "statistics": self.stats.to_json()}
+        record |= {"rows": self.shard_rows, "samples": self.samples, "truncated": self.truncated}
+        record["statistics"] = self.stats.to_json()
         assert self.parquet is not None
         self.parquet.close({FOOTER_KEY: json.dumps(record, ensure_ascii=False, allow_nan=False)})
         self.cleanup.close()
         self.parquet = None
         self.index += 1
-        self.shard_rows = 0
+        self.shard_rows = self.samples = self.truncated = 0
         self.last_sample = -1
         self.stats = RunningStats(self.writer.header.d)
 
@@ -375,7 +382,7 @@ class _Stream:
         with contextlib.suppress(_Aborted), self.cleanup:
             raise _Aborted
         self.n_rows -= self.shard_rows
-        self.fill = self.shard_rows = 0
+        self.fill = self.shard_rows = self.samples = self.truncated = 0
 
 
 class _Aborted(Exception):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-os.environ.setdefault("HF_HUB_OFFLINE", "0")
+sys.path.insert(0, str(Path(__file__).parent))
+from conftest_activations import make_qwen
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Results are compared bit for bit between processes, which needs the same order of summation in all."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -25,17 +32,6 @@ def tokenizer() -> Any:
 def tiny_model() -> torch.nn.Module:
     """A Qwen2 model of four layers, random."""
     return make_qwen()
-
-
-def make_qwen(seed: int = 0, layers: int = 4, vocab: int = 300, d: int = 32) -> torch.nn.Module:
-    import transformers
-
-    torch.manual_seed(seed)
-    config = transformers.Qwen2Config(
-        vocab_size=vocab, hidden_size=d, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512,
-    )  # fmt: skip
-    return transformers.Qwen2ForCausalLM(config).eval()
 
 
 @pytest.fixture(scope="session")
