@@ -106,7 +106,7 @@ class Steered:
 
 
 def steer_once(run: Path, size: DemoSize, sae: Any, x: torch.Tensor, result: dict[str, Any]) -> Steered | None:
-    """Turn up the first feature, strongest first, that changes the answer to a held-out problem."""
+    """Turn up one feature, as gently as changes the answer to a held-out problem."""
     tiny = open_world(result)
     model, tokenizer = tiny.load_stage(size.stages[-1]), tiny.tokenizer
     problem = tiny.test_problems[0]
@@ -121,18 +121,15 @@ def steer_once(run: Path, size: DemoSize, sae: Any, x: torch.Tensor, result: dic
     density, peak = (z > 0).float().mean(0), z.max(0).values
     # features that fire everywhere or almost never say little; among the rest the strongest first
     order = (peak * ((density > 0.005) & (density < 0.2))).argsort(descending=True)
-    for feature in order[:20].tolist():
-        strength = 2.0 * float(peak[feature])
-        with sae.steer(model, feature=feature, strength=strength):
-            after = answer()
-        if after != before:
-            return Steered(feature, strength, problem.question, before, after)
+    # the gentlest push that changes the answer says most: strong ones break the model's sentences
+    for share in (0.5, 1.0, 2.0):
+        for feature in order[:12].tolist():
+            strength = share * float(peak[feature])
+            with sae.steer(model, feature=feature, strength=strength):
+                after = answer()
+            if after != before:
+                return Steered(feature, strength, problem.question, before, after)
     return None
-
-
-def environment(hub: Any) -> dict[str, str]:
-    """What a shell needs to talk to this hub."""
-    return {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token}
 
 
 def writable(folder: Path) -> bool:
