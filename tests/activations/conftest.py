@@ -39,7 +39,8 @@ def token_data() -> list[dict[str, Any]]:
     """Samples of 1 to 60 tokens, the first third of each a prompt."""
     rng = np.random.default_rng(0)
     return [
-        {"input_ids": rng.integers(3, 290, n).tolist(), "prompt_length": n // 3} for n in rng.integers(1, 60, 150).tolist()
+        {"input_ids": rng.integers(3, 290, n).tolist(), "prompt_length": n // 3}
+        for n in rng.integers(1, 60, 150).tolist()
     ]
 
 

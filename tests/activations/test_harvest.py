@@ -67,7 +67,9 @@ def check_against_single_forwards(model, data, found, tolerance=2e-6):
         for sample in np.unique(labels["sample_id"]):
             rows = np.flatnonzero(labels["sample_id"] == sample)
             ids = data[sample]["input_ids"]
-            assert labels["token_id"][rows].tolist() == ids and labels["position"][rows].tolist() == list(range(len(ids)))
+            assert labels["token_id"][rows].tolist() == ids and labels["position"][rows].tolist() == list(
+                range(len(ids))
+            )
             expected = one_at_a_time(model, name.removeprefix("s."), ids)
             assert (x[rows] - expected).norm() <= tolerance * expected.norm()
 
@@ -157,7 +159,9 @@ def run_script(out: Path, count: int, **env: str) -> subprocess.Popen:
 def in_process(out: Path, count: int) -> None:
     """The same harvest as `SCRIPT`, undisturbed."""
     rng = np.random.default_rng(0)
-    data = [{"input_ids": rng.integers(3, 290, n).tolist(), "prompt_length": n // 3} for n in rng.integers(20, 60, count)]
+    data = [
+        {"input_ids": rng.integers(3, 290, n).tolist(), "prompt_length": n // 3} for n in rng.integers(20, 60, count)
+    ]
     harvest(
         make_qwen(), data, [1, 3], out=out, batch_tokens=200, window=64, shard_bytes=40_000, validation_fraction=0.2,
         progress=False,

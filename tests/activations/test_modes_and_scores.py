@@ -28,9 +28,13 @@ def text_of(tokenizer, labels, which) -> str:
 
 
 def test_given_responses_through_the_chat_template(tmp_path, tiny_model, tokenizer):
-    found = harvest(tiny_model, [PAIR], [1], out=tmp_path, tokenizer=tokenizer, mode="prompt+response", system="Be brief")
+    found = harvest(
+        tiny_model, [PAIR], [1], out=tmp_path, tokenizer=tokenizer, mode="prompt+response", system="Be brief"
+    )
     labels = rows(found["layers.1"])
-    prompt = "<|im_start|>system\nBe brief<|im_end|>\n<|im_start|>user\nAnn has 12 apples<|im_end|>\n<|im_start|>assistant\n"
+    prompt = (
+        "<|im_start|>system\nBe brief<|im_end|>\n<|im_start|>user\nAnn has 12 apples<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert text_of(tokenizer, labels, labels["is_prompt"]) == prompt
     assert text_of(tokenizer, labels, ~labels["is_prompt"]) == "She eats 3 of them<|im_end|>\n"
     special = [tokenizer.decode([t]) for t in labels["token_id"][labels["is_special"]]]
@@ -40,9 +44,18 @@ def test_given_responses_through_the_chat_template(tmp_path, tiny_model, tokeniz
 
 @pytest.mark.parametrize("select", ["prompt", "response"])
 def test_only_prompt_or_response_tokens(tmp_path, tiny_model, tokenizer, select):
-    every = harvest(tiny_model, [PAIR], [1], out=tmp_path / "a", tokenizer=tokenizer, mode="prompt+response", dtype="float32")
+    every = harvest(
+        tiny_model, [PAIR], [1], out=tmp_path / "a", tokenizer=tokenizer, mode="prompt+response", dtype="float32"
+    )
     some = harvest(
-        tiny_model, [PAIR], [1], out=tmp_path / "b", tokenizer=tokenizer, mode="prompt+response", dtype="float32", select=select
+        tiny_model,
+        [PAIR],
+        [1],
+        out=tmp_path / "b",
+        tokenizer=tokenizer,
+        mode="prompt+response",
+        dtype="float32",
+        select=select,
     )
     keep = every["layers.1"].columns("is_prompt")["is_prompt"] == (select == "prompt")
     assert torch.equal(every["layers.1"].read_all()[torch.from_numpy(keep)], some["layers.1"].read_all())
@@ -124,7 +137,14 @@ def test_max_tokens_stops_with_the_sample_that_reaches_it(tmp_path, tiny_model, 
     for world in (1, 2):
         for rank in range(world):
             harvest(
-                tiny_model, token_data, [1], out=tmp_path / str(world), max_tokens=500, window=16, rank=rank, world_size=world
+                tiny_model,
+                token_data,
+                [1],
+                out=tmp_path / str(world),
+                max_tokens=500,
+                window=16,
+                rank=rank,
+                world_size=world,
             )
         assert len(ActivationDataset.open(tmp_path / str(world))) == expected
 
@@ -154,7 +174,9 @@ def test_generated_responses_end_at_the_first_end_token(tmp_path, tiny_model, to
         # harvested by one forward over the whole, not step by step
         with torch.no_grad():
             states = tiny_model.model(torch.tensor([prompt + response]), output_hidden_states=True).hidden_states
-        x = found["layers.1"].read_all()[torch.from_numpy(found["layers.1"].columns("sample_id")["sample_id"] == sample)]
+        x = found["layers.1"].read_all()[
+            torch.from_numpy(found["layers.1"].columns("sample_id")["sample_id"] == sample)
+        ]
         assert torch.allclose(x, states[2][0], atol=1e-5)
     again = harvest(tiny_model, data, [1], out=tmp_path / "b", seed=1, **options)
     assert np.array_equal(rows(again["layers.1"])["token_id"], labels["token_id"])
@@ -175,7 +197,9 @@ def test_greedy_generation_equals_the_models_own(tmp_path, tiny_model, tokenizer
         generation={"max_new_tokens": 6, "do_sample": False},
     )  # fmt: skip
     prompt = prepare([PAIR], 0, tokenizer, Preparation("prompt"))[0].ids
-    expected = tiny_model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=tokenizer.eos_token_id)
+    expected = tiny_model.generate(
+        torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=tokenizer.eos_token_id
+    )
     assert rows(found["layers.1"])["token_id"].tolist() == expected[0].tolist()
 
 
@@ -237,7 +261,13 @@ def test_a_sequence_classifier_as_scorer(tmp_path, tiny_model, tokenizer):
     scorer = ModelScorer.from_pretrained(str(tmp_path / "rm"))
     data = [PAIR, {"question": "Ann", "answer": "3"}]
     found = harvest(
-        tiny_model, data, [1], out=tmp_path / "o", tokenizer=tokenizer, mode="prompt+response", scorers={"reward": scorer}
+        tiny_model,
+        data,
+        [1],
+        out=tmp_path / "o",
+        tokenizer=tokenizer,
+        mode="prompt+response",
+        scorers={"reward": scorer},
     )
     labels = rows(found["layers.1"])
     for sample in range(2):

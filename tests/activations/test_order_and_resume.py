@@ -66,7 +66,11 @@ def test_ranks_are_disjoint_and_equally_long(folder, world, batch, shuffle, seed
 
 @settings(max_examples=30, deadline=None)
 @given(
-    stop=st.integers(0, 60), batch=st.integers(20, 200), shuffle=st.booleans(), world=st.integers(1, 3), drop=st.booleans()
+    stop=st.integers(0, 60),
+    batch=st.integers(20, 200),
+    shuffle=st.booleans(),
+    world=st.integers(1, 3),
+    drop=st.booleans(),
 )
 def test_a_saved_state_continues_exactly(folder, stop, batch, shuffle, world, drop):
     options = {"shuffle": shuffle, "rank": world - 1, "world_size": world, "window_bytes": WINDOW, "epoch": 2}

@@ -27,7 +27,12 @@ def test_a_pile_of_bare_tensors(tmp_path):
                 parts[stage, layer, split] = x
     data = ActivationDataset.open(pile, "ppo_step10.layers.18", split="validation")
     assert torch.equal(data.read_all(), parts["ppo_step10", 18, "val"])
-    assert data.configs == ["instruct_base.layers.6", "instruct_base.layers.18", "ppo_step10.layers.6", "ppo_step10.layers.18"]
+    assert data.configs == [
+        "instruct_base.layers.6",
+        "instruct_base.layers.18",
+        "ppo_step10.layers.6",
+        "ppo_step10.layers.18",
+    ]
     out = convert(pile, tmp_path / "out", source={"model": "some/model"})
     for (stage, layer, split), x in parts.items():
         again = ActivationDataset.open(out, f"{stage}.layers.{layer}", {"val": "validation"}.get(split, split))
@@ -66,7 +71,9 @@ def test_numpy_and_safetensors(tmp_path):
         assert sorted(torch.cat(list(data.batches(7))).sum(1).tolist()) == sorted(torch.from_numpy(x).sum(1).tolist())
         again = ActivationDataset.open(convert(tmp_path / name, tmp_path / f"{name}.out"))
         assert np.array_equal(again.read_all().numpy(), x) and again.stored_dtype == torch.float32
-    half = ActivationDataset.open(convert(tmp_path / "layer4.safetensors", tmp_path / "half", dtype="float16", config="x"))
+    half = ActivationDataset.open(
+        convert(tmp_path / "layer4.safetensors", tmp_path / "half", dtype="float16", config="x")
+    )
     assert np.array_equal(half.read_all().numpy(), x.astype(np.float16)) and half.config == "x"
     assert describe(tmp_path / "layer4.safetensors")["configs"][0]["splits"] == {"train": 100}
 
@@ -110,7 +117,9 @@ def test_parquet_of_any_encoding_falls_back_to_pyarrow(tmp_path, layout):
     elif layout == "zstd":
         pq.write_table(table, path, compression="zstd", use_dictionary=False, row_group_size=700)
     elif layout == "v1 pages":
-        pq.write_table(table, path, compression="none", use_dictionary=False, write_page_index=True, data_page_size=4096)
+        pq.write_table(
+            table, path, compression="none", use_dictionary=False, write_page_index=True, data_page_size=4096
+        )
     else:
         pq.write_table(table, path, row_group_size=1500)
     data = ActivationDataset.open(path)

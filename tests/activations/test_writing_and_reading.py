@@ -158,7 +158,9 @@ def test_extra_columns_of_every_type(tmp_path):
 def test_any_shape_survives(tmp_path_factory, d, sizes, shard_bytes, batch, half):
     out = tmp_path_factory.mktemp("any")
     x = torch.randn(sum(sizes), d)
-    with ActivationWriter(out, d=d, config="layers.0", dtype="float16" if half else "float32", shard_bytes=shard_bytes) as w:
+    with ActivationWriter(
+        out, d=d, config="layers.0", dtype="float16" if half else "float32", shard_bytes=shard_bytes
+    ) as w:
         for sample, part in enumerate(x.split(sizes)):
             w.write(part, sample_id=sample, position=np.arange(len(part)))
     data = ActivationDataset.open(out)
