@@ -8,6 +8,7 @@ metrics, and size and sha256 of each file.
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from os import PathLike
@@ -191,7 +192,13 @@ def manifest_schema() -> dict[str, Any]:
     return json.loads(json.dumps(Manifest.model_json_schema()))
 
 
+# Ordinary relative paths, told by one match: a manifest of hundreds of SAEs is checked in no time.
+_ORDINARY = re.compile(r"(?!.*\.\.)[\w+=@,.-]+(?:/[\w+=@,.-]+)*")
+
+
 def _checked_path(value: str) -> str:
+    if _ORDINARY.fullmatch(value):
+        return value
     if not value:
         raise ValueError('a path must not be empty; "." is the root of the release')
     try:

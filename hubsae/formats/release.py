@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -230,24 +231,27 @@ def describe_sae(root: Path, id: str, path: str, metadata: Metadata, keep: SAEEn
 
 
 def check_files(root: Path, files: Iterable[FileEntry], *, hashes: bool) -> None:
-    """Compare files on disk with their manifest entries."""
+    """Compare files on disk with their manifest entries (whose paths were checked when they were read)."""
     for entry in files:
-        file = safe_join(root, entry.path)
-        if not file.is_file():
-            raise FormatError(file, f"a file of {entry.size} bytes", "no such file", hint="the release is incomplete")
-        size = file.stat().st_size
-        if size != entry.size:
+        file = os.path.join(root, entry.path)
+        try:
+            found = os.stat(file)
+        except OSError:
+            raise FormatError(
+                file, f"a file of {entry.size} bytes", "no such file", hint="the release is incomplete"
+            ) from None
+        if not stat.S_ISREG(found.st_mode) or found.st_size != entry.size:
             raise FormatError(
                 file,
                 f"{entry.size} bytes as the manifest says",
-                f"{size}",
+                f"{found.st_size}",
                 hint="download it again; after a change of your own run release.refresh()",
             )
-        if hashes and (found := sha256_file(file)) != entry.sha256:
+        if hashes and (digest := sha256_file(file)) != entry.sha256:
             raise FormatError(
                 file,
                 f"sha256 {entry.sha256[:16]}... as the manifest says",
-                f"{found[:16]}...",
+                f"{digest[:16]}...",
                 hint="the file is damaged; download it again. After a change of your own run release.refresh()",
             )
 

@@ -46,7 +46,7 @@ class GridSAE(ChainSAE):
 
 
 def save_chain(model, path, **config):
-    full = {"d_model": D_IN, "d_sae": D_SAE, "k": K, "source": "ppo_step30_layer6", "source_kind": "split", "seed": None,
+    full = {"d_model": D_IN, "d_sae": D_SAE, "k": K, "source": "ppo_step30_layer6", "seed": None,
             "init_from_stage": "ppo_step10", "best_epoch": 20, "best_val_loss": 0.0188}  # fmt: skip
     torch.save({"state_dict": model.state_dict(), "config": full | config}, path)
 

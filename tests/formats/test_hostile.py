@@ -66,7 +66,7 @@ def test_bit_flips_are_an_error_or_change_no_shape(folder, tmp_path):
         else:
             assert sae.W_enc.shape == (16, 64)
         # a flip in the numbers can only be told by the hash, which a verified load compares
-        with pytest.raises(HubSAEError, match="sae_weights.safetensors"):
+        with pytest.raises(HubSAEError, match=r"sae_weights\.safetensors"):
             release.load("a", verify=True)
     file.write_bytes(whole)
     release.load("a", verify=True)

@@ -147,7 +147,7 @@ def test_grid_names_stay_recognisable_and_folders_keep_their_place(tmp_path):
 
 def test_mixed_widths_need_to_be_wanted(chains, tmp_path):
     chain_file(chains / "sae_other_layer6.pt", 5, d_in=24)
-    with pytest.raises(FormatError, match="expected d_in 16 as in .* found d_in 24"):
+    with pytest.raises(FormatError, match=r"expected d_in 16 as in .* found d_in 24"):
         package(chains, tmp_path / "release", base_model=BASE)
     assert len(package(chains, tmp_path / "release", base_model=BASE, mixed_widths=True)) == 5
 
