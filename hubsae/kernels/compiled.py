@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 GROUP, OUTER = 16, 4
+MOST_THREADS = numba.get_num_threads()
 # a bound from fewer maxima than this many times k would let too much through
 MARGIN = 1.5
 
@@ -133,6 +134,6 @@ def topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     # as many groups as still give a bound: at least k of them
     m1 = max(n // GROUP, min(n, round(MARGIN * k)))
     m2 = m1 // OUTER if m1 // OUTER >= MARGIN * k else 0
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    numba.set_num_threads(min(torch.get_num_threads(), MOST_THREADS))
     _rows(pre.numpy(), k, m1, m2, values.numpy(), indices.numpy())
     return values, indices

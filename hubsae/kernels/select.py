@@ -13,7 +13,7 @@ GROUP = 4
 
 
 def topk(pre: Tensor, k: int, *, sorted: bool = False) -> tuple[Tensor, Tensor]:
-    """The k largest of each row [rows, n], in no order unless `sorted` (largest first): values and int64 indices [rows, k]. Exact.
+    """The k largest of each row [rows, n]: values and int64 indices [rows, k], exact; largest first if `sorted`.
 
     A row's k largest lie in the k groups with the largest maxima, so the row is reduced by maxima of strided
     groups until it is short, and expanded again level by level; each level keeps k groups of four candidates.

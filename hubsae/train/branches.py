@@ -76,7 +76,8 @@ class GatedBranch:
 
     def __init__(self, cell: Cell, xc: Tensor):
         self.names = ("b_enc", "b_mag", "r_mag")
-        leaves = [xc, cell.W_enc, cell.W_dec, *(cell.vectors[name] for name in self.names)]
+        # a copy: the rows of other cells are still written into the same block
+        leaves = [xc.clone(), cell.W_enc, cell.W_dec, *(cell.vectors[name] for name in self.names)]
         self.leaves = [leaf.detach().requires_grad_() for leaf in leaves]
         x, W_enc, W_dec, b_gate, b_mag, r_mag = self.leaves
         with torch.enable_grad():

@@ -1,8 +1,8 @@
 """What a run says while it goes: a JSONL log always, a progress bar on a terminal, other loggers when asked.
 
 Every line has `event`, `step` and `cell`. Events: `train` (loss, mse, fvu, l0, dead, lr, tokens_per_s), `eval`,
-`before` (chains), `resample`, `checkpoint`, `failed`, `done`. A resumed run first drops the lines behind its checkpoint,
-so the log reads as if nothing had happened.
+`before` (chains), `resample`, `checkpoint`, `failed`, `done`. A resumed run first drops the lines behind its
+checkpoint, so the log reads as if nothing had happened.
 """
 
 from __future__ import annotations

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hubsae import kernels
 from hubsae.core.errors import ConfigError, DataError, HubSAEError, TrainingError
 from hubsae.core.extras import require
 from hubsae.core.files import read_json, write_json_atomic
 from hubsae.core.metadata import Metric
 from hubsae.core.normalizer import Normalizer
 from hubsae.core.sae import HubSAE
-from hubsae import kernels
 from hubsae.kernels import linear
 from hubsae.train import checkpoint, data, dead, export, init, step, update
 from hubsae.train.config import TrainConfig

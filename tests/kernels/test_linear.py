@@ -1,0 +1,42 @@
+"""The encoder's product: the same numbers on every backend, and a fallback that always holds."""
+
+import torch
+from torch.nn import functional as F
+
+from hubsae.kernels import linear as module
+from hubsae.kernels.linear import linear
+
+
+def test_product_equals_float64_within_float32_rounding_whichever_backend_won():
+    x, w, b = torch.randn(64, 96), torch.randn(512, 96), torch.randn(512)
+    exact = F.linear(x.double(), w.double(), b.double())
+    size = x.norm(dim=1, keepdim=True) * w.norm(dim=1)
+    assert ((linear(x, w, b) - exact).abs() <= 3e-7 * 96**0.5 * size + 1e-6).all()
+
+
+def test_transposed_operands_give_the_same_product():
+    big, tall = torch.randn(512, 128), torch.randn(128, 4096)
+    torch.testing.assert_close(linear(big, tall.t()), big @ tall, rtol=1e-4, atol=1e-3)
+    codes, table = torch.randn(256, 512), torch.randn(256, 300)
+    torch.testing.assert_close(linear(codes.t(), table.t()), codes.t() @ table, rtol=1e-4, atol=1e-3)
+
+
+def test_a_backend_that_rounds_to_bf16_is_refused():
+    x, w, b = torch.randn(32, 64), torch.randn(128, 64), torch.randn(128)
+    rounded = F.linear(x.bfloat16().float(), w.bfloat16().float(), b)
+    assert module._close(F.linear(x, w, b), x, w, b)
+    assert not module._close(rounded, x, w, b)
+
+
+def test_gradients_flow_where_they_are_asked_for():
+    x, w = torch.randn(512, 64), torch.randn(4096, 64, requires_grad=True)
+    linear(x, w).sum().backward()
+    assert w.grad is not None
+    torch.testing.assert_close(w.grad, x.sum(0).expand_as(w), rtol=1e-4, atol=1e-3)
+
+
+def test_decisions_survive_a_restart(monkeypatch):
+    monkeypatch.setattr(module, "_decided", {})
+    module.adopt([[512, 896, 7168, 1, "torch"]])
+    assert module.backend(512, 896, 7168, 1) == "torch"
+    assert [512, 896, 7168, 1, "torch"] in module.decisions()
