@@ -82,8 +82,10 @@ def run(
             }
         )
         return
+    found = next((o.result for o in outcomes if o.name == "report" and isinstance(o.result, dict)), {})
+    for line in found.get("lines", []):
+        console().print(line, markup=False)
     if report.is_file():
-        console().print(report.read_text(encoding="utf-8"), markup=False)
         console().print(f"report   {report}", markup=False)
     if release.is_dir():
         console().print(f"release  {release}\npublish  hubsae push {release}", markup=False)

@@ -8,6 +8,7 @@ judged against published numbers: the table shows both and says so.
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,11 +99,13 @@ def markdown_table(rows: Sequence[Row], columns: Sequence[str] | None = None) ->
 def cell(value: Any) -> str:
     """One value as a table shows it.
 
-    >>> cell(0.000123456), cell(None), cell(12)
-    ('0.0001235', '-', '12')
+    >>> cell(0.000123456), cell(None), cell(12), cell("0.9994623620295897")
+    ('0.0001235', '-', '12', '0.9995')
     """
-    if value is None:
+    if value is None or value == "":
         return "-"
+    if isinstance(value, str) and re.fullmatch(r"-?\d*\.\d+(e-?\d+)?", value):
+        value = float(value)  # a number that came out of a CSV
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")

@@ -50,9 +50,11 @@ def write_chain_report(
     verdicts = _published(report, config, accuracy, headline, drift, published)
     report.write(folder)
     base, last = accuracy[config.base_stage], accuracy[config.harvested_stages()[-1]]
+    lines = [f"{name} accuracy {base[name]:.3f} -> {last[name]:.3f}" for name in ("strict", "flexible")]
     return {
         "accuracy": {name: {"base": base[name], "last": last[name]} for name in ("strict", "flexible")},
         "verdicts": verdicts,
+        "lines": [*lines, *(f"published {title}: {text}" for title, text in verdicts.items())],
     }
 
 
@@ -149,22 +151,25 @@ def _published(
     if name is None:
         return {}
     report.heading("Beside the published numbers")
+    tendencies = _tendencies(config, name, accuracy, headline, drift, folder)
     if not config.same_model:
         report.text(
-            f"This run used {config.model.label}, not the published model: both numbers are shown, and no verdict is "
-            "given. `--profile full` gives verdicts."
+            f"This run used {config.model.label}, not the published model, so single numbers cannot be compared and no "
+            "verdict is given; `--profile full` gives verdicts. What can be compared is which way things go."
         )
+        report.table("Tendencies of both", "tendencies", tendencies)
+        return {}
+    report.table("Tendencies of both", "tendencies", tendencies)
     bands = [
         Band({"stage": r["stage"], "layer": r["layer"], "k": r["k"]}, r["metric"], float(r["low"]), float(r["high"]))
         for r in read_csv(folder / "published_bands.csv")
     ]
-    same = config.same_model
     rows = [row for row in read_csv(folder / "published_reconstruction.csv") if row["chain"] == name]
     ours = [{**row, "chain": name} for row in headline]
     tables = {
         "reconstruction": compare(
             ours, rows, keys=["chain", "stage", "layer", "k"], metrics=["mse", "nmse", "n_dead", "l_sae", "frac_rec"],
-            bands=bands, same_model=same,
+            bands=bands,
         ),
         "accuracy": _accuracy(config, name, accuracy, folder),
         "decoder_cosine": _cosines(config, name, drift, folder),
@@ -192,9 +197,7 @@ def _accuracy(config: ChainConfig, name: str, accuracy: Mapping[str, dict[str, A
     published = [{"step": s, "accuracy": sum(v) / len(v)} for s, v in sorted(steps.items()) if s in measured]
     bands = [Band({"step": s}, "accuracy", min(v), max(v)) for s, v in steps.items() if len(v) > 1]
     ours = [{"step": step, "accuracy": value} for step, value in measured.items()]
-    return compare(
-        ours, published, keys=["step"], metrics=["accuracy"], bands=bands, same_model=config.same_model
-    )  # fmt: skip
+    return compare(ours, published, keys=["step"], metrics=["accuracy"], bands=bands)
 
 
 def _cosines(config: ChainConfig, name: str, drift: Path, folder: Path) -> Rows:
@@ -208,7 +211,56 @@ def _cosines(config: ChainConfig, name: str, drift: Path, folder: Path) -> Rows:
         if row["against"] == "previous" and row["chain"] == config.name
     ]  # fmt: skip
     keys = ["layer", "k", "from_step", "to_step"]
-    return compare(ours, published, keys=keys, metrics=["mean_decoder_cosine"], same_model=config.same_model)
+    return compare(ours, published, keys=keys, metrics=["mean_decoder_cosine"])
+
+
+def _tendencies(
+    config: ChainConfig, name: str, accuracy: Mapping[str, dict[str, Any]], headline: Rows, drift: Path, folder: Path
+) -> Rows:
+    """What can be said of two different models: changes from the first stage to the last, and the first cosine."""
+    every = read_csv(folder / "published_accuracy.csv")
+    run = next((r["run"] for r in every if r["run"].partition("_")[0] == name), None)
+    curve = [float(row["accuracy"]) for row in every if row["run"] == run]
+    scorer = config.rl.scorer if config.rl is not None else "strict"
+    mine = [found[scorer] for found in accuracy.values()]
+    rows: Rows = [{"what": f"accuracy by its own reward ({scorer}), first -> last", "published": _span(curve),
+                   "measured": _span(mine)}]  # fmt: skip
+    published = [row for row in read_csv(folder / "published_reconstruction.csv") if row["chain"] == name]
+    rows.append(
+        {
+            "what": "nmse of the last stage / of the base, over layers",
+            "published": _range(_ratios(published)),
+            "measured": _range(_ratios(headline)),
+        }
+    )
+    cosines = [r for r in read_csv(folder / "published_decoder_cosine.csv") if r["chain"] == name]
+    moves = [r for r in read_csv(drift / "drift_moves.csv") if r["against"] == "previous" and r["chain"] == config.name]
+    first = moves[0]["from_stage"] if moves else None
+    rows.append(
+        {
+            "what": "mean decoder cosine, base -> first stage, over layers",
+            "published": _range([float(r["mean_decoder_cosine"]) for r in cosines if r["from_step"] == "0"]),
+            "measured": _range([float(r["decoder_mean"]) for r in moves if r["from_stage"] == first]),
+        }
+    )
+    return rows
+
+
+def _ratios(rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    """nmse of the last stage over that of the first, for every layer and k."""
+    groups: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        if row.get("nmse") not in (None, ""):
+            groups.setdefault((str(row["layer"]), str(row["k"])), []).append(float(row["nmse"]))
+    return [values[-1] / values[0] for values in groups.values() if len(values) > 1 and values[0]]
+
+
+def _range(values: Sequence[float]) -> str | None:
+    return f"{min(values):.3g} to {max(values):.3g}" if values else None
+
+
+def _span(values: Sequence[float]) -> str | None:
+    return f"{values[0]:.3g} -> {values[-1]:.3g}" if values else None
 
 
 def _step(stage: str) -> int:

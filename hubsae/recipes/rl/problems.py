@@ -10,6 +10,7 @@ from typing import Any
 
 from hubsae.core.errors import DataError
 from hubsae.core.extras import require
+from hubsae.core.files import atomic_path
 from hubsae.recipes.scorers import gold_of
 
 
@@ -88,6 +89,32 @@ def make_prompts(
     if shuffle_gold_seed is not None:
         random.Random(shuffle_gold_seed).shuffle(rewarded)
     return [Prompt(row, gold, reward) for (row, gold), reward in zip(kept, rewarded, strict=True)]
+
+
+def write_verl_parquet(
+    path: str | Path, questions: Sequence[Question], style: PromptStyle, *, split: str = "train"
+) -> Path:
+    """Write questions as the Parquet file that verl's PPO trainer reads, with the gold its reward functions get.
+
+    >>> import tempfile
+    >>> write_verl_parquet(Path(tempfile.mkdtemp()) / "train.parquet", [Question("1+1?", "#### 2")], PromptStyle()).name
+    'train.parquet'
+    """
+    pa = require("pyarrow", extra="train")
+    parquet = require("pyarrow.parquet", extra="train")
+    rows = [
+        {
+            "data_source": "openai/gsm8k",
+            "prompt": style.messages(q.question),
+            "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": gold_of(q.answer)},
+            "extra_info": {"split": split, "index": number, "question": q.question, "answer": q.answer},
+        }
+        for number, q in enumerate(questions)
+    ]
+    with atomic_path(path) as temporary:
+        parquet.write_table(pa.Table.from_pylist(rows), temporary)
+    return Path(path)
 
 
 def batch_of_step(count: int, batch: int, step: int, seed: int) -> list[int]:
