@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hubsae.core.codes import SparseCodes
 from hubsae.core.errors import DataError
 from hubsae.core.sae import HubSAE
-from hubsae.evals.blocks import CELLS, GROUPS, Block, Labels
+from hubsae.evals.blocks import BLOCK_ROWS, CELLS, GROUPS, SCOPE_CELLS, Block, Labels
 from hubsae.evals.sums import CompensatedSum, FixedPointSum
 
 KEYS = GROUPS * CELLS
@@ -25,6 +26,7 @@ ROW_STATS = ("sse", "cosine", "l2_ratio", "dot", "norm2_hat", "l0", "l1")
 BINS_PER_OCTAVE = 64
 # An SAE sees at most this many pre-activations at once; a power of two of rows, so blocks divide evenly.
 PRE_ACTIVATIONS = 1 << 25
+CACHED_ROWS = 128
 
 
 def rows_at_once(d_sae: int, block_rows: int) -> int:
@@ -45,11 +47,19 @@ def sum_rows(values: Tensor, key: Tensor, keys: int) -> Tensor:
     return one_hot @ values
 
 
+def scope_keys(name: str) -> Tensor:
+    """Rows of the per-key sums that make up a scope."""
+    cells = torch.tensor(SCOPE_CELLS[name])
+    return (torch.arange(GROUPS)[:, None] * CELLS + cells).reshape(-1)
+
+
 class InputSums:
     """Sums over the activations themselves, shared by all SAEs of a pass."""
 
     def __init__(self, d: int):
         self.n = torch.zeros(KEYS, dtype=torch.int64)
+        self.known_positions = 0
+        self.known_samples = 0
         self.sum_x = CompensatedSum(KEYS, d)
         self.norm2 = CompensatedSum(KEYS)
         self.bins: dict[tuple[int, int], int] = {}
@@ -71,6 +81,8 @@ class InputSums:
     def merge(self, other: InputSums) -> None:
         """Add the sums of other rows."""
         self.n += other.n
+        self.known_positions += other.known_positions
+        self.known_samples += other.known_samples
         self.sum_x.merge(other.sum_x)
         self.norm2.merge(other.norm2)
         rows = self.slots(list(other.bins))
@@ -136,6 +148,8 @@ class Sums:
         key = block.group * CELLS + block.cell
         keys, where = torch.unique(key, return_inverse=True)
         self.inputs.n.index_add_(0, key, torch.ones_like(key))
+        self.inputs.known_positions += block.known_positions
+        self.inputs.known_samples += block.known_samples
         wide: dict[torch.device, _Rows] = {}
         bins = Tensor()
         for name, sae in saes.items():
@@ -177,35 +191,44 @@ class Sums:
     ) -> None:
         device = rows.x.device
         n = rows.x.shape[0]
-        step = rows_at_once(sae.d_sae, 1 << 12)
+        step = rows_at_once(sae.d_sae, BLOCK_ROWS)
         stats = torch.empty(n, len(ROW_STATS), dtype=torch.float64, device=device)
-        error = torch.empty_like(rows.x)
+        error = torch.zeros(CELLS, self.d, dtype=torch.float64, device=device)
         if sums.fired.device != device:
             sums.fired, sums.max_z = sums.fired.to(device), sums.max_z.to(device)
         for start in range(0, n, step):
             part = slice(start, start + step)
             codes = sae.encode_sparse(rows.source[part])
-            x, x_hat = rows.x[part], sae.decode(codes).double()
-            e = torch.sub(x, x_hat, out=error[part])
-            stats[part] = _row_stats(x, rows.norm2[part], x_hat, e, codes.values)
-            active = codes.values != 0
-            latents = codes.indices[active].long()
-            z = codes.values[active].float()
-            cell = rows.cell[part, None].expand_as(active)[active]
-            sums.fired.view(-1).index_add_(0, cell * sae.d_sae + latents, torch.ones_like(latents))
-            sums.sum_z.add(latents, z)
-            sums.max_z.scatter_reduce_(0, latents, z, "amax")
+            x_hat = sae.decode(codes)
+            # float64 copies of a few rows stay in cache; of a whole block they would not
+            few = CACHED_ROWS if device.type == "cpu" else x_hat.shape[0]
+            for first in range(0, x_hat.shape[0], few):
+                here = slice(start + first, min(start + first + few, n))
+                inside = slice(first, first + few)
+                e = _row_stats(rows, here, x_hat[inside].double(), codes.values[inside], stats[here])
+                error += sum_rows(e, rows.cell[here], CELLS)
+            _add_codes(sums, codes, rows.cell[part])
         if not bool(torch.isfinite(stats).all()):
             raise DataError(
                 f"SAE {name!r} returns NaN or infinity on finite activations (block from row {block.start})",
                 hint="check its weights: sae.W_enc.isfinite().all()",
             )
         sums.stats.add(sum_rows(stats, rows.where, len(keys)), keys)
-        cells, where = torch.unique(rows.cell, return_inverse=True)
-        sums.error.add(sum_rows(error, where, len(cells)), cells.cpu())
+        sums.error.add(error)
         sums.bin_sse.grown(len(self.inputs.bins))
         bin_sse = sum_rows(stats[:, :1], bins.to(device), len(self._bin_slots))[:, 0]
         sums.bin_sse.add(bin_sse, self._bin_slots)
+
+    def scopes(self) -> list[str]:
+        """Scopes that the rows seen so far can be told into; one that is all of them is not named twice."""
+        n = {name: int(self.inputs.n[scope_keys(name)].sum()) for name in SCOPE_CELLS}
+        names = ["all"]
+        by_position = self.inputs.known_positions > 0
+        by_part = self.labels.is_prompt and n["prompt"] > 0 and n["response"] > 0
+        names += ["no_position_0", "position_0"] if by_position else []
+        names += ["prompt", "response"] if by_part else []
+        names += ["prompt_no_position_0"] if by_position and by_part else []
+        return [name for name in names if n[name]]
 
     def merge(self, other: Sums) -> None:
         """Add the state of another rank or shard: same SAEs, other rows."""
@@ -251,14 +274,33 @@ class _Rows:
         self.cell = block.cell.to(device)
 
 
-def _row_stats(x: Tensor, norm2: Tensor, x_hat: Tensor, e: Tensor, values: Tensor) -> Tensor:
-    """The ROW_STATS of some rows, float64 [rows, 7]."""
+def _row_stats(rows: _Rows, here: slice, x_hat: Tensor, values: Tensor, out: Tensor) -> Tensor:
+    """Write the ROW_STATS of some rows into `out` [rows, 7]; returns the errors x − x̂ in float64 [rows, d]."""
+    x, norm2 = rows.x[here], rows.norm2[here]
+    e = x - x_hat
     norm2_hat = torch.linalg.vecdot(x_hat, x_hat)
     dot = torch.linalg.vecdot(x, x_hat)
     norms = (norm2 * norm2_hat).sqrt()
+    out[:, 0] = torch.linalg.vecdot(e, e)
     # a zero vector has no direction: counted as 0, so that the mean stays defined
-    cosine = torch.where(norms > 0, dot / norms, 0.0)
-    ratio = torch.where(norm2 > 0, (norm2_hat / norm2).sqrt(), 0.0)
-    l0 = (values != 0).sum(1).double()
-    l1 = values.double().abs().sum(1)
-    return torch.stack([torch.linalg.vecdot(e, e), cosine, ratio, dot, norm2_hat, l0, l1], dim=1)
+    out[:, 1] = torch.where(norms > 0, dot / norms, 0.0)
+    out[:, 2] = torch.where(norm2 > 0, (norm2_hat / norm2).sqrt(), 0.0)
+    out[:, 3] = dot
+    out[:, 4] = norm2_hat
+    out[:, 5] = (values != 0).sum(1)
+    out[:, 6] = values.double().abs().sum(1)
+    return e
+
+
+def _add_codes(sums: SAESums, codes: SparseCodes, cell: Tensor) -> None:
+    """Count firings per cell, and add up and compare activations, of the latents that fire."""
+    active = codes.values != 0
+    if bool(active.all()):
+        latents, z = codes.indices.reshape(-1).long(), codes.values.reshape(-1).float()
+        cells = cell.repeat_interleave(codes.values.shape[1])
+    else:
+        latents, z = codes.indices[active].long(), codes.values[active].float()
+        cells = cell.repeat_interleave(active.sum(1))
+    sums.fired += torch.bincount(cells * sums.d_sae + latents, minlength=sums.fired.numel()).view_as(sums.fired)
+    sums.sum_z.add(latents, z)
+    sums.max_z.scatter_reduce_(0, latents, z, "amax")

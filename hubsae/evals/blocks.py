@@ -49,25 +49,21 @@ class Block(NamedTuple):
     """[rows] int64 below GROUPS"""
     start: int
     """Index of the first row in the whole table."""
+    known_positions: int
+    """Rows whose position is known; a writer that does not know it stores -1."""
+    known_samples: int
+    """Rows whose sample is known."""
 
 
 class Labels(NamedTuple):
-    """Which label columns there are; scopes that need a missing one are not reported."""
+    """Which label columns there are; scopes that need a missing one are not reported.
+
+    A column may still hold nothing: positions and samples of -1 are unknown.
+    """
 
     position: bool
     is_prompt: bool
     sample_id: bool
-
-    def scopes(self) -> list[str]:
-        """Names of the scopes that can be told apart."""
-        names = ["all"]
-        if self.position:
-            names += ["no_position_0", "position_0"]
-        if self.is_prompt:
-            names += ["prompt", "response"]
-        if self.position and self.is_prompt:
-            names.append("prompt_no_position_0")
-        return names
 
 
 class Piece(NamedTuple):
@@ -190,16 +186,15 @@ def iter_blocks(
 
 def _label(piece: Piece, start: int) -> Block:
     rows = piece.x.shape[0]
-    cell = torch.zeros(rows, dtype=torch.int64)
+    unknown = torch.full((rows,), -1)
+    position = piece.columns.get("position", unknown)
+    sample = piece.columns.get("sample_id", unknown)
+    cell = 3 * (position == 0).long()
     if "is_prompt" in piece.columns:
         cell += torch.where(piece.columns["is_prompt"] != 0, 1, 2)
-    if "position" in piece.columns:
-        cell += 3 * (piece.columns["position"] == 0)
-    if "sample_id" in piece.columns:
-        group = mix(piece.columns["sample_id"]) % GROUPS
-    else:
-        group = (torch.arange(start, start + rows) // RUN_ROWS) % GROUPS
-    return Block(piece.x, cell, group, start)
+    runs = torch.arange(start, start + rows) // RUN_ROWS
+    group = torch.where(sample >= 0, mix(sample), runs) % GROUPS
+    return Block(piece.x, cell, group, start, int((position >= 0).sum()), int((sample >= 0).sum()))
 
 
 def mix(ids: Tensor) -> Tensor:

@@ -24,8 +24,8 @@ from hubsae.core.files import write_csv_atomic
 from hubsae.core.metadata import Metric
 from hubsae.core.sae import HubSAE
 from hubsae.evals import bootstrap
-from hubsae.evals.accumulate import BINS_PER_OCTAVE, ROW_STATS, Sums, rows_at_once
-from hubsae.evals.blocks import BLOCK_ROWS, CELLS, GROUPS, RUN_ROWS, SCOPE_CELLS, iter_blocks, read_pieces
+from hubsae.evals.accumulate import BINS_PER_OCTAVE, ROW_STATS, Sums, rows_at_once, scope_keys
+from hubsae.evals.blocks import BLOCK_ROWS, GROUPS, RUN_ROWS, SCOPE_CELLS, iter_blocks, read_pieces
 from hubsae.evals.definitions import INTERVAL, Measure, to_metrics
 
 # Below this share of Σ‖x‖² a variance is rounding: the activations are constant and ratios to it undefined.
@@ -223,6 +223,8 @@ def reconstruction(
     """
     named = name_saes(saes)
     rank, world_size = _ranks()
+    if world_size > 1:
+        _agree_on_products(named, rank)
     sums = accumulate(
         named,
         activations,
@@ -243,6 +245,22 @@ def _ranks() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def _agree_on_products(saes: Mapping[str, HubSAE], rank: int) -> None:
+    """Which backend multiplies is decided by a timed trial; ranks that decided differently would round differently."""
+    import torch.distributed as dist
+
+    from hubsae.kernels.linear import adopt, decisions
+
+    found: list[Any] = [None]
+    if rank == 0:
+        for sae in {sae.config: sae for sae in saes.values()}.values():
+            with torch.no_grad():
+                sae.encode_sparse(torch.zeros(rows_at_once(sae.d_sae, BLOCK_ROWS), sae.d_in, device=sae.device))
+        found = [decisions()]
+    dist.broadcast_object_list(found, src=0)
+    adopt(found[0])
 
 
 # ---- reading the sums off ---------------------------------------------------------------------------------
@@ -269,7 +287,7 @@ def read_off(sums: Sums, saes: Mapping[str, HubSAE]) -> ReconstructionResult:
     n_tokens = int(sums.inputs.n.sum())
     if not n_tokens:
         raise DataError("no tokens to evaluate", hint="the activations, or this selection of them, are empty")
-    scopes = [s for s in (_read_scope(sums, name) for name in sums.labels.scopes()) if s is not None]
+    scopes = [_read_scope(sums, name) for name in sums.scopes()]
     kind = _interval_kind(sums, scopes[0])
     out = {}
     for name, sae in saes.items():
@@ -291,25 +309,17 @@ def read_off(sums: Sums, saes: Mapping[str, HubSAE]) -> ReconstructionResult:
 
 def _interval_kind(sums: Sums, everything: _Scope) -> str:
     units = int(everything.occupied.sum())
-    what = "whole samples" if sums.labels.sample_id else f"runs of {RUN_ROWS} consecutive tokens"
+    what = "whole samples" if sums.inputs.known_samples else f"runs of {RUN_ROWS} consecutive tokens"
     return f"{INTERVAL} over {units} groups of {what}"
 
 
-def scope_keys(name: str) -> Tensor:
-    """Rows of the per-key sums that make up a scope."""
-    cells = torch.tensor(SCOPE_CELLS[name])
-    return (torch.arange(GROUPS)[:, None] * CELLS + cells).reshape(-1)
-
-
-def _read_scope(sums: Sums, name: str) -> _Scope | None:
+def _read_scope(sums: Sums, name: str) -> _Scope:
     keys = scope_keys(name)
     inputs, d = sums.inputs, sums.d
     n = int(inputs.n[keys].sum())
-    if n == 0:
-        return None
     sum_x = inputs.sum_x.total(keys)
-    norm2 = inputs.norm2.total(keys).exact()
-    each = [sum_x.exact(i) for i in range(d)]
+    [norm2] = inputs.norm2.total(keys).exact()
+    each = sum_x.exact()
     sst = float(norm2 - sum(v * v for v in each) / n)
     pooled = float(norm2 - sum(each) ** 2 / (n * d))
     missing = None
@@ -372,7 +382,7 @@ def _measures(
         put("fvu", fvu, fvu_draws, scope.missing)
         put("fve", None if fvu is None else 1 - fvu, 1 - fvu_draws, scope.missing)
         error = state.error.total(torch.tensor(SCOPE_CELLS[scope.name]))
-        shift = math.fsum(float(error.value()[i]) ** 2 for i in range(d)) / scope.n
+        shift = math.fsum(v * v for v in error.value().tolist()) / scope.n
         centred = None if scope.sst is None else 1 - max(total["sse"] - shift, 0.0) / scope.sst
         put("fve_centred", centred, None, scope.missing)
         for metric in ("cosine", "l2_ratio", "l0", "l1"):
@@ -409,7 +419,7 @@ def _features(sums: Sums, name: str, n_tokens: int) -> FeatureStats:
     total = state.sum_z.value()
     return FeatureStats(
         count=count,
-        count_position_0=fired[3:].sum(0) if sums.labels.position else None,
+        count_position_0=fired[3:].sum(0) if sums.inputs.known_positions else None,
         mean=torch.where(count > 0, total / count.clamp_min(1), 0.0),
         max=state.max_z.cpu(),
         n_tokens=n_tokens,
@@ -437,7 +447,7 @@ def _histogram(features: FeatureStats) -> list[DensityBin]:
 def _deciles(sums: Sums, name: str) -> list[NormDecile]:
     inputs, state = sums.inputs, sums.saes[name]
     out: list[NormDecile] = []
-    scopes = [("all", (0, 1))] + ([("no_position_0", (0,))] if sums.labels.position else [])
+    scopes = [("all", (0, 1))] + ([("no_position_0", (0,))] if sums.inputs.known_positions else [])
     for scope, firsts in scopes:
         # sorted by norm, hence in the same order whatever order the bins were met in
         bins = sorted((norm, first, slot) for (first, norm), slot in inputs.bins.items() if first in firsts)

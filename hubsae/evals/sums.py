@@ -79,9 +79,10 @@ class CompensatedSum:
         first, low = two_sum(self.parts[0], self.parts[1])
         return first + (low + self.parts[2])
 
-    def exact(self, *index: int) -> Fraction:
-        """One entry as an exact number, for differences that would cancel in float64."""
-        return sum((Fraction(float(part)) for part in self.parts[(slice(None), *index)]), Fraction(0))
+    def exact(self) -> list[Fraction]:
+        """All entries as exact numbers, for differences that would cancel in float64."""
+        parts = self.parts.reshape(3, -1).tolist()
+        return [Fraction(a) + Fraction(b) + Fraction(c) for a, b, c in zip(*parts, strict=True)]
 
     def grown(self, rows: int) -> None:
         """Append zero rows to the first dimension until it has `rows`."""

@@ -107,9 +107,18 @@ def test_no_saes(make_sae):
         evals.reconstruction({}, torch.randn(10, 32))
 
 
-def test_a_scope_without_tokens_is_left_out(make_sae):
+def test_a_scope_that_holds_no_token_or_every_token_is_not_named(make_sae):
     result = evals.reconstruction(make_sae(), torch.randn(50, 32), is_prompt=torch.ones(50, dtype=torch.bool))
-    assert result.scopes == ["all", "prompt"]
+    assert result.scopes == ["all"]
+
+
+def test_labels_that_a_writer_did_not_know_are_not_taken_for_labels(make_sae):
+    x, unknown = torch.randn(500, 32), torch.full((500,), -1)
+    result = evals.reconstruction(make_sae(), x, position=unknown, sample_id=unknown)
+    assert result.scopes == ["all"]
+    measure = result["sae0"].get("mse")
+    assert "runs of 64" in measure.interval_kind and measure.interval[0] < measure.interval[1]
+    assert result["sae0"].features.count_position_0 is None
 
 
 def test_text_sample_ids_group_like_numbers(make_sae):
