@@ -1,0 +1,243 @@
+"""The grid-search recipe end to end: small in the ordinary tests, the whole tiny profile when asked for."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from hubsae.evals.tables import read_table
+from hubsae.formats.release import Release
+from hubsae.localhub import running
+from hubsae.recipes.config import read_yaml
+from hubsae.recipes.grid.settings import GridConfig
+from hubsae.recipes.grid.table import read_results
+from hubsae.recipes.registry import find_recipe, prepare
+from hubsae.recipes.tiny import TinyWorld
+
+SMALL = [
+    "model.size=quick", "data.layer=1", "data.prompts=300", "data.texts=24", "data.validation_fraction=0.25",
+    "sweep.expansions=[2, 4]", "sweep.ks=[4]", "sweep.thresholds=[0.3]", "train.epochs=3", "train.batch_size=256",
+    "train.lr=0.003", "train.calibration_tokens=4096",
+    "synthetic.tokens=12000", "synthetic.epochs=6", "synthetic.features=64", "synthetic.l0=4", "synthetic.ks=[4]",
+    "synthetic.d_in=32", "synthetic.expansions=[0.5, 1, 2]",
+]  # fmt: skip
+IDS = [
+    f"{kind}_exp{expansion}x_{number}"
+    for kind, number in (("TopK", "k4"), ("BatchTopK", "k4"), ("JumpReLU", "t0.3"), ("JumpReLU-STE", "l4"))
+    for expansion in (2, 4)
+]
+
+SAELENS = """
+import json, sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "hubsae":
+            raise ImportError("hubsae is not installed here")
+sys.meta_path.insert(0, Refuse())
+import torch
+from sae_lens import SAE
+repo, ids, x = sys.argv[1], json.loads(sys.argv[2]), torch.load(sys.argv[3])
+out = {}
+for name in ids:
+    sae = SAE.from_pretrained(repo, name)
+    with torch.no_grad():
+        out[name] = (sae.encode(x), sae(x))
+torch.save(out, sys.argv[4])
+"""
+
+
+@pytest.fixture(scope="module")
+def cache(world_cache: Path, quick_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The cache of tiny worlds, as the environment names it."""
+    folder = tmp_path_factory.mktemp("cache")
+    (folder / "tiny").symlink_to(world_cache)
+    before = os.environ.get("HUBSAE_CACHE")
+    os.environ["HUBSAE_CACHE"] = str(folder)
+    yield folder
+    os.environ.pop("HUBSAE_CACHE") if before is None else os.environ.update(HUBSAE_CACHE=before)
+
+
+@pytest.fixture(scope="module")
+def run(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small grid search, run once."""
+    folder = tmp_path_factory.mktemp("grid") / "run"
+    prepare("grid_search", profile="tiny", overrides=SMALL, out=folder).execute()
+    return folder
+
+
+def test_both_profiles_are_valid_and_the_full_one_is_the_published_sweep() -> None:
+    recipe = find_recipe("grid_search")
+    full, tiny = (recipe.config(profile) for profile in ("full", "tiny"))
+    assert isinstance(full, GridConfig) and isinstance(tiny, GridConfig)
+    ids = [cell.id for cell in full.sweep.cells()]
+    told = read_table("grid_layer12.csv")
+    for row in told:
+        if row["k"]:
+            assert f"{row['architecture']}_exp{row['expansion']}x_k{row['k']}" in ids
+        elif row["threshold"]:
+            assert f"JumpReLU_exp{row['expansion']}x_t{row['threshold']}" in ids
+    assert sum(name.startswith(("TopK", "BatchTopK")) for name in ids) == 24
+    assert (full.train.epochs, full.train.batch_size, full.train.lr) == (10, 512, 1e-4)
+    assert len(tiny.sweep.cells()) >= 12
+    assert (recipe.folder / "published.csv").read_text() == (
+        Path(sys.modules["hubsae.evals.tables"].__file__ or "").parent / "published" / "grid_layer12.csv"
+    ).read_text()
+    assert set(read_yaml(recipe.folder / "full.yaml")) == set(read_yaml(recipe.folder / "tiny.yaml"))
+
+
+def test_a_small_run_ends_in_a_release_with_every_number(run: Path) -> None:
+    release = Release.open(run / "release")
+    assert sorted(release.ids) == sorted(IDS)
+    release.verify()
+    rows = {row.id: row for row in read_results(run / "measure" / "results_full.csv")}
+    assert sorted(rows) == sorted(IDS)
+    for name, row in rows.items():
+        for metric in ("mse", "nmse_pooled", "fvu", "l0", "dead_fraction", "delta_ce", "frac_recovered_mean", "kl"):
+            assert row.value(metric) is not None, (name, metric)
+            assert row.numbers[metric].n_tokens
+        for metric in ("mse", "fvu", "l0", "delta_ce", "frac_recovered_zero"):
+            number = row.numbers[metric]
+            assert number.low is not None and number.high is not None
+            assert number.low <= number.value <= number.high or number.low == pytest.approx(number.high)
+        record = release.metadata(name)
+        told = {(m.name, m.scope): m.value for m in record.metrics}
+        assert told["fvu", "all"] == row.value("fvu")
+        assert told["fvu", "no_position_0"] == row.value("fvu@no_position_0")
+        assert record.hook.module_path == "model.layers.1" and record.training.split is not None
+        assert (release.folder(name) / "sparsity.safetensors").is_file()
+        if name.startswith("BatchTopK"):
+            assert record.config.threshold is not None
+    assert {p.name for p in release.results} == {
+        "results.csv", "results_full.csv", "comparisons.csv", "recovered.csv"
+    }  # fmt: skip
+    assert len(release.plots) >= 6
+    assert "**Findings**" in (release.manifest.description or "")
+
+
+def test_numbers_of_the_release_are_those_of_the_saes(run: Path, quick_world: TinyWorld) -> None:
+    """A metric of the table, computed once more by hand from the packaged SAE."""
+    from hubsae.activations import ActivationDataset
+
+    held = ActivationDataset.open(run / "harvest", "layers.1", "validation")
+    x = held.read_all().float()
+    rows = {row.id: row for row in read_results(run / "measure" / "results_full.csv")}
+    for name, sae in ((name, Release.open(run / "release").load(name)) for name in IDS):
+        error = (x - sae(x)).double().square()
+        assert rows[name].value("mse") == pytest.approx(float(error.mean()), rel=1e-4)
+        z = sae.encode(x)
+        assert rows[name].value("l0") == pytest.approx(float((z != 0).double().sum(1).mean()), rel=1e-4)
+        dead = float((z == 0).all(0).double().mean())
+        assert rows[name].value("dead_fraction") == pytest.approx(dead, abs=1e-9)
+    assert rows[IDS[0]].numbers["mse"].n_tokens == len(held)
+
+
+def test_held_out_prompts_are_whole_and_unseen(run: Path) -> None:
+    from hubsae.activations import ActivationDataset
+
+    parts = [ActivationDataset.open(run / "harvest", "layers.1", s).columns(["sample_id"])["sample_id"]
+             for s in ("train", "validation")]  # fmt: skip
+    train, held = (set(part.tolist()) for part in parts)
+    assert not train & held and len(held) > 50
+
+
+def test_known_features_come_out_more_often_with_more_latents(run: Path) -> None:
+    with (run / "synthetic" / "recovered.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    for kind in ("TopK", "BatchTopK", "JumpReLU-STE"):
+        mine = [r for r in rows if r["id"].partition("_")[0] == kind]
+        fractions = [float(r["fraction"]) for r in sorted(mine, key=lambda r: int(r["d_sae"]))]
+        assert len(fractions) == 3 and fractions == sorted(set(fractions)), (kind, fractions)
+        assert fractions[-1] > 0.8
+        assert all(float(r["fraction"]) <= float(r["at_most"]) for r in mine)
+
+
+def test_nothing_runs_twice_and_a_new_cell_runs_only_what_follows(run: Path) -> None:
+    prepared = prepare("grid_search", profile="tiny", overrides=SMALL, out=run)
+    assert [o.ran for o in prepared.execute()] == [False] * 7
+    states = prepare("grid_search", profile="tiny", overrides=[*SMALL, "sweep.ks=[4, 8]"], out=run)
+    changed = {name for name, state in states.run.states(states.steps).items() if state.state == "changed"}
+    assert changed == {"train", "measure", "analysis", "release", "report"}
+
+
+def test_the_report_puts_the_published_grid_and_its_claims_beside_ours(run: Path) -> None:
+    text = (run / "report" / "report.md").read_text()
+    assert "TopK is ahead in 10 of 12 matched cells" in text and "contradicted" in text
+    assert "BatchTopK_exp4x_k4" in text and "| TopK | 16 | 220 |" in text
+    for line in text.splitlines():
+        if line.startswith("!["):
+            assert (run / "report" / line.partition("](")[2].rstrip(")")).is_file(), line
+
+
+def _push_and_check(release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, d: int) -> None:
+    """Push to a hub of this machine and load every SAE with stock SAELens, hubsae out of reach."""
+    from hubsae import HubSAE, push
+
+    pytest.importorskip("sae_lens")
+    with running(root=tmp_path / "hub") as hub:
+        env = hub.env(tmp_path / "home")
+        for name in ("HF_ENDPOINT", "HF_TOKEN", "HF_HOME", "HF_HUB_CACHE"):
+            monkeypatch.setenv(name, env[name])
+        repo = f"{hub.user}/grid"
+        done = push(release, repo, bar=False)
+        assert done.committed
+        ids = Release.open(release).ids
+        x = torch.randn(64, d, generator=torch.Generator().manual_seed(1))
+        torch.save(x, tmp_path / "x.pt")
+        script = [sys.executable, "-c", SAELENS, repo, json.dumps(ids), str(tmp_path / "x.pt")]
+        ran = subprocess.run(
+            [*script, str(tmp_path / "out.pt")], env={**os.environ, **env}, capture_output=True, text=True, timeout=600
+        )
+        assert ran.returncode == 0, ran.stderr[-2000:]
+        theirs = torch.load(tmp_path / "out.pt")
+        assert list(theirs) == ids
+        for name, (z, x_hat) in theirs.items():
+            sae = HubSAE.from_pretrained(repo, name)
+            torch.testing.assert_close(sae(x), x_hat, rtol=1e-4, atol=1e-4)
+            assert ((sae.encode(x) != 0) == (z != 0)).all(-1).float().mean() > 0.98
+        page = HubSAE.from_pretrained(repo, ids[0]).metadata
+        assert page.metric("fvu", "all") is not None
+        from huggingface_hub import hf_hub_download
+
+        card = Path(hf_hub_download(repo, "README.md", endpoint=hub.url)).read_text()
+        assert "**Findings**" in card and ids[0] in card and "pareto_l0_fvu.png" in card
+
+
+def test_the_release_is_pushed_and_every_sae_loads_in_stock_saelens(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_world: TinyWorld
+) -> None:
+    _push_and_check(run / "release", tmp_path, monkeypatch, quick_world.config.hidden)
+
+
+def test_under_torchrun_the_cells_spread_over_ranks(run: Path, cache: Path, tmp_path: Path) -> None:
+    out = tmp_path / "spread"
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--no-python",
+        sys.executable, "-m", "hubsae.cli.main", "recipe", "run", "grid_search", *SMALL, "--out", str(out), "--json",
+    ]  # fmt: skip
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HUBSAE_CACHE": str(cache)}
+    ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    plans = [json.loads((out / "train" / f"plan-{rank}-of-2.json").read_text()) for rank in (0, 1)]
+    cells = [sorted(name for group in plan for name in group) for plan in plans]
+    assert all(cells) and sorted(cells[0] + cells[1]) == sorted(IDS)
+    alone, spread = Release.open(run / "release"), Release.open(out / "release")
+    assert sorted(spread.ids) == sorted(alone.ids)
+    for name in IDS:
+        for key, tensor in alone.load(name).tensors().items():
+            torch.testing.assert_close(spread.load(name).tensors()[key], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_tiny_profile_ends_in_a_pushed_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    prepare("grid_search", profile="tiny", out=run).execute()
+    assert len(Release.open(run / "release").ids) >= 12
+    _push_and_check(run / "release", tmp_path, monkeypatch, 64)
