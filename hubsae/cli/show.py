@@ -78,7 +78,10 @@ def _print(found: Description, all_tensors: bool) -> None:
     from hubsae.cli._common import err, out, print_table
 
     console = out()
-    console.print(f"[bold]{escape(found.path)}[/]: {found.kind}" + (f", {found.format}" if found.format else ""))
+    console.print(
+        f"[bold]{escape(found.path)}[/]: {found.kind}"
+        + (f", {found.format}" if found.format not in (None, found.kind) else "")
+    )
     for reading in found.readings:
         console.print(f"  reads as {escape(reading)}")
     if found.config:

@@ -15,7 +15,7 @@ from hubsae.core.sae import HubSAE
 from hubsae.formats import tensors as io
 from hubsae.formats.base import Probe
 from hubsae.formats.manifest import MANIFEST_NAME, Manifest
-from hubsae.formats.registry import _detect, _readable, read
+from hubsae.formats.registry import _detect, _readable, probe_of, read
 from hubsae.formats.release import Release
 from hubsae.formats.saelens import fidelity
 
@@ -64,7 +64,7 @@ def describe(path: str | Path, format: str | None = None, **overrides: Any) -> D
     ['base model', 'hook point']
     """
     path = Path(path)
-    probe = Probe(path)
+    probe = probe_of(path)
     if probe.is_dir and Manifest.is_manifest(probe.json(MANIFEST_NAME)) and format is None:
         return _release(path)
     readings = _detect(probe)

@@ -51,6 +51,9 @@ FORMATS: dict[str, Format] = {
     )
 }
 
+# Files that mean nothing without the others of their folder.
+PART_OF_FOLDER = ("sae_weights.safetensors", "sae.safetensors", "cfg.json", "metadata.json", "ae.pt")
+
 # Names under which optional formats are written beside an SAE's own files.
 BESIDE = {"sparsify": ".", "onnx": "model.onnx", "pt": "model.pt", "raw": "raw"}
 
@@ -72,7 +75,17 @@ def detect(path: str | os.PathLike[str]) -> list[Reading]:
 
     A reading that another one covers (a hubsae folder is also a SAELens folder) is left out.
     """
-    return _detect(Probe(Path(path)))
+    return _detect(probe_of(path))
+
+
+def probe_of(path: str | os.PathLike[str]) -> Probe:
+    """A look at a path; the weights or config file of a folder format stands for its folder."""
+    file = Path(path)
+    if file.name in PART_OF_FOLDER and file.is_file():
+        folder = Probe(file.parent)
+        if _detect(folder):
+            return folder
+    return Probe(file)
 
 
 def _detect(probe: Probe) -> list[Reading]:
@@ -83,7 +96,7 @@ def _detect(probe: Probe) -> list[Reading]:
 
 def choose(path: str | os.PathLike[str], format: str | None = None) -> Format:
     """The one format a path is read with; more than one or none is an error that says how to go on."""
-    return _choose(Probe(Path(path)), format)
+    return _choose(probe_of(path), format)
 
 
 def _choose(probe: Probe, format: str | None) -> Format:
@@ -163,7 +176,7 @@ def read(
     ...     read(d).config.k
     2
     """
-    probe = Probe(Path(path))
+    probe = probe_of(path)
     choices = Overrides.of(overrides)
     chosen = _choose(probe, format)
     if chosen.name == "native" and not choices.named():

@@ -35,5 +35,6 @@ def estimate_threshold(sae: HubSAE, activations: Tensor, *, batch_size: int = 40
     mean = torch.stack(cuts).double().mean().float()
     threshold = float(torch.nextafter(mean, torch.tensor(0.0))) if float(mean) > 0 else 0.0
     config = sae.config.model_copy(update={"threshold": threshold})
-    metadata = sae.metadata.model_copy(update={"config": config})
+    metadata = sae.metadata.model_copy(update={"config": config}, deep=True)
+    setattr(metadata.training, "threshold_source", f"estimated on {len(cuts) * batches[0].shape[0]} tokens")  # noqa: B010
     return HubSAE(config, sae.tensors(), metadata=metadata, normalizer=sae.normalizer, sparsity=sae.sparsity)

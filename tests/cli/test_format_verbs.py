@@ -52,7 +52,7 @@ def test_package_show_and_convert(files, tmp_path):
 def test_show_says_what_is_not_known(files):
     found = json.loads(run("show", files / "sae_base_layer3.pt", "--json"))
     assert found["config"]["k"] == 4 and found["unknown"] == ["base model", "hook point"]
-    torch.save({n: t for n, t in HubSAE.random(CONFIG).tensors().items()}, files / "bare.pt")
+    torch.save(HubSAE.random(CONFIG).tensors(), files / "bare.pt")
     text = run("show", files / "bare.pt")
     assert "W_enc" in text and "how latents are selected" in text
     assert "topk(k=7)" in run(
@@ -60,3 +60,9 @@ def test_show_says_what_is_not_known(files):
     )
     assert "nothing at that path" in run("show", files / "no-such-file.pt", code=1)
     run("show", files / "bare.pt", "-s", "k", code=2)
+
+
+def test_formats_are_listed():
+    rows = {row["name"]: row for row in json.loads(run("formats", "--json"))}
+    assert rows["onnx"]["write"] and not rows["onnx"]["read"] and rows["rl_chain"]["read"]
+    assert "sae_weights.safetensors" in run("formats")

@@ -156,3 +156,13 @@ def test_only_some_latents_of_a_wide_sae(rand, x, tmp_path):
         read(tmp_path / "s", features=[D_SAE])
     half = read(tmp_path / "s", dtype="bfloat16")
     assert half.dtype == torch.bfloat16 and half.config.dtype == "bfloat16"
+
+
+def test_the_weights_file_of_a_folder_stands_for_the_folder(rand, tmp_path):
+    sae = make({"architecture": "topk", "k": K}, rand)
+    folder = write(sae, tmp_path / "s")
+    for name in ("sae_weights.safetensors", "cfg.json", "metadata.json"):
+        assert read(folder / name).config == sae.config
+    assert [r.format for r in detect(write(sae, tmp_path / "d", "dictionary_learning") / "ae.pt")] == [
+        "dictionary_learning"
+    ]

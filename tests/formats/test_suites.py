@@ -114,7 +114,8 @@ def test_llamascopium_folder(act_fn, norm_activation, include_norm, rand, x, sam
         t["activation_function.log_jumprelu_threshold"] = rand(D_SAE, scale=0.3)
     hook = "blocks.9.hook_resid_post"
     config = {"sae_type": "sae", "hook_point_in": hook, "hook_point_out": hook, "d_model": D_IN,
-              "expansion_factor": 4.0, "act_fn": act_fn, "norm_activation": norm_activation, "sparsity_include_decoder_norm": include_norm,
+              "expansion_factor": 4.0, "act_fn": act_fn, "norm_activation": norm_activation,
+              "sparsity_include_decoder_norm": include_norm,
               "top_k": K, "use_decoder_bias": True}  # fmt: skip
     save_file(t | {f"dataset_average_activation_norm.{hook}": torch.tensor(11.5)}, tmp_path / "sae_weights.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -150,7 +151,8 @@ def test_llama_scope_first_release_reads_as_in_saelens(rand, x, same, tmp_path):
     W_E, W_D = rand(D_SAE, D_IN, scale=0.3), rand(D_IN, D_SAE, scale=0.3)
     hyper = {"d_model": D_IN, "d_sae": D_SAE, "hook_point_in": "blocks.19.hook_resid_post", "act_fn": "jumprelu",
              "hook_point_out": "blocks.19.hook_resid_post", "jump_relu_threshold": 0.52,
-             "norm_activation": "dataset-wise", "dataset_average_activation_norm": {"in": 17.125, "out": 17.125}, "top_k": 50,
+             "norm_activation": "dataset-wise", "top_k": 50,
+             "dataset_average_activation_norm": {"in": 17.125, "out": 17.125},
              "sparsity_include_decoder_norm": True, "use_decoder_bias": True}  # fmt: skip
     folder = tmp_path / "Llama3_1-8B-Base-L19R-8x"
     (folder / "checkpoints").mkdir(parents=True)

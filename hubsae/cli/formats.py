@@ -1,0 +1,32 @@
+"""`hubsae formats`: every on-disk format, and whether it is read and written."""
+
+from __future__ import annotations
+
+from hubsae.cli._common import JsonOption
+
+PANEL = "Publish and load"
+
+
+def command(as_json: JsonOption = False) -> None:
+    """List the formats hubsae reads and writes, by the names that --format and --to take."""
+    from hubsae.cli._common import print_json, print_table
+    from hubsae.formats import FORMATS
+
+    rows = [
+        {"name": f.name, "what": f.title, "read": f.read is not None, "write": f.write is not None, "files": f.layout}
+        for f in FORMATS.values()
+    ]
+    if as_json:
+        print_json(rows)
+        return
+    shown = [
+        [
+            row["name"],
+            row["what"],
+            "yes" if row["read"] else "",
+            "yes" if row["write"] else "",
+            row["files"].replace("`", ""),
+        ]
+        for row in rows
+    ]
+    print_table("", ["name", "what", "read", "write", "files"], shown)
