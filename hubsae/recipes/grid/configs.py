@@ -91,6 +91,7 @@ def train_configs(
                 l0=jump.coefficient,
                 l0_target=cell.l0_target,
                 bandwidth=jump.bandwidth * start,
+                threshold_lr=jump.lr,
                 warmup_steps=int(jump.warmup * steps),
             )
             mine |= {"architecture": "jumprelu", "sparsity": sparsity}

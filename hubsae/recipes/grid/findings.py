@@ -186,14 +186,17 @@ def _first_position(analysis: Analysis) -> Finding | None:
     ratios = [b / a for a, b in nmse if a and b]
     if not known or not ratios:
         return None
+    with_, without = _range([a for a, _, _ in known]), _range([b for _, b, _ in known])
+    if max(ratios) < 1.2 and min(ratios) > 1 / 1.2:
+        last = "pooled NMSE hardly changes either: this model has no massive activation there."
+    else:
+        last = (
+            f"pooled NMSE changes by a factor of {min(ratios):.2g} to {max(ratios):.2g}: it divides by the variance of "
+            "all elements, which a few massive coordinates at the first position can fill."
+        )
     return Finding(
         "The first position.",
-        [
-            f"Without the first token of each text, FVU goes from {_range([a for a, _, _ in known])} to "
-            f"{_range([b for _, b, _ in known])}, and pooled NMSE changes by a factor of {min(ratios):.2g} to "
-            f"{max(ratios):.2g}: NMSE divides by the variance of all elements, which a few massive coordinates at "
-            "the first position can fill."
-        ],
+        [f"FVU is {with_} with the first token of each text and {without} without it; {last}"],
     )
 
 

@@ -95,7 +95,8 @@ def differences(path: str | Path, comparisons: Sequence[Comparison], title: str,
     axes.set_yticks(range(len(comparisons)), [c.a for c in reversed(comparisons)], fontsize=7)
     axes.set_ylim(-0.7, len(comparisons) - 0.3)
     axes.set_xlabel(label)
-    axes.set_title(title, fontsize=10)
+    axes.set_title(title.replace(" at the ", "\nat the "), fontsize=10)
+    axes.margins(x=0.08)
     axes.grid(axis="y", visible=False)
     colors = (("#009E73", "first is better"), ("#D55E00", "second is better"), ("#7F7F7F", "not decided"))
     handles = [_handle(color, "o", text) for color, text in colors]
@@ -134,9 +135,13 @@ def beside_published(path: str | Path, rows: Sequence[GridRow], published: Seque
                 panel.set_xlabel("L0", fontsize=8)
             if column == 0:
                 panel.set_ylabel(name, fontsize=8)
-            kinds = [k for k in KINDS if any(p[0] == k for p in points)]
-            if row == 0:
-                _legend(panel, kinds, expansions)
+    kinds = [k for k in KINDS if any(p[0] == k for p in (*theirs, *ours))]
+    handles = [_handle(COLORS[kind], "", LABELS[kind]) for kind in kinds]
+    handles += [
+        _handle("black", MARKERS[i], place, line=False)
+        for i, place in enumerate(("narrowest of its grid", "second", "third"))
+    ]
+    figure.legend(handles=handles, fontsize=7, frameon=False, loc="outside lower center", ncols=4)
     return _save(figure, path)
 
 
@@ -200,18 +205,17 @@ def _log_x(axes: Any, values: Sequence[float]) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _handle(color: str, marker: str, text: str) -> Any:
+def _handle(color: str, marker: str, text: str, *, line: bool = True) -> Any:
     from matplotlib.lines import Line2D
 
-    return Line2D([], [], color=color, marker=marker, markersize=5, linewidth=0.9, label=text)
+    style = "-" if line else "none"
+    return Line2D([], [], color=color, marker=marker, markersize=5, linewidth=0.9, linestyle=style, label=text)
 
 
 def _legend(axes: Any, kinds: Sequence[str], expansions: Sequence[float]) -> None:
     """Colours are kinds, markers are expansions."""
     handles = [_handle(COLORS[kind], "", LABELS[kind]) for kind in kinds]
-    handles += [_handle("black", MARKERS[i % len(MARKERS)], f"{e:g}x") for i, e in enumerate(expansions)]
-    for handle in handles[len(kinds) :]:
-        handle.set_linestyle("none")
+    handles += [_handle("black", MARKERS[i % len(MARKERS)], f"{e:g}x", line=False) for i, e in enumerate(expansions)]
     axes.legend(handles=handles, fontsize=7, frameon=False)
 
 

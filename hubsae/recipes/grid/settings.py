@@ -75,11 +75,17 @@ class SweepSettings(RecipeConfig):
 
 
 class JumpReLUSettings(RecipeConfig):
-    """How thresholds are trained; all in the space the SAE is trained in."""
+    """How thresholds are trained. The first one is where random directions have the L0 that is asked for.
+
+    Measured on the tiny world (8x, target 16): thresholds that learn no faster than the weights stop at an L0 of 6.7;
+    at ten times the rate it is 15.9 and the error half.
+    """
 
     coefficient: float = Field(1.0, gt=0, description="Of (L0 / target - 1)².")
-    bandwidth: float = Field(0.1, gt=0, description="Width of the straight-through estimator.")
-    start: float = Field(0.1, gt=0, description="First threshold of every latent.")
+    bandwidth: float = Field(
+        0.5, gt=0, description="Width of the straight-through estimator, as a share of the first threshold."
+    )
+    lr: float = Field(10.0, gt=0, description="Learning rate of the log thresholds, as a multiple of train.lr.")
     warmup: float = Field(0.2, ge=0, lt=1, description="Share of the steps over which the coefficient rises.")
 
 

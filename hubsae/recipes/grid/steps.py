@@ -35,6 +35,10 @@ from hubsae.recipes.report import Report
 from hubsae.recipes.steps import StepContext
 
 RECORDS = "metrics.json"
+NOT_RECOVERED = (
+    "`Frac Rec %` in `results_full.csv` is the loss of the model over the loss with the SAE, as in the published tables; "
+    "it is no fraction of anything recovered. `frac_recovered_mean` and `frac_recovered_zero` are."
+)
 
 
 def harvest_layer(ctx: StepContext, config: GridConfig) -> dict[str, Any]:
@@ -173,7 +177,11 @@ def analyse_grid(ctx: StepContext, config: GridConfig) -> dict[str, Any]:
     write_csv_atomic(ctx.folder / "comparisons.csv", found.comparison_rows())
     write_csv_atomic(
         ctx.folder / "front.csv",
-        [{"metric": m, "id": r.id, "l0": r.value("l0"), m: r.value(m)} for m, best in found.fronts.items() for r in best],
+        [
+            {"metric": m, "id": r.id, "l0": r.value("l0"), m: r.value(m)}
+            for m, best in found.fronts.items()
+            for r in best
+        ],
     )
     drawn = _draw(ctx.folder / "plots", found, result["held_out_tokens"], truth["features"])
     return {"plots": [path.name for path in drawn], "findings": text}
@@ -194,12 +202,9 @@ def package(ctx: StepContext, config: GridConfig) -> dict[str, Any]:
         base_model=about["model"],
         license=config.release.license,
         datasets=[public] if public else [],
-        title=f"SAE grid search: {about['model']}, layer {config.data.layer}",
-        description=_intro(config, about, ctx.result("measure")) + "\n\n**Findings**\n\n" + findings,
-        limitations=[
-            "`Frac Rec %` in results_full.csv is loss of the model / loss with the SAE, as in the published tables; "
-            "it is no fraction of anything recovered. `frac_recovered_mean` and `frac_recovered_zero` are."
-        ],
+        description="\n\n".join(
+            [_intro(config, about, ctx.result("measure")), "**Findings**", findings, NOT_RECOVERED]
+        ),
     )
     rows = read_results(measured / "results_full.csv")
     for number, row in enumerate(rows):
@@ -232,7 +237,8 @@ def write_report(ctx: StepContext, config: GridConfig) -> dict[str, Any]:
         "results",
         [{"id": row.id} | compact_row(row) for row in rows],
     )
-    report.table("Everything, with intervals", "results_full", [full_row(row) for row in rows], columns=["id"], most=0)
+    write_csv_atomic(ctx.folder / "results_full.csv", [full_row(row) for row in rows])
+    report.text("All metrics, each with its interval and the tokens it rests on: `results_full.csv`.")
     for name in ctx.result("analysis")["plots"]:
         path = Path(os.path.relpath(ctx.path("analysis") / "plots" / name, ctx.folder))
         report.figure(name.rsplit(".", 1)[0].replace("_", " "), path)

@@ -190,10 +190,11 @@ def _train_group(
     finish: Callable[[HubSAE], HubSAE] | None,
 ) -> None:
     """Train cells in one pass; in two where memory does not do for one."""
-    if all(_outcome_path(root, config.name).is_file() for config in configs):
-        return
     digest = hashlib.sha256("\n".join(config.name for config in configs).encode()).hexdigest()[:12]
     folder = root / "groups" / f"{len(configs):03d}-{digest}"
+    if all(_outcome_path(root, config.name).is_file() for config in configs):
+        shutil.rmtree(folder, ignore_errors=True)  # where a kill came between the last cell and this
+        return
     try:
         results = train_many(configs, activations, out=folder, device=device, quiet=True)
     except (RuntimeError, MemoryError) as error:
