@@ -127,6 +127,6 @@ def test_full_size_with_outlier_dimensions(subtract):
     sae = HubSAE(SAEConfig(architecture="topk", d_in=d, d_sae=wide, k=k, apply_b_dec_to_input=flag), tensors)
     found = sae.encode(x)
     kept = ((found != 0) == (codes != 0)).all(-1)
-    assert float(kept.double().mean()) >= (0.9997 if subtract else 0.9990)
-    assert float((found.double() - codes)[kept].abs().max()) <= (6e-6 if subtract else 6e-5)
+    assert float(kept.double().mean()) >= (0.9997 if subtract else 0.998)
+    assert float((found.double() - codes)[kept].abs().max()) <= (1e-5 if subtract else 8e-5)
     assert float((sae(x).double() - rebuilt)[kept].norm() / rebuilt[kept].norm()) <= 6e-7
