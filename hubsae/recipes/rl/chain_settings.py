@@ -139,6 +139,9 @@ class ChainConfig(RecipeConfig):
     threads: int | None = None
     """torch threads; 1 for tiny models, where more only cost."""
     device: str = "auto"
+    matmul: Literal["auto", "torch"] = "auto"
+    """Which product the trainer's encoder uses on a CPU: `auto` decides by a short trial, so two processes may decide
+    differently and then differ in the last bits; with `torch` a run that was killed ends equal to one that was not."""
     base_stage: str = "instruct_base"
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -42,7 +43,7 @@ def calmly(step: Callable[[Any, StepContext], Any]) -> Callable[[Any, StepContex
 
     @wraps(step)
     def run(self: Any, ctx: StepContext) -> Any:
-        with threads(self.config.threads), quiet():
+        with threads(self.config.threads), matmul(self.config.matmul), quiet():
             return step(self, ctx)
 
     return run
@@ -58,6 +59,19 @@ def threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def matmul(choice: str) -> Iterator[None]:
+    """Fix which product the trainer uses; `auto`, or a choice of the user's own in the environment, is left alone."""
+    if choice == "auto" or "HUBSAE_LINEAR" in os.environ:
+        yield
+        return
+    os.environ["HUBSAE_LINEAR"] = choice
+    try:
+        yield
+    finally:
+        del os.environ["HUBSAE_LINEAR"]
 
 
 def pick_device(name: str) -> str:
