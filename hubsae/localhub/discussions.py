@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import secrets
 import time
+from itertools import islice
 from typing import Any
 
 from .errors import HubError, bad_request
 from .files import read_json
-from .history import merge_base, merge_trees, unified_diff
+from .history import log, merge_base, merge_trees, unified_diff
 from .repos import Repo, iso
 
 
@@ -147,15 +148,24 @@ class Board:
         tree, conflicts = self._merge(ours, theirs)
         if conflicts:
             raise HubError(409, f"This pull request has conflicts in {', '.join(conflicts[:10])}")
-        base = merge_base(git, ours, theirs)
-        steps = list(_since(self.repo, theirs, base))
+        title = f"{item['title']} (#{item['num']})"
+        if tree == git.commit(ours).tree and (done := self._merged_before(ours, title)) is not None:
+            return self._close_merged(item, author, done)  # the server died between the commit and this record
+        steps = _since(self.repo, theirs, merge_base(git, ours, theirs))
         authors = sorted({c.author for c in steps} - {author})
-        lines = [f"{item['title']} (#{item['num']})", "", *(f"- {c.title} ({c.sha})" for c in steps)]
+        lines = [title, "", *(f"- {c.title} ({c.sha})" for c in steps)]
         lines += ["", *(f"Co-authored-by: {a} <{a}@users.noreply.local-hub>" for a in authors)] if authors else []
         sha = git.write_commit(tree, [ours], author, "\n".join(lines).rstrip())
         git.set_ref(f"refs/heads/{item['base']}", sha)
         if comment:
             add_event(item, author, "comment", _comment(comment, author))
+        return self._close_merged(item, author, sha)
+
+    def _merged_before(self, head: str, title: str) -> str | None:
+        """The commit of an earlier merge with this title, among the newest of the branch."""
+        return next((c.sha for c in islice(log(self.repo.git, head), 100) if c.title == title), None)
+
+    def _close_merged(self, item: dict[str, Any], author: str, sha: str) -> dict[str, Any]:
         event = add_event(item, author, "status-change", {"status": "merged"})
         item["status"] = "merged"
         item["merge_commit"] = sha

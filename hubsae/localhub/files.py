@@ -15,6 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from .errors import HubError
+
+_GONE = "The repository was moved or deleted meanwhile; try again"
+
 
 class Disk:
     """The hub's way to its disk: temporary names, atomic replace, and fsync where the settings ask for it."""
@@ -49,10 +53,28 @@ class Disk:
         try:
             os.replace(temp, target)
         except FileNotFoundError:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(temp, target)
+            self._make_parents(target.parent)
+            try:
+                os.replace(temp, target)
+            except FileNotFoundError:
+                raise HubError(404, _GONE, code="RepoNotFound") from None
         if self.fsync:
             sync_folder(target.parent)
+
+    def _make_parents(self, folder: Path) -> None:
+        """The folders above a new file. A repo's own folder is never made here: if it is gone, the repo was moved or
+        deleted while this request was at work, and must not come back as an empty shell."""
+        parts = folder.relative_to(self.root).parts
+        if len(parts) < 3 or not parts[2].endswith(".git"):
+            folder.mkdir(parents=True, exist_ok=True)
+            return
+        here = self.root.joinpath(*parts[:3])
+        for name in parts[3:]:
+            here = here / name
+            try:
+                here.mkdir(exist_ok=True)
+            except FileNotFoundError:
+                raise HubError(404, _GONE, code="RepoNotFound") from None
 
     def write(self, target: Path, data: bytes) -> None:
         """Write a whole file atomically."""

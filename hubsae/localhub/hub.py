@@ -57,7 +57,8 @@ class Hub:
         return known
 
     def close(self) -> None:
-        """Let another process have the folder."""
+        """Write what is only in memory and let another process have the folder."""
+        self.registry.flush()
         self._lock.close()
 
 

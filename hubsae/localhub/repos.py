@@ -49,6 +49,7 @@ class Repo:
         self.lfs = LfsStore(path, disk, cas)
         self._blobs: OrderedDict[str, BlobInfo] = OrderedDict()
         self._card: tuple[str, dict[str, Any], str] | None = None
+        self._unsaved = 0.0  # when the first count was made that is not on disk yet
 
     @property
     def owner(self) -> str:
@@ -71,9 +72,29 @@ class Repo:
         """Where the repo's page is, without a leading slash."""
         return self.id if self.kind == "models" else f"{self.kind}/{self.id}"
 
+    def relocate(self, repo_id: str, path: Path) -> None:
+        """Follow a rename; requests that hold this repo go on under the new name."""
+        self.id, self.path = repo_id, path
+        self.git.path = self.lfs.repo_path = path
+
     def save(self) -> None:
         """Write the settings."""
+        self._unsaved = 0.0
         self.disk.write_json(self.path / "hub" / "repo.json", self.meta)
+
+    def count_download(self) -> None:
+        """One more download. Counts are written at most every few seconds; a crash may lose the last of them."""
+        with self.lock:
+            self.meta["downloads"] = self.meta.get("downloads", 0) + 1
+            self._unsaved = self._unsaved or time.monotonic()
+            if time.monotonic() - self._unsaved > 3:
+                self.save()
+
+    def flush(self) -> None:
+        """Write counts that are only in memory."""
+        with self.lock:
+            if self._unsaved:
+                self.save()
 
     def head(self) -> str:
         """The newest commit of main."""
@@ -177,13 +198,22 @@ class Registry:
             repos = [r for (k, _), r in self._by_name.items() if k == kind]
         return [r for r in repos if self.may_see(r, caller)]
 
+    def flush(self) -> None:
+        """Write everything that is only in memory."""
+        for repo in list(self._by_uid.values()):
+            repo.flush()
+
     # -- rights -------------------------------------------------------------------------------------------
 
     def may_see(self, repo: Repo, caller: Caller) -> bool:
         return not repo.private or self.accounts.may_read_all(caller, repo.owner)
 
     def may_write(self, repo: Repo, caller: Caller) -> bool:
-        return self.accounts.may_write(caller, repo.owner)
+        """Members with the role write or admin; a contributor for the repos they made."""
+        if self.accounts.may_write(caller, repo.owner):
+            return True
+        own = caller.role == "write" and repo.meta.get("creator") == caller.name
+        return own and self.accounts.role_in(caller, repo.owner) == "contributor"
 
     def require_write(self, repo: Repo, caller: Caller) -> None:
         """403 unless the caller may change the repo."""
@@ -266,9 +296,15 @@ class Registry:
                 self.disk.write_json(self.root / "moved.json", self._moved)
             return repo
 
+    def _require_here(self, repo: Repo) -> None:
+        """404 where another request deleted the repo while this one waited for the lock."""
+        if self._by_uid.get(repo.meta["uid"]) is not repo:
+            raise repo_not_found(True)
+
     def delete(self, repo: Repo) -> None:
         """Remove a repo and everything in it."""
         with self.lock, repo.lock:
+            self._require_here(repo)
             self._by_name.pop((repo.kind, repo.id.lower()), None)
             self._by_uid.pop(repo.meta["uid"], None)
             self.disk.remove_tree(repo.path)
@@ -276,6 +312,7 @@ class Registry:
     def move(self, repo: Repo, new_id: str) -> Repo:
         """Rename a repo; the old name keeps answering with a redirect."""
         with self.lock, repo.lock:
+            self._require_here(repo)
             taken = self._by_name.get((repo.kind, new_id.lower()))
             if taken is not None and taken is not repo:
                 raise HubError(409, f"A {repo.kind[:-1]} repository called {new_id} already exists")
@@ -287,9 +324,9 @@ class Registry:
             self.disk.write_json(self.root / "moved.json", self._moved)
             repo.path.rename(target)
             del self._by_name[repo.kind, old_id.lower()]
-            moved = Repo(repo.kind, new_id, target, repo.meta, self.disk, self.cas)
-            self._enter(moved)
-            return moved
+            repo.relocate(new_id, target)
+            self._enter(repo)
+            return repo
 
 
 class RepoExists(Exception):

@@ -91,6 +91,15 @@ class LocalHub:
             **more,
         }
 
+    @property
+    def xet(self) -> bool:
+        """Whether Xet is offered; may be set while the hub runs."""
+        return self.hub.xet
+
+    @xet.setter
+    def xet(self, offered: bool) -> None:
+        self.hub.xet = offered
+
     def git_path(self, repo_id: str, repo_type: str = "model") -> Path:
         """The bare git repo behind a repo id, for `git log` and `git fsck`."""
         from .auth import Caller

@@ -328,3 +328,74 @@ def test_bodies_over_the_limit_are_refused(local_hub_factory, raw_for):
     raw.create()
     assert raw("POST", "/api/validate-yaml", b"x" * 2000).status == 413
     assert raw.commit({"a": b"x" * 2000}).status == 413
+
+
+def test_many_writers_and_a_rename_lose_nothing(hub, raw, git):
+    """Four writers commit as fast as they can while the repo changes its name back and forth."""
+    import threading
+
+    raw.create()
+    done: list[str] = []
+    stop = threading.Event()
+
+    def write(number: int) -> None:
+        count = 0
+        while not stop.is_set():
+            count += 1
+            for name in ("x", "y"):
+                got = raw.commit({f"{number}/{count}.txt": b"x" * 2000}, f"models/local/{name}")
+                assert got.status in (200, 307, 404), got
+                if got.status == 200:
+                    done.append(f"{number}/{count}.txt")
+
+    writers = [threading.Thread(target=write, args=(n,)) for n in range(4)]
+    for writer in writers:
+        writer.start()
+    for _ in range(15):
+        assert (
+            raw("POST", "/api/repos/move", {"fromRepo": "local/x", "toRepo": "local/y", "type": "model"}).status == 200
+        )
+        assert (
+            raw("POST", "/api/repos/move", {"fromRepo": "local/y", "toRepo": "local/x", "type": "model"}).status == 200
+        )
+    stop.set()
+    for writer in writers:
+        writer.join()
+    assert done and set(done) <= set(git("ls-tree", "-r", "--name-only", "main").split())
+    assert git("fsck", "--strict", "--no-dangling").strip() == ""
+    assert [p.name for p in (hub.root / "models" / "local").iterdir()] == ["x.git"]
+
+
+def test_a_merge_whose_answer_was_lost_is_not_made_twice(hub, raw, git):
+    raw.create()
+    raw.commit({"a.txt": b"1"}, query="?create_pr=1", summary="Add a")
+    hub.inject_fault("/merge", drop="after", lost_status=504)
+    assert raw("POST", "/api/models/local/x/discussions/1/merge", {}).status == 504
+    # as if the server had died after the commit and before it noted the merge
+    note = hub.git_path("local/x") / "hub" / "discussions" / "1.json"
+    item = json.loads(note.read_text())
+    note.write_text(json.dumps({**item, "status": "open", "merge_commit": None}))
+    again = raw("POST", "/api/models/local/x/discussions/1/merge", {})
+    assert again.status == 200 and again.json["mergeCommitId"] == item["merge_commit"]
+    assert git("rev-list", "--count", "main").strip() == "2"
+
+
+def test_a_repo_is_deleted_once_and_completely(hub, raw):
+    import threading
+
+    raw.create()
+    raw.commit_lfs("w.bin", b"weights")
+    answers: list[int] = []
+    body = {"name": "x", "organization": "local", "type": "model"}
+    threads = [
+        threading.Thread(target=lambda: answers.append(raw("DELETE", "/api/repos/delete", body).status))
+        for _ in range(6)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(answers) == [200, 404, 404, 404, 404, 404]
+    assert not list((hub.root / "models" / "local").iterdir()) and not list((hub.root / "tmp").iterdir())
+    assert raw.create().status == 200
+    assert raw("GET", "/local/x/resolve/main/w.bin").headers["x-error-code"] == "EntryNotFound"

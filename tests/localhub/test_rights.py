@@ -169,3 +169,13 @@ def test_other_web_pages_cannot_change_anything(raw):
     raw.create()
     got = raw("DELETE", "/api/models/local/x/like", headers={"Sec-Fetch-Site": "cross-site"})
     assert got.status == 403
+
+
+def test_a_contributor_writes_only_what_they_made(local_hub_factory, raw_for):
+    raw = raw_for(
+        local_hub_factory(tokens={"local": "t", "eve": "e"}, orgs={"lab": {"local": "admin", "eve": "contributor"}})
+    )
+    raw.create("lab/x")
+    assert raw("POST", "/api/repos/create", {"name": "y", "organization": "lab"}, token="e").status == 200
+    assert raw.commit({"a": b"1"}, "models/lab/y", token="e").status == 200
+    assert raw.commit({"a": b"1"}, "models/lab/x", token="e").status == 403

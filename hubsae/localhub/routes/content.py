@@ -34,9 +34,7 @@ def _find(call: Call) -> tuple[Repo, str, str, Entry, BlobInfo]:
 
 def _count(call: Call, repo: Repo, path: str) -> None:
     if (repo.kind == "models" and path in QUERY_FILES) or (repo.kind == "datasets" and call.request.method == "GET"):
-        with repo.lock:
-            repo.meta["downloads"] = repo.meta.get("downloads", 0) + 1
-            repo.save()
+        repo.count_download()
 
 
 def _content_type(path: str) -> str:
