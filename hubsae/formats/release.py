@@ -140,6 +140,7 @@ class Release:
         folder = safe_join(self.path, id)
         metadata = sae.metadata.model_copy(update={"id": id, "config": sae.config})
         stored = HubSAE(sae.config, sae.tensors(), metadata=metadata, normalizer=sae.normalizer, sparsity=sae.sparsity)
+        _remove_beside(folder)
         native.write(stored, folder)
         write_also(stored, folder, also)
         entry = describe_sae(self.path, id, id, Metadata.load(folder))
@@ -195,6 +196,13 @@ class Release:
         from hubsae.hub.push import push
 
         return push(self.path, repo_id, **options)
+
+
+def _remove_beside(folder: Path) -> None:
+    """Other formats beside an SAE that is written anew would be those of the old one."""
+    for name in ("sae.safetensors", "model.onnx", "model.onnx.data", "model.pt"):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "raw", ignore_errors=True)
 
 
 def _hidden(path: str) -> bool:

@@ -218,8 +218,9 @@ def test_release_grows_and_is_refreshed(tmp_path):
         release.verify()
     release.refresh().verify()
     assert release.entry("a/layer1").metrics == {"mse": 0.25, "mse@no_position_0": 0.5}
-    release.add(sae, "a/layer1")
+    release.add(HubSAE.random(sae.config, seed=1), "a/layer1")
     assert release.ids == ["a/layer1", "a/layer2"]
+    assert not (release.folder("a/layer1") / "sae.safetensors").exists(), "weights of the old SAE must not stay behind"
     reopened = Release.open(tmp_path / "r")
     assert reopened.manifest == release.manifest
     with pytest.raises(FormatError, match="one with a manifest"):
