@@ -15,8 +15,8 @@ class ModelSettings(RecipeConfig):
 
     id: str = Field(description="Model on the Hub or a folder; `tiny` builds the tiny world.")
     revision: str | None = None
-    dtype: str | None = Field(None, description="Type the model runs in; default: as its checkpoint says.")
-    size: Literal["tiny", "quick"] = Field("tiny", description="Size of the tiny world.")
+    dtype: str | None = Field(default=None, description="Type the model runs in; default: as its checkpoint says.")
+    size: Literal["tiny", "quick"] = Field(default="tiny", description="Size of the tiny world.")
 
 
 class DataSettings(RecipeConfig):
@@ -28,10 +28,10 @@ class DataSettings(RecipeConfig):
         description="Question and answer in the chat template; otherwise the bare question, as published."
     )
     layer: int = Field(ge=0, description="0-based block whose output is read.")
-    prompts: int | None = Field(None, ge=2, description="Training prompts used; default: all.")
+    prompts: int | None = Field(default=None, ge=2, description="Training prompts used; default: all.")
     max_length: int | None = 512
-    validation_fraction: float = Field(0.1, gt=0, lt=1, description="Share of prompts kept from training.")
-    texts: int = Field(200, ge=2, description="Test texts on which the loss is measured.")
+    validation_fraction: float = Field(default=0.1, gt=0, lt=1, description="Share of prompts kept from training.")
+    texts: int = Field(default=200, ge=2, description="Test texts on which the loss is measured.")
 
 
 class SweepSettings(RecipeConfig):
@@ -40,8 +40,8 @@ class SweepSettings(RecipeConfig):
     kinds: tuple[Kind, ...] = ("topk", "batch_topk", "jumprelu_fixed", "jumprelu_trained")
     expansions: tuple[float, ...] = (4, 8, 16)
     ks: tuple[int, ...] = (32, 64, 128, 220)
-    thresholds: tuple[float, ...] = Field((), description="jumprelu_fixed: the thresholds, in raw activation space.")
-    l0_targets: tuple[float, ...] = Field((), description="jumprelu_trained: L0 to aim at; default: the ks.")
+    thresholds: tuple[float, ...] = Field(default=(), description="jumprelu_fixed: thresholds, in training space.")
+    l0_targets: tuple[float, ...] = Field(default=(), description="jumprelu_trained: L0 to aim at; default: the ks.")
     seeds: tuple[int, ...] = (0,)
 
     @model_validator(mode="after")
@@ -81,36 +81,37 @@ class JumpReLUSettings(RecipeConfig):
     at ten times the rate it is 15.9 and the error half.
     """
 
-    coefficient: float = Field(1.0, gt=0, description="Of (L0 / target - 1)².")
+    coefficient: float = Field(default=1.0, gt=0, description="Of (L0 / target - 1)².")
     bandwidth: float = Field(
-        0.5, gt=0, description="Width of the straight-through estimator, as a share of the first threshold."
+        default=0.5, gt=0, description="Width of the straight-through estimator, as a share of the first threshold."
     )
-    lr: float = Field(10.0, gt=0, description="Learning rate of the log thresholds, as a multiple of train.lr.")
-    warmup: float = Field(0.2, ge=0, lt=1, description="Share of the steps over which the coefficient rises.")
+    lr: float = Field(default=10.0, gt=0, description="Learning rate of the log thresholds, as a multiple of train.lr.")
+    warmup: float = Field(default=0.2, ge=0, lt=1, description="Share of the steps over which the coefficient rises.")
 
 
 class TrainSettings(RecipeConfig):
     """How every cell is trained: what they share, so that one pass over the data serves them all."""
 
-    epochs: float = Field(10, gt=0)
-    batch_size: int = Field(512, ge=1)
-    lr: float = Field(1e-4, gt=0)
-    floor: float = Field(0.0, ge=0, le=1, description="Last learning rate of the cosine, as a share of lr.")
+    epochs: float = Field(default=10, gt=0)
+    batch_size: int = Field(default=512, ge=1)
+    lr: float = Field(default=1e-4, gt=0)
+    floor: float = Field(default=0.0, ge=0, le=1, description="Last learning rate of the cosine, as a share of lr.")
     normalize: Literal["none", "mean_std", "center_scalar", "scalar"] = Field(
-        "none", description="Input space; folded into the published weights. Thresholds and bandwidth live in it."
+        default="none",
+        description="Training space; folded into the published weights. Thresholds are in it.",
     )
     init: Literal["tied", "torch"] = Field(
-        "tied", description="tied: encoder := decoder's transpose; torch: nn.Linear."
+        default="tied", description="tied: encoder := decoder's transpose; torch: nn.Linear."
     )
-    aux: float | None = Field(None, gt=0, description="AuxK coefficient (1/32 is usual); none as published.")
-    dead_tokens: int = Field(100_000, ge=1, description="Tokens without firing after which AuxK takes a latent up.")
+    aux: float | None = Field(default=None, gt=0, description="AuxK coefficient (1/32 is usual); none as published.")
+    dead_tokens: int = Field(default=100_000, ge=1, description="AuxK takes up latents silent for this many tokens.")
     jumprelu: JumpReLUSettings = JumpReLUSettings()
-    checkpoints: int = Field(10, ge=1, description="How many states a group leaves over its run, to resume from.")
+    checkpoints: int = Field(default=10, ge=1, description="States a group leaves over its run, to resume from.")
     memory_gb: float | None = Field(
-        None, gt=0, description="Cells trained together may take this much; default: most of what is free."
+        default=None, gt=0, description="Cells trained together may take this much; default: most of what is free."
     )
     calibration_tokens: int = Field(
-        65_536, ge=1, description="Training tokens the BatchTopK thresholds are taken from."
+        default=65_536, ge=1, description="Training tokens the BatchTopK thresholds are taken from."
     )
 
 
@@ -150,7 +151,7 @@ class GridConfig(RecipeConfig):
     'TopK_exp2x_k4'
     """
 
-    seed: int = Field(0, description="Order of the data, split, and the first of the sweep's seeds is added to it.")
+    seed: int = Field(default=0, description="Order and split of the data; added to each cell's own seed.")
     model: ModelSettings
     data: DataSettings
     sweep: SweepSettings

@@ -36,8 +36,8 @@ from hubsae.recipes.steps import StepContext
 
 RECORDS = "metrics.json"
 NOT_RECOVERED = (
-    "`Frac Rec %` in `results_full.csv` is the loss of the model over the loss with the SAE, as in the published tables; "
-    "it is no fraction of anything recovered. `frac_recovered_mean` and `frac_recovered_zero` are."
+    "`Frac Rec %` in `results_full.csv` is the loss of the model over the loss with the SAE, as in the published "
+    "tables; it is no fraction of anything recovered. `frac_recovered_mean` and `frac_recovered_zero` are."
 )
 
 
@@ -194,7 +194,8 @@ def package(ctx: StepContext, config: GridConfig) -> dict[str, Any]:
     about, measured = ctx.result("harvest"), ctx.path("measure")
     metrics = read_json(measured / RECORDS)
     sparsity = load_file(measured / "sparsity.safetensors")
-    findings = ctx.result("analysis")["findings"]
+    intro = _intro(config, about, ctx.result("measure"))
+    description = [intro, "**Findings**", ctx.result("analysis")["findings"], NOT_RECOVERED]
     public = about["dataset"] if "/" in about["dataset"] and not Path(about["dataset"]).exists() else None
     release = Release.create(
         ctx.folder,
@@ -202,9 +203,7 @@ def package(ctx: StepContext, config: GridConfig) -> dict[str, Any]:
         base_model=about["model"],
         license=config.release.license,
         datasets=[public] if public else [],
-        description="\n\n".join(
-            [_intro(config, about, ctx.result("measure")), "**Findings**", findings, NOT_RECOVERED]
-        ),
+        description="\n\n".join(description),
     )
     rows = read_results(measured / "results_full.csv")
     for number, row in enumerate(rows):
