@@ -17,7 +17,7 @@ PANEL = "Tools"
 EXTRAS = {
     "train": ("transformers", "datasets", "accelerate", "peft", "trl", "pyarrow", "scipy"),
     "saelens": ("sae-lens",),
-    "hub": ("starlette", "uvicorn", "pathspec", "lz4", "markdown-it-py"),
+    "hub": ("starlette", "uvicorn", "pathspec", "lz4", "blake3", "markdown-it-py"),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "plots": ("matplotlib",),
     "fast": ("numba",),

@@ -24,8 +24,11 @@ class LocalHub:
     """A hub that is running. `url` is what `HF_ENDPOINT` has to be; `token` writes as `user`."""
 
     def __init__(self, settings: Settings) -> None:
-        from .app import App
-        from .hub import Hub
+        try:
+            from .app import App
+            from .hub import Hub
+        except ImportError as why:
+            raise LocalHubError(f"the local hub needs the package {why.name}: pip install 'hubsae[hub]'") from why
 
         self.settings = settings
         self.hub = Hub(settings)

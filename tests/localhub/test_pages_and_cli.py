@@ -158,3 +158,13 @@ def test_the_plugin_serves_a_whole_run(tmp_path):
     ]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_missing_package_is_named_with_the_extra(tmp_path):
+    code = (
+        "import sys; sys.modules['blake3'] = None\n"
+        "from hubsae.localhub import running, LocalHubError\n"
+        "try:\n    running().__enter__()\nexcept LocalHubError as why:\n    print(why)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert "blake3" in done.stdout and "hubsae[hub]" in done.stdout, done.stderr

@@ -8,12 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..errors import LocalHubError
-
-try:
-    from blake3 import blake3
-except ImportError as why:  # pragma: no cover - the message is what matters
-    raise LocalHubError("the local hub needs the package blake3: pip install 'hubsae[hub]'") from why
+from blake3 import blake3
 
 DATA_KEY = bytes.fromhex("6697f5775b9550de3135cbaca597181c9de421109beb2b58b4d0b04b93adf229")
 NODE_KEY = bytes.fromhex("017ec5c7a5472996fd946666b48a02e65ddd536f37c76dd2f86352e64a53713f")
