@@ -10,6 +10,8 @@ Two ways to split the work under torchrun, both with the loss curve of one proce
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -138,6 +140,9 @@ class LatentParallel(_Group):
 
 def connect(split: str) -> Solo:
     """The group of this process: Solo unless launched by torchrun or accelerate with several processes."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and dist.is_available() and not dist.is_initialized():
+        # what torchrun and accelerate launch set is all that is needed
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return Solo()
     return LatentParallel() if split == "latent" else DataParallel()

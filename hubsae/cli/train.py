@@ -1,0 +1,85 @@
+"""`hubsae train`: train SAEs from a YAML file."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from hubsae.cli._common import DryRunOption, JsonOption
+
+PANEL = "Train and measure"
+
+
+def command(
+    config: Annotated[str, typer.Argument(help="A YAML file, or a config that comes with hubsae (rl-chain-k64, ...).")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key.path=value, as many as needed; k=32 means train.k=32.")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of going on from the last state.")] = False,
+    dry_run: DryRunOption = False,
+    json_: JsonOption = False,
+) -> None:
+    """Train sparse autoencoders; run the same command again to continue. Also under torchrun and accelerate launch."""
+    from hubsae.cli._common import print_json, print_table
+    from hubsae.recipes.config import parse_override
+    from hubsae.train.job import load_job
+
+    job = load_job(config, dict(parse_override(text) for text in overrides or []))
+    if dry_run:
+        plans = job.plan()
+        if json_:
+            print_json([{**vars(p), "total_bytes": p.total_bytes} for p in plans])
+            return
+        columns = ["name", "d_in", "d_sae", "parameters", "steps", "tokens", "state", "gradient", "step", "total"]
+        columns += ["checkpoint", "time here", "time H200 (roofline)"]
+        print_table(
+            f"{config}: nothing is trained",
+            columns,
+            [
+                [p.name, p.d_in, p.d_sae, f"{p.parameters:,}", f"{p.steps:,}", f"{p.tokens:,}"]
+                + [_size(b) for b in (p.state_bytes, p.gradient_bytes, p.step_bytes, p.total_bytes, p.checkpoint_bytes)]
+                + [_time(p.seconds), _time(p.h200_seconds)]
+                for p in plans
+            ],
+        )
+        return
+    results = job.run(resume=not fresh)
+    rows = [
+        {
+            "name": r.name,
+            "steps": r.steps,
+            "tokens": r.tokens,
+            **{k: v for k, v in r.metrics.items() if k != "val_rows"},
+            "error": None if r.error is None else r.error.message,
+        }
+        for r in results
+    ]
+    if json_:
+        print_json(rows)
+    else:
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        print_table(
+            f"written to {job.out}" if job.out else "", columns, [[row.get(c) for c in columns] for row in rows]
+        )
+    if all(r.error is not None for r in results):
+        raise typer.Exit(1)
+
+
+def _size(count: int) -> str:
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}"
+        value /= 1024
+    return f"{value:.2f} GiB"
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"
