@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hubsae.core.errors import ConfigError, NotFoundError
-from hubsae.core.extras import require
+from hubsae.core.errors import ConfigError
 from hubsae.core.files import write_text_atomic
+from hubsae.hub.client import HubClient
 from hubsae.recipes.rl.chain_settings import DataSettings, ModelSettings
 from hubsae.recipes.rl.policy import load_tokenizer
 from hubsae.recipes.rl.problems import Question, load_questions
@@ -46,9 +46,11 @@ def fetch_source(
         shutil.copytree(world.model_path, folder / "model")
         found: dict[str, Any] = {"model": "model", "revision": None}
     else:
-        train = load_questions(data.id, data.train_split, revision=data.revision)
-        test = load_questions(data.id, data.test_split, revision=data.revision)
-        found = {"model": _absolute(model.id), "revision": _pinned(model)}
+        commit = _pinned(data.id, data.revision, "dataset")
+        train = load_questions(data.id, data.train_split, revision=commit)
+        test = load_questions(data.id, data.test_split, revision=commit)
+        pinned = _pinned(model.id, model.revision, "model")
+        found = {"model": _absolute(model.id), "revision": pinned, "data_revision": commit}
     _write(folder / "train.jsonl", train)
     _write(folder / "test.jsonl", test)
     return {**found, "label": model.label, "train": len(train), "test": len(test)}
@@ -75,17 +77,9 @@ def _tiny(model: ModelSettings, data: DataSettings, seed: int, progress: Any) ->
     return tiny_world(model.tiny_size, seed=seed, progress=progress)
 
 
-def _pinned(model: ModelSettings) -> str | None:
-    """Download the model, and say which commit it is, so that every later step reads the same."""
-    transformers = require("transformers", extra="train")
-    try:
-        config = transformers.AutoConfig.from_pretrained(model.id, revision=model.revision)
-    except OSError as error:
-        raise NotFoundError(
-            f"model {model.id} cannot be loaded: {str(error).splitlines()[0]}",
-            hint="give a folder with a checkpoint, or the id of a model repo; HF_ENDPOINT and HF_TOKEN apply",
-        ) from error
-    return getattr(config, "_commit_hash", None) or model.revision
+def _pinned(source: str, revision: str | None, kind: str) -> str | None:
+    """The commit of a Hub repo, so that every later step reads the same; None for a folder."""
+    return None if Path(source).is_dir() else HubClient().resolve(source, revision, repo_type=kind)
 
 
 def _absolute(source: str) -> str:
