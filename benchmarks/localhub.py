@@ -3,8 +3,8 @@
     python benchmarks/localhub.py [--quick]
 
 Throughput: 600 MB in 6 files up (`upload_folder`) and down (`snapshot_download`) over loopback, against copying and
-hashing (sha256) the same files, interleaved; the ratio is what counts, seconds differ per machine. The client's own work
-is included: with Xet it cuts, hashes and compresses everything before a byte leaves it.
+hashing (sha256) the same files, interleaved; the ratio is what counts, seconds differ per machine. The client's own
+work is included: with Xet it cuts, hashes and compresses everything before a byte leaves it.
 
 Memory: ten clients push 100 MB each at the same time and then load each other's; the server's peak resident memory,
 above what it had after start.
@@ -26,8 +26,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-UP = "import sys\nfrom huggingface_hub import HfApi\nHfApi().upload_folder(repo_id=sys.argv[1], folder_path=sys.argv[2])"
-DOWN = "import sys\nfrom huggingface_hub import snapshot_download\nsnapshot_download(sys.argv[1], cache_dir=sys.argv[2])"
+UP = (
+    "import sys\nfrom huggingface_hub import HfApi\nHfApi().upload_folder(repo_id=sys.argv[1], folder_path=sys.argv[2])"
+)
+DOWN = (
+    "import sys\nfrom huggingface_hub import snapshot_download\nsnapshot_download(sys.argv[1], cache_dir=sys.argv[2])"
+)
 CREATE = "import sys\nfrom huggingface_hub import create_repo\ncreate_repo(sys.argv[1])"
 MB = 1_000_000
 
@@ -133,13 +137,15 @@ def memory(work: Path, mode: str, clients: int, size: int) -> float:
         start = resident(pid, "VmRSS")
         for code, argument in ((UP, "push"), (DOWN, "cache")):
             running = [
-                client(code, env, work / f"home{n}", f"local/x{n}", str(work / f"{argument}{n}")) for n in range(clients)
+                client(code, env, work / f"home{n}", f"local/x{n}", str(work / f"{argument}{n}"))
+                for n in range(clients)
             ]
             assert [p.wait() for p in running] == [0] * clients
         peak = resident(pid, "VmHWM")
     for folder in work.iterdir():
         shutil.rmtree(folder)
-    print(f"{mode:4} {clients} clients x {size // MB} MB: {start:.0f} MB after start, peak {peak:.0f} MB (+{peak - start:.0f})")
+    used = f"{start:.0f} MB after start, peak {peak:.0f} MB (+{peak - start:.0f})"
+    print(f"{mode:4} {clients} clients x {size // MB} MB: {used}")
     return peak - start
 
 
@@ -150,7 +156,8 @@ def main() -> None:
     parser.add_argument("--only", choices=("throughput", "memory"))
     args = parser.parse_args()
     size, rounds, clients = (60 * MB, 1, 3) if args.quick else (600 * MB, args.rounds, 10)
-    cpu = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     print(json.dumps({"cpu": cpu[0] if cpu else "unknown", "cores": os.cpu_count()}))
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
