@@ -142,7 +142,7 @@ class Probe:
     def pickle(self, name: str = "") -> Any:
         """What a PyTorch file holds; None where there is none."""
         file = self.file(name)
-        if not file.is_file() or file.suffix not in (".pt", ".pth", ".bin"):
+        if not file.is_file() or file.suffix not in io.PICKLES:
             return None
         return self._once("pickle", name, lambda: io.read_pickle(file))
 
@@ -216,6 +216,7 @@ def assemble(found: Found, choices: Overrides) -> HubSAE:
     tensors, subtract = fold(trained, found.mean, found.std)
     if found.threshold is not None:
         tensors["threshold"] = found.threshold.float().contiguous()
+    tensors = io.owned(found.path, tensors, [*given.values(), *optional.values()])
     config = make_config(
         found.path,
         architecture=found.architecture,

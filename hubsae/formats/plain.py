@@ -100,7 +100,8 @@ def _from_config(path: Path, config: Any, tensors: dict[str, Tensor], metadata: 
         if tuple(tensor.shape) != parsed.tensor_shape(name):
             raise FormatError(path, f"{name} of shape {parsed.tensor_shape(name)}", str(tuple(tensor.shape)))
     record = Metadata.from_dict(metadata, where=path) if isinstance(metadata, dict) else Metadata(config=parsed)
-    return HubSAE(parsed, {name: tensors[name] for name in parsed.tensor_names}, metadata=record)
+    kept = io.owned(path, {name: tensors[name] for name in parsed.tensor_names}, tensors.values())
+    return HubSAE(parsed, kept, metadata=record)
 
 
 def _unnamed(probe: Probe, name: str, tensors: dict[str, Tensor], choices: Overrides) -> HubSAE:

@@ -41,7 +41,6 @@ ARCHITECTURES = {
     "gated": "gated",
     "batchtopk": "batch_topk",
     "matryoshka_batchtopk": "batch_topk",
-    "standard_training": "relu",
 }
 TENSORS = {
     "relu": ("W_enc", "b_enc", "W_dec", "b_dec"),

@@ -12,7 +12,7 @@ import os
 import pickle
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ Paths = str | os.PathLike[str]
 MAX_HEADER = 100 << 20  # what the safetensors format allows
 MAX_JSON = 256 << 20
 MAX_INFLATION = 32  # compressed archives of weights stay far below this
+PICKLES = (".pt", ".pth", ".bin")
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -177,6 +178,17 @@ def read_pickle(path: Paths) -> Any:
         ) from error
     check_backing(file, loaded)
     return loaded
+
+
+def owned(path: Path, tensors: dict[str, Tensor], sources: Iterable[Tensor | None]) -> dict[str, Tensor]:
+    """The tensors in memory of their own, where they are still views of a mapped PyTorch file.
+
+    Training scripts save over their checkpoints in place, and a process that has such a file mapped dies of it.
+    """
+    if path.suffix not in PICKLES:
+        return tensors
+    mapped = {source.untyped_storage().data_ptr() for source in sources if source is not None}
+    return {n: t.clone() if t.untyped_storage().data_ptr() in mapped else t for n, t in tensors.items()}
 
 
 def check_backing(file: Path, value: Any) -> None:

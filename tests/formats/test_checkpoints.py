@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hubsae import HubSAE, SAEConfig
 from hubsae.core.errors import AmbiguousFormatError, ConfigError, FormatError
-from hubsae.formats import detect, estimate_threshold, read
+from hubsae.formats import detect, estimate_threshold, read, write
 from hubsae.formats.base import ReadWarning
 
 from .conftest import D_IN, D_SAE, K
@@ -292,3 +293,22 @@ def test_latents_of_the_layout_are_not_rescaled(rand, x, tmp_path):
     with torch.no_grad():
         ratio = read(tmp_path / "sae_a_layer1.pt").encode(x).sum() / model.codes(x).sum()
     assert math.isclose(float(ratio), 1.0, rel_tol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["rl_chain", "tensors", "ours"])
+def test_checkpoint_may_be_saved_over_while_it_is_loaded(kind, rand, x, tmp_path):
+    """Mapped files that shrink kill the process that has them mapped; trainers save over their checkpoints."""
+    path = tmp_path / ("sae_a_layer1.pt" if kind == "rl_chain" else "relu.pt")
+    if kind == "rl_chain":
+        save_chain(ChainSAE(rand), path)
+        sae = read(path)
+    elif kind == "tensors":
+        state = {"W_enc": rand(D_IN, D_SAE), "W_dec": rand(D_SAE, D_IN), "b_enc": rand(D_SAE), "b_dec": rand(D_IN)}
+        torch.save(state, path)
+        sae = read(path, architecture="relu", apply_b_dec_to_input=False)
+    else:
+        sae = read(write(HubSAE.random(SAEConfig(architecture="relu", d_in=D_IN, d_sae=D_SAE)), path, "pt"))
+    with torch.no_grad():
+        before = sae(x)
+        path.write_bytes(b"")
+        assert torch.equal(sae(x), before)
