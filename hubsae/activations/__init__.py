@@ -24,7 +24,17 @@ _HOMES = {
     "harvest": "harvesting",
     "scale_for": "writer",
 }
-__all__ = sorted(_HOMES)  # noqa: PLE0605
+__all__ = [
+    "ActivationDataset",
+    "ActivationSet",
+    "ActivationStats",
+    "ActivationWriter",
+    "SplitRule",
+    "describe",
+    "finalize",
+    "harvest",
+    "scale_for",
+]
 
 
 def __getattr__(name: str) -> Any:

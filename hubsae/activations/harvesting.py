@@ -1,6 +1,6 @@
 """Harvest: run texts through a model and write the activations at hook points as a dataset.
 
-    texts -> windows of samples -> batches by length -> one forward, no logits, stopped early -> rows -> one file per hook
+    texts -> windows of samples -> batches by length -> one forward, stopped early -> rows -> a file per hook
 
 Windows and batches follow from the samples alone. Ranks share out the batches, a resumed run skips those whose
 samples lie in finished files, and either way the same numbers are written.

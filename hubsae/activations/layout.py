@@ -1,7 +1,7 @@
 """The activation dataset format: names of files, the Parquet schema, and what a shard says about itself.
 
     DIR/README.md                               card; its `configs:` make `load_dataset(DIR, "layers.18")` work
-    DIR/activations.json                        manifest: where the activations come from, rows and statistics per config
+    DIR/activations.json                        manifest: source, rows and statistics of every config
     DIR/layers.18/train-00000-00003.parquet     shard 3 written by rank 0
     DIR/layers.18/validation-00000-00000.parquet
     DIR/layers.18/statistics.safetensors        mean, std [d] of the training split, with and without position 0
@@ -147,7 +147,7 @@ def arrow_type(name: str) -> pyarrow.DataType:
     """An Arrow type from its name, as written in a footer."""
     pa = require("pyarrow", extra="train")
     try:
-        return {"bool": pa.bool_, "string": pa.string}.get(name, getattr(pa, name, None))()
+        return getattr(pa, {"bool": "bool_"}.get(name, name))()
     except (TypeError, AttributeError):
         raise DataError(
             f"{name!r} is no column type", hint="use int32, int64, float32, float64, bool or string"

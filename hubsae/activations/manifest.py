@@ -118,13 +118,19 @@ def describe(path: str | Path, *, config: str | int | None = None, **options: An
     first = _open_any(path, config, options)
     names = [first.config] if config is not None else first.configs
     manifest = read_json(local / MANIFEST) if (local / MANIFEST).is_file() else {}
+    if not local.exists():
+        from hubsae.hub.datasets import remote_manifest
+
+        manifest = remote_manifest(str(path), **{k: v for k, v in options.items() if k in ("revision", "token")})
     rows = []
     for name in names:
-        data = first if name == first.config else ActivationDataset.open(path, name, **options)
+        data = first if name == first.config else _open_any(path, name, options)
         splits = {data.split: data.n_rows}
         if local.is_dir():
             for split, shards in shards_in(local / name).items():
                 splits[split] = sum(ParquetSource(LocalFile(p)).n_rows for p in shards)
+        elif not local.exists() and manifest:
+            splits = {split: part["rows"] for split, part in manifest["configs"][name]["splits"].items()}
         rows.append(
             {
                 "config": name,
@@ -150,9 +156,11 @@ def _open_any(path: str | Path, config: str | int | None, options: dict[str, Any
     if config is None and local.exists():
         have = (configs_in(local) if local.is_dir() else []) or list(find_pile(local))
         config = have[0] if len(have) > 1 else None
-    if config is None and not local.exists():
-        from hubsae.hub.datasets import open_remote
+    if not local.exists():
+        options = {"stream": True, **options}  # the footers say everything: nothing is downloaded
+        if config is None:
+            from hubsae.hub.datasets import open_remote
 
-        repo, _, revision = str(path).partition("@")
-        config = next(iter(open_remote(repo, revision=revision or None).configs), None)
+            repo, _, revision = str(path).partition("@")
+            config = next(iter(open_remote(repo, revision=options.get("revision") or revision or None).configs), None)
     return ActivationDataset.open(path, config, **options)

@@ -45,7 +45,7 @@ def load_model(
     except OSError as error:
         raise NotFoundError(
             f"model {model} cannot be loaded: {str(error).splitlines()[0]}",
-            hint="give a folder with config.json and weights, or the id of a model repo; `hf auth login` for gated ones",
+            hint="give a folder with config.json and weights, or a model id (`hf auth login` for gated ones)",
         ) from error
     if adapter is not None:
         loaded = merge_adapter(loaded, adapter, token=token)

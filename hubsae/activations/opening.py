@@ -136,7 +136,7 @@ def open_local(
             path,
             "activations",
             "none that are known",
-            hint="known are hubsae folders, SAELens caches, and .pt, .npy, .safetensors or .parquet files with matrices",
+            hint="known: hubsae folders, SAELens caches, .pt, .npy, .safetensors and .parquet files of vectors",
         )
     name = choose_config(str(path), list(pile), config)
     splits = pile[name]

@@ -7,6 +7,7 @@ then three numbers: epoch, window, and offset in the window.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,7 +47,7 @@ def split_units(blocks: list[Unit], world_size: int) -> list[Unit]:
     for first, rows in blocks:
         pieces = -(-rows // most)
         edges = np.linspace(0, rows, pieces + 1).astype(int).tolist()
-        units += [(first + a, b - a) for a, b in zip(edges[:-1], edges[1:], strict=True) if b > a]
+        units += [(first + a, b - a) for a, b in itertools.pairwise(edges) if b > a]
     return units
 
 

@@ -92,7 +92,7 @@ class VectorFile:
         count = rows * d
         definition = _varint(count << 1) + b"\x03"  # every vector and every value is there
         levels = self.row_levels * rows + definition
-        values = memoryview(np.ascontiguousarray(vectors)).cast("B")
+        values = np.ascontiguousarray(vectors).data.cast("B")
         start = self.position
         self._page(count, rows, len(definition), len(levels) - len(definition), levels, values)
         self.vector_pages.append((start, self.position - start, self.group_rows))

@@ -115,7 +115,7 @@ class Footer:
     metadata: dict[str, str]
     """the file's key-value metadata"""
     schema: tuple[tuple[Any, ...], ...]
-    """name, physical type, length, repetition and logical type of every schema node: equal for files that belong together"""
+    """name, types, length and repetition of every schema node"""
     chunks: tuple[dict[int, Any], ...]
     """the vector column's chunk of each row group, as parsed"""
     vector_leaf: str
@@ -164,7 +164,7 @@ def index_range(footer: Footer) -> tuple[int, int] | None:
     starts = [(c.get(4), c.get(5)) for c in footer.chunks]
     if not starts or any(offset is None or length is None for offset, length in starts):
         return None
-    return min(o for o, _ in starts), max(o + n for o, n in starts)
+    return min(int(o or 0) for o, _ in starts), max(int(o or 0) + int(n or 0) for o, n in starts)
 
 
 def pages_of(
@@ -224,10 +224,11 @@ def check_page(path: str, page: Page, head: memoryview | bytes, d: int, values: 
         )
     if values is not None and 4 in fields:
         found = zlib.crc32(values, zlib.crc32(head[reader.position :]))
+        last = page.first_row + page.n_rows - 1
         if found != fields[4] & 0xFFFFFFFF:
             raise FormatError(
                 path,
-                f"checksum {fields[4] & 0xFFFFFFFF:08x} for rows {page.first_row} to {page.first_row + page.n_rows - 1}",
+                f"checksum {fields[4] & 0xFFFFFFFF:08x} for rows {page.first_row} to {last}",
                 f"{found:08x}: bytes of this page changed since it was written",
                 _TRUNCATED,
             )

@@ -137,7 +137,8 @@ class ModelScorer:
         )
         if wrong:
             raise DataError(
-                f"{path} is not a whole {kind.__name__.removeprefix('AutoModelFor')} checkpoint: {', '.join(wrong[:4])}",
+                f"{path} is not a whole {kind.__name__.removeprefix('AutoModelFor')} checkpoint: "
+                + ", ".join(wrong[:4]),
                 hint="missing weights would be random numbers, and so would the scores",
             )
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)

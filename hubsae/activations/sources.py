@@ -99,7 +99,7 @@ class LocalFile:
 
 def raw_view(rows: Tensor) -> memoryview:
     """The bytes of a contiguous tensor."""
-    return memoryview(rows.view(torch.uint8).numpy().reshape(-1))
+    return rows.view(torch.uint8).numpy().reshape(-1).data
 
 
 class Source:
@@ -352,7 +352,7 @@ class ParquetSource(Source):
             flat = column.flatten()
             if column.null_count or flat.null_count or len(flat) != (last - first) * self.d:
                 raise DataError(
-                    f"{self.name}: rows {start} to {stop - 1} hold missing values or vectors of other lengths than {self.d}"
+                    f"{self.name}: rows {start} to {stop - 1} hold missing values or vectors that are not of {self.d}"
                 )
             values = torch.from_numpy(flat.to_numpy(zero_copy_only=False).reshape(-1, self.d).copy())
             out[at : at + last - first] = values

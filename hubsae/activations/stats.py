@@ -10,6 +10,7 @@ massive activations would otherwise hide what the other tokens look like.
 from __future__ import annotations
 
 import base64
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -297,5 +298,5 @@ class ActivationStats:
         low, high = int(filled[0]), int(filled[-1]) + 1
         edges = np.unique(np.linspace(low, high, min(bars, high - low) + 1).astype(int))
         at = [2.0 ** (LOWEST + e / PER_OCTAVE) for e in edges]
-        counts = [int(self.norms.bins[a:b].sum()) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        counts = [int(self.norms.bins[a:b].sum()) for a, b in itertools.pairwise(edges)]
         return list(zip(at[:-1], at[1:], counts, strict=True))

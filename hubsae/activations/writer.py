@@ -354,7 +354,7 @@ class _Stream:
         if self.parquet is None:
             final = self.writer.folder / shard_name(self.split, self.writer.rank, self.index)
             temporary = self.cleanup.enter_context(atomic_path(final))
-            file = self.cleanup.enter_context(open(temporary, "wb"))
+            file = self.cleanup.enter_context(open(temporary, "wb"))  # noqa: SIM115
             self.parquet = VectorFile(file, self.writer.header)
         self.parquet.page(self.buffer[: self.fill].numpy(), {k: v[: self.fill] for k, v in self.labels.items()})
         self.fill = 0

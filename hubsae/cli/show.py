@@ -115,6 +115,9 @@ def _print_facts(found: Any) -> None:
 
     from hubsae.cli._common import out
 
+    if hasattr(found, "lines"):
+        out().print("\n".join(found.lines()), markup=False)
+        return
     plain = _plain(found)
     if not isinstance(plain, dict):
         out().print(escape(str(plain)))

@@ -20,10 +20,9 @@ from hubsae.activations.layout import MANIFEST, configs_in, natural, parse_shard
 from hubsae.activations.manifest import finalize
 from hubsae.core.errors import DataError, HubRequestError, NotFoundError
 from hubsae.core.files import read_json
-from hubsae.hub.client import LIBRARY, HubClient, RemoteFile
+from hubsae.hub.client import LIBRARY, HubClient, RemoteFile, split_repo
 from hubsae.hub.errors import explained
 from hubsae.hub.progress import shown
-from hubsae.hub.retry import status_of
 from hubsae.hub.upload import Contents, LocalFile, Published, State, publish
 from hubsae.version import __version__
 
@@ -253,6 +252,15 @@ def open_remote(repo_id: str, *, revision: str | None = None, token: str | bool 
             f"{repo_id} holds no activations", hint="expected folders such as layers.18 with .parquet files"
         )
     return listing
+
+
+def remote_manifest(repo_id: str, *, revision: str | None = None, token: str | bool | None = None) -> dict[str, Any]:
+    """The manifest of a dataset repo, empty where it has none."""
+    repo, at = split_repo(repo_id, revision)
+    listing = open_remote(repo, revision=at, token=token)
+    if MANIFEST not in listing.tree:
+        return {}
+    return read_json(listing.client.download(repo, MANIFEST, revision=listing.revision, repo_type=REPO_TYPE))
 
 
 class RangeFile:

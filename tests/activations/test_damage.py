@@ -48,14 +48,14 @@ def test_a_flipped_byte_in_the_labels_is_found_by_verification(written):
 
 def test_no_flipped_byte_goes_unnoticed(written):
     """One bit anywhere in the file: an error, or data that is still right."""
-    out, x = written(rows=300, d=4)
+    out, _ = written(rows=300, d=4)
     path = shard(out)
     good = path.read_bytes()
     reference = ActivationDataset.open(out)
     values, labels = reference.read_all(), reference.columns()
     rng = np.random.default_rng(0)
     unharmed = 0
-    for place in [*range(0, 60), *rng.integers(0, len(good), 250).tolist(), *range(len(good) - 60, len(good))]:
+    for place in [*range(60), *rng.integers(0, len(good), 250).tolist(), *range(len(good) - 60, len(good))]:
         path.write_bytes(good)
         flip(path, place)
         try:

@@ -143,7 +143,8 @@ sys.path.insert(0, {tests!r})
 from conftest_activations import make_qwen
 from hubsae.activations import harvest
 rng = np.random.default_rng(0)
-data = [{{"input_ids": rng.integers(3, 290, n).tolist(), "prompt_length": n // 3}} for n in rng.integers(20, 60, {count})]
+data = [{{"input_ids": rng.integers(3, 290, n).tolist(), "prompt_length": n // 3}}
+        for n in rng.integers(20, 60, {count})]
 torch.set_num_threads(1)
 harvest(make_qwen(), data, [1, 3], out={out!r}, batch_tokens=200, window=64, shard_bytes=40_000,
         validation_fraction=0.2, progress=False)

@@ -172,7 +172,8 @@ datasets.disable_progress_bars()
 expected = np.load(sys.argv[1])["x"]; repo = "local/tools"
 rows = datasets.load_dataset(repo, "layers.6", split="train")
 assert np.array_equal(np.array(rows.with_format("numpy")["vector"], dtype=np.float16), expected)
-assert rows.features["vector"].length == expected.shape[1] and set(datasets.load_dataset(repo, "layers.6")) == {{"train", "validation"}}
+assert rows.features["vector"].length == expected.shape[1]
+assert set(datasets.load_dataset(repo, "layers.6")) == {{"train", "validation"}}
 stream = datasets.load_dataset(repo, "layers.6", split="train", streaming=True)
 seen, state = [], None
 for number, row in enumerate(stream):
@@ -190,10 +191,12 @@ folder = snapshot_download(repo, repo_type="dataset")
 files = sorted(__import__("glob").glob(folder + "/layers.6/train-*.parquet"))
 frame = polars.concat([polars.read_parquet(f) for f in files])
 assert np.array_equal(frame["vector"].to_numpy(), expected)
-total = duckdb.sql(f"select count(*), sum(position), max(vector[1]) from read_parquet({{files}}) where is_prompt").fetchall()[0]
+query = f"select count(*), sum(position), max(vector[1]) from read_parquet({{files}}) where is_prompt"
+total = duckdb.sql(query).fetchall()[0]
 labels = pandas.concat([pandas.read_parquet(f) for f in files])
 prompt = labels["is_prompt"].to_numpy()
-assert total[0] == prompt.sum() and total[1] == labels["position"][prompt].sum() and total[2] == expected[prompt, 0].max()
+assert total[0] == prompt.sum() and total[1] == labels["position"][prompt].sum()
+assert total[2] == expected[prompt, 0].max()
 assert np.array_equal(np.stack(labels["vector"].to_numpy()), expected)
 print("every tool agrees")
 """

@@ -165,7 +165,7 @@ def test_any_shape_survives(tmp_path_factory, d, sizes, shard_bytes, batch, half
             w.write(part, sample_id=sample, position=np.arange(len(part)))
     data = ActivationDataset.open(out)
     assert torch.equal(data.read_all(), x.half() if half else x)
-    got = torch.cat([b for b in data.batches(batch, seed=1)])
+    got = torch.cat(list(data.batches(batch, seed=1)))
     assert torch.equal(got.sum(1).sort().values, data.read_all().sum(1).sort().values)
     table = pq.read_table(sorted((out / "layers.0").glob("*.parquet"))[0], page_checksum_verification=True)
     assert table["vector"][0].as_py() == data.read_all()[0].tolist()
