@@ -255,3 +255,21 @@ def test_bundle_that_is_square_or_lacks_its_normaliser_is_refused(rand, tmp_path
     (tmp_path / "model.metadata.json").write_text(json.dumps(meta | {"input_std": [0.0] * 8}))
     with pytest.raises(FormatError, match="standard deviations above zero"):
         read(tmp_path, transposed=True)
+
+
+def test_folded_normaliser_gives_the_same_numbers_in_stock_saelens(rand, same, tmp_path):
+    """Outlier dimensions included: published with its statistics folded, SAELens needs to know nothing of them."""
+    sae_lens = pytest.importorskip("sae_lens")
+    t, mean, std = bundle(tmp_path / "bundle", rand)
+    x = rand(200, D_IN) * std + mean
+    sae = read(tmp_path / "bundle", apply_b_dec_to_input=True)
+    sae.save_pretrained(tmp_path / "native")
+    lens = sae_lens.SAE.load_from_disk(tmp_path / "native")
+    z = (x.double() - mean.double()) / std.double()
+    codes = topk((z - t["b_dec"].double()) @ t["W_enc"].double() + t["b_enc"].double())
+    rebuilt = (codes @ t["W_dec"].double() + t["b_dec"].double()) * std.double() + mean.double()
+    assert torch.equal(lens.encode(x) != 0, codes != 0)
+    assert float((lens(x).double() - rebuilt).norm() / rebuilt.norm()) <= 1e-6
+    same(sae, x, lens.encode(x), lens(x))
+    again = read(tmp_path / "native")
+    assert again.normalizer is not None and torch.equal(again.normalizer.mean, mean)
