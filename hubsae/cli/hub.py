@@ -73,10 +73,9 @@ def serve(
             multipart_threshold=multipart_threshold,
             page_size=page_size,
             fsync=fsync,
+            faults=tuple(Fault.parse(text) for text in fault or ()),
         )
         hub = LocalHub(settings)
-        for text in fault or ():
-            hub.hub.faults.add(Fault.parse(text))
     except LocalHubError as why:
         raise HubSAEError(str(why)) from why
     console = err()

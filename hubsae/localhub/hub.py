@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,6 +36,8 @@ class Hub:
         self.cas = CasStore(root / "xet", self.disk)
         self.registry = Registry(root, self.disk, self.cas, self.accounts)
         self.faults = Faults()
+        for fault in settings.faults:
+            self.faults.add(replace(fault))  # a copy: rules count their hits
         self.xet = settings.xet
         self.port = 0
         self.cdn_port = 0

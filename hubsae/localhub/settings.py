@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .errors import LocalHubError
+from .faults import Fault
 
 MB = 1024 * 1024
 
@@ -84,6 +85,7 @@ class Settings:
     multipart_chunk: int = 64 * MB
     page_size: int = 1000  # entries of a tree page (a twentieth of it with expand, like the Hub)
     lfs_threshold: int = 10 * MB  # files above this size are LFS whatever .gitattributes says
+    faults: tuple[Fault, ...] = ()  # failures on purpose from the first request on
     url_seconds: int = 3600  # life of signed urls and Xet tokens
     fsync: bool = True  # survive power loss, not only a killed process
     max_json: int = 64 * MB

@@ -37,6 +37,11 @@ def test_lines_are_cut_before_or_after_the_work(local_hub, raw_for):
     assert len(raw("GET", "/api/models/local/x/commits/main").json) == 3
 
 
+def test_faults_can_be_there_from_the_start(local_hub_factory, raw_for):
+    raw = raw_for(local_hub_factory(faults=(Fault("/api/whoami", status=503, count=2),)))
+    assert [raw("GET", "/api/whoami-v2").status for _ in range(3)] == [503, 503, 200]
+
+
 def test_skip_lets_some_through_and_clear_ends_it(local_hub, raw_for):
     raw = raw_for(local_hub)
     local_hub.inject_fault("/api/whoami", status=503, skip=2, count=None)
