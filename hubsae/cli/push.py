@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hubsae.cli._choices import SetOption, parse_choices
 from hubsae.cli._common import DryRunOption, JsonOption, YesOption, err, out, print_json
 
 if TYPE_CHECKING:
@@ -50,10 +51,7 @@ def command(
     ] = None,
     pattern: Annotated[str | None, typer.Option(help="Naming scheme, such as '{stage}_L{layer}_k{k}.pt'.")] = None,
     format: Annotated[str | None, typer.Option(help="Force a format; see `hubsae formats`.")] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", "-s", help="A choice for the reader: k=64, decode_adds_b_pre=false ..."),
-    ] = None,
+    choices: SetOption = None,
     mixed_widths: Annotated[bool, typer.Option("--mixed-widths", help="Allow SAEs of different input width.")] = False,
     card_template: Annotated[Path | None, typer.Option(help="Your own card template (.md.j2).")] = None,
     card_kind: Annotated[str | None, typer.Option(help="single, chain, grid or release.")] = None,
@@ -100,7 +98,7 @@ def command(
         dataset=dataset,
         pattern=pattern,
         format=format,
-        choices=_choices(set_ or []) or None,
+        choices=parse_choices(choices) or None,
         mixed_widths=mixed_widths or None,
         activations=activations,
         also=[name.strip() for name in also.split(",") if name.strip()],
@@ -216,20 +214,3 @@ def _show_result(result: PushResult) -> None:
     first = result.plan.rows[0].id
     at = f"@{result.published.revision}" if result.published.revision != "main" else ""
     console.print(f'load it: HubSAE.from_pretrained("{result.plan.repo_id}{at}", "{first}")', markup=False)
-
-
-def _choices(texts: list[str]) -> dict[str, Any]:
-    import json as json_module
-
-    from hubsae.core.errors import ConfigError
-
-    found: dict[str, Any] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise ConfigError(f"-s {text!r}: expected name=value", hint="for instance: -s k=64")
-        try:
-            found[name.strip()] = json_module.loads(value)
-        except ValueError:
-            found[name.strip()] = {"True": True, "False": False}.get(value, value)
-    return found

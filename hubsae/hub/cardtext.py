@@ -31,6 +31,7 @@ _LABELS = {
     "final_norm": "side of the final norm",
     "source_format": "source format",
     "converter": "written by",
+    "folded": "folded into the weights",
 }
 # what a reader has to know to use or to trust an SAE, and where it would stand
 _WANTED = (
@@ -102,7 +103,7 @@ def listing(values: Sequence[Any], most: int = 12) -> str:
     """
     texts = [str(v) for v in values]
     if len(texts) > most:
-        return f"{', '.join(texts[: most - 1])}, … and {texts[-1]} ({len(texts)} in all)"
+        return f"{', '.join(texts[: most - 1])}, … {texts[-1]} ({len(texts)} in all)"
     return " and ".join([", ".join(texts[:-1]), texts[-1]]) if len(texts) > 1 else "".join(texts)
 
 
@@ -112,6 +113,8 @@ def facts(section: str, records: Sequence[Metadata]) -> list[tuple[str, str]]:
     for record in records:
         part = getattr(record, section)
         for name, value in part:
+            if section == "normalizer" and part.kind == "none" and name == "folded":
+                continue
             if value not in (None, "", [], {}):
                 values.setdefault(name, []).append(value)
     rows = []
@@ -119,7 +122,8 @@ def facts(section: str, records: Sequence[Metadata]) -> list[tuple[str, str]]:
         text = _summary(found)
         if len(found) < len(records):
             text += f" (recorded for {len(found)} of {len(records)})"
-        rows.append((_LABELS.get(name, name.replace("_", " ")), text))
+        label = "input normalisation" if (section, name) == ("normalizer", "kind") else _LABELS.get(name)
+        rows.append((label or name.replace("_", " "), text))
     return rows
 
 
@@ -177,7 +181,7 @@ def snippets(card: Card) -> dict[str, str]:
         ),
         "safetensors": _bare(record, repo, pinned),
     }
-    if saelens_limits(record.metadata) is None and not at:
+    if not at:  # SAELens knows no revisions
         found["saelens"] = (
             "import torch\nfrom sae_lens import SAE\n\n"
             f'sae = SAE.from_pretrained("{repo}", "{record.path}")\n'

@@ -139,6 +139,13 @@ class HubClient:
                     f"no token for {self.endpoint}", hint="log in with `hf auth login`, or set HF_TOKEN"
                 ) from None
 
+    def namespaces(self) -> list[str]:
+        """The name behind the token, and the organisations it belongs to."""
+        me = self.whoami()
+        with explained(self):
+            orgs = self.retry(self.api.whoami, "asking who you are").get("orgs", [])
+        return [me, *(org["name"] for org in orgs)]
+
     def info(self, repo_id: str, *, repo_type: str = "model") -> Any:
         """What the Hub says about a repo: its present id (after a rename), whether it is private."""
         with explained(self, repo_id, repo_type=repo_type):

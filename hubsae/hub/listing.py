@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +79,47 @@ def list_saes(
     return SAETable(entry.row() for entry in catalog.select(id, checked_filters(filters)))
 
 
+class Description(dict[str, Any]):
+    """What `describe` found: plain data, and `lines()` for people."""
+
+    def lines(self) -> list[str]:
+        """As text."""
+        at = f"@{self['revision']}" if self["revision"] else ""
+        commit = f", commit {self['commit'][:10]}" if self["commit"] else ""
+        release = self["release"] or {}
+        lines = [f"{self['repo']}{at}: {len(self['saes'])} SAE{'s' if len(self['saes']) != 1 else ''}{commit}"]
+        lines += [f"  {k.replace('_', ' ')}: {_said(v)}" for k, v in release.items() if k in _RELEASE_FACTS and v]
+        if not release:
+            lines.append("  no release manifest: listed by file names; weights are read when an SAE is loaded")
+        if "sae" not in self:
+            return [*lines, "", *str(SAETable(self["saes"])).splitlines()]
+        sae = self["sae"]
+        lines += [f"  {name}: {_said(sae[name])}" for name in sae if name not in _NOT_FACTS and sae[name] is not None]
+        record = sae.get("metadata.json") or {}
+        for section in ("base_model", "hook", "normalizer", "training", "activations", "provenance"):
+            known = {k: v for k, v in record.get(section, {}).items() if v not in (None, "", {}, [])}
+            if known:
+                lines.append(
+                    f"  {section.replace('_', ' ')}: " + ", ".join(f"{k} {_said(v)}" for k, v in known.items())
+                )
+        for file, tensors in sae.get("tensors", {}).items():
+            shapes = ", ".join(f"{n} {t['shape']} {t['dtype']}" for n, t in tensors.items())
+            lines.append(f"  {file.rpartition('/')[2]}: {shapes}")
+        return lines
+
+
+_RELEASE_FACTS = ("name", "base_model", "base_model_revision", "license", "datasets", "description")
+_NOT_FACTS = ("files", "tensors", "metadata.json", "cfg.json", "model.metadata.json")
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{k} {_said(v)}" for k, v in value.items())
+    if isinstance(value, list):
+        return ", ".join(_said(v) for v in value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def describe(
     repo: str,
     id: str | None = None,
@@ -89,7 +129,7 @@ def describe(
     endpoint: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     **filters: Any,
-) -> dict[str, Any]:
+) -> Description:
     """What is at a repo, or at one SAE of it: names, shapes, metrics, record. Reads headers, never weights.
 
     `repo` may carry the id too: `name/repo/saes_k64/layer6`, and a revision: `name/repo@v1`.
@@ -97,14 +137,14 @@ def describe(
     client = HubClient(token, endpoint or "", cache_dir or "")
     repo, id, revision = _split_inside(repo, id, revision)
     catalog = open_catalog(client, repo, revision)
-    overview: dict[str, Any] = {
-        "repo": catalog.repo_id or str(catalog.root),
-        "revision": catalog.revision,
-        "commit": catalog.sha,
-        "release": None if catalog.manifest is None else _release(catalog),
-        "saes": [entry.row() for entry in catalog.select(id, checked_filters(filters))],
-    }
     chosen = catalog.select(id, checked_filters(filters))
+    overview = Description(
+        repo=catalog.repo_id or str(catalog.root),
+        revision=catalog.revision,
+        commit=catalog.sha,
+        release=None if catalog.manifest is None else _release(catalog),
+        saes=[entry.row() for entry in chosen],
+    )
     if len(chosen) == 1:
         overview["sae"] = _one(client, catalog, chosen[0])
     return overview
@@ -182,8 +222,3 @@ def _text(value: Any, column: str) -> str:
     if column == "bytes":
         return f"{value / 1e6:.0f} MB" if value >= 1e6 else f"{value / 1e3:.0f} kB"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def columns_of(rows: Iterable[dict[str, Any]]) -> list[str]:
-    """Columns worth showing, for the command line."""
-    return SAETable(rows).columns()

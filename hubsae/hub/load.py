@@ -12,13 +12,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hubsae.core.errors import ConfigError, HubSAEError
+from hubsae.core.errors import ConfigError, HubSAEError, nearest
 from hubsae.core.files import safe_join, sha256_file
+from hubsae.formats.base import Overrides
 from hubsae.formats.names import parse_name
 from hubsae.hub import progress
 from hubsae.hub.catalog import CACHE_NOTES, FILTERS, Catalog, Entry, ExpectedFile, open_catalog
 from hubsae.hub.client import HubClient
-from hubsae.hub.errors import IntegrityError
+from hubsae.hub.errors import IntegrityError, OfflineError
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +56,7 @@ def load_pretrained(
     ...     load_pretrained(folder).config.k
     2
     """
+    _check_choices(choices, dtype, device)
     client = _client(token, endpoint, cache_dir, local_files_only)
     catalog = open_catalog(client, repo_or_path, revision, force=force_download)
     entry = catalog.choose(_joined(subfolder, id), _filters(choices))
@@ -78,6 +80,7 @@ def iter_pretrained(
     **choices: Any,
 ) -> Iterator[tuple[str, HubSAE]]:
     """(id, SAE) for every SAE of one commit that fits the filters; one is in memory at a time."""
+    _check_choices(choices, dtype, device)
     client = _client(token, endpoint, cache_dir, local_files_only)
     catalog = open_catalog(client, repo_or_path, revision, force=force_download)
     selected = catalog.select(id, _filters(choices))
@@ -179,9 +182,16 @@ def _fetch_file(client: HubClient, catalog: Catalog, file: ExpectedFile, force: 
     safe_join("repo", file.path)
     problem = ""
     for attempt in (1, 2):
-        path = client.download(
-            catalog.repo_id, file.path, revision=catalog.sha, force=(force and attempt == 1) or attempt == 2
-        )
+        try:
+            path = client.download(
+                catalog.repo_id, file.path, revision=catalog.sha, force=(force and attempt == 1) or attempt == 2
+            )
+        except OfflineError as error:
+            raise OfflineError(
+                f"{file.path} of {catalog.source} is not in the cache ({client.cache_dir}) and the Hub is not asked "
+                "(offline)",
+                hint=f"once with a network: hubsae pull {catalog.source}; then HF_HUB_OFFLINE=1 works",
+            ) from error
         problem = _problem(client, catalog, path, file)
         if not problem:
             return client.cached_snapshot(catalog.repo_id, catalog.sha)
@@ -273,6 +283,26 @@ def _for_reader(choices: dict[str, Any]) -> dict[str, Any]:
     renamed = {"hook_point": "hook"}
     dropped = ("d_in", "d_sae")
     return {renamed.get(name, name): value for name, value in choices.items() if name not in dropped}
+
+
+def _check_choices(choices: dict[str, Any], dtype: torch.dtype | str | None, device: str | torch.device) -> None:
+    """Refuse misspelt options, types and devices before anything is asked or downloaded."""
+    import torch
+
+    known = [*FILTERS, "format", *Overrides.__dataclass_fields__]
+    for name in choices:
+        if name not in known:
+            raise ConfigError(
+                f"there is no option {name!r}",
+                hint=f"nearest: {nearest(name, dict.fromkeys(known))}; filters: {', '.join(FILTERS)}",
+            )
+    _checked_dtype(dtype)
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"{device!r} is no device", hint="for instance: cpu, cuda, cuda:1, mps") from error
+    if wanted.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {str(device)!r}: this machine has no CUDA that torch can use", hint='device="cpu"')
 
 
 def _filters(choices: dict[str, Any]) -> dict[str, Any]:

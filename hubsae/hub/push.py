@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from hubsae.formats.manifest import Manifest
 from hubsae.formats.release import Release as PackagedRelease
 from hubsae.hub import cardtext, progress, upload
 from hubsae.hub.client import HubClient
-from hubsae.hub.errors import RepoNotFoundError, RevisionNotFoundError
+from hubsae.hub.errors import AccessError, RepoNotFoundError, RevisionNotFoundError
 from hubsae.hub.merge import CardOptions, Merge, Release, open_release, pickles
 from hubsae.hub.plan import PlanRow, PushOptions, PushPlan, PushResult, datasets_of, options_of
 from hubsae.hub.probes import Activations, check, have_saelens
@@ -52,8 +53,14 @@ def push(
     """
     told = options_of(options)
     client = HubClient(token, endpoint or "", notify=notify)
+    if not Path(source).expanduser().exists():
+        raise HubSAEError(
+            f"there is no folder or file {source}",
+            hint="push takes a folder of SAE files, a release folder or one file",
+        )
+    target = _target(client, _repo_id(client, repo_id, Path(source)), told)
     with staged(client, Path(source), told) as staging:
-        return _push(client, staging, _repo_id(client, repo_id, Path(source)), told, confirm, bar)
+        return _push(client, staging, target, told, confirm, bar)
 
 
 def push_sae(sae: HubSAE, repo_id: str, *, id: str = ".", **options: Any) -> PushResult:
@@ -72,7 +79,8 @@ def push_sae(sae: HubSAE, repo_id: str, *, id: str = ".", **options: Any) -> Pus
         release.add(sae, id, also=told.also)
         staging = Staging(release.path, {id: lambda: sae}, {id: sae.metadata.provenance.source_format or "HubSAE"})
         calibrate_all(staging, told)
-        return _push(client, staging, _repo_id(client, repo_id, folder), told, call.get("confirm"), call.get("bar"))
+        target = _target(client, _repo_id(client, repo_id, folder), told)
+        return _push(client, staging, target, told, call.get("confirm"), call.get("bar"))
 
 
 _CALL = ("token", "endpoint", "confirm", "notify", "bar")
@@ -84,7 +92,7 @@ _CALL = ("token", "endpoint", "confirm", "notify", "bar")
 def _push(
     client: HubClient,
     staging: Staging,
-    repo_id: str,
+    target: Target,
     told: PushOptions,
     confirm: Callable[[PushPlan], bool] | None,
     bar: bool | None,
@@ -92,7 +100,7 @@ def _push(
     release = open_release(staging.root)
     rows = list(_verified(client, staging, release, told))
     revision = told.revision or "main"
-    repo_id, state, exists, notes = _target(client, repo_id, revision, told)
+    repo_id, state, exists, notes = target.repo_id, target.look(client), target.exists, target.notes
     fields: dict[str, Any] = {"title": told.title, "citation": told.citation}
     if told.limitations:
         fields["limitations"] = list(told.limitations)
@@ -151,31 +159,57 @@ def _verified(client: HubClient, staging: Staging, release: Release, told: PushO
         yield PlanRow(entry.id, read_as, record.config.selection, shape, sum(f.size for f in entry.files), found)
 
 
-def _target(
-    client: HubClient, repo_id: str, revision: str, told: PushOptions
-) -> tuple[str, upload.State, bool, list[str]]:
-    """The repo as it is: its present name, the state of the branch, whether it exists, and what to note."""
-    notes: list[str] = []
+@dataclass
+class Target:
+    """The repo that is published to, as it was found before any work was done."""
+
+    repo_id: str
+    branch: str
+    """Where the plan is compared: the branch asked for, or main where that is new."""
+    exists: bool
+    notes: list[str] = field(default_factory=list)
+
+    def look(self, client: HubClient) -> upload.State:
+        """The state of its branch now."""
+        return upload.look(client, self.repo_id, self.branch) if self.exists else NOTHING_THERE
+
+
+def _target(client: HubClient, repo_id: str, told: PushOptions) -> Target:
+    """Look the repo up first: a wrong name or token should not cost the time of packaging and checking."""
     try:
         info = client.info(repo_id)
     except RepoNotFoundError:
         if told.pr:
             raise
-        return repo_id, NOTHING_THERE, False, notes
+        if not told.dry_run:
+            _check_namespace(client, repo_id)
+        return Target(repo_id, "main", False)
+    target = Target(repo_id, told.revision or "main", True)
     if info.id.lower() != repo_id.lower():
-        notes.append(f"{repo_id} is now called {info.id}; publishing there")
-        repo_id = info.id
+        target.notes.append(f"{repo_id} is now called {info.id}; publishing there")
+        target.repo_id = info.id
     if told.private is not None and bool(info.private) != told.private:
-        notes.append(
-            f"{repo_id} is {'private' if info.private else 'public'} and stays so (change it in the repo's settings)"
-        )
+        visibility = "private" if info.private else "public"
+        target.notes.append(f"{info.id} is {visibility} and stays so (change it in the repo's settings)")
     try:
-        return repo_id, upload.look(client, repo_id, revision), True, notes
+        client.head(target.repo_id, target.branch)
     except RevisionNotFoundError:
         if told.pr:
             raise
-        notes.append(f"branch {revision} is new and will start from main")
-        return repo_id, upload.look(client, repo_id, "main"), True, notes
+        target.notes.append(f"branch {target.branch} is new and will start from main")
+        target.branch = "main"
+    return target
+
+
+def _check_namespace(client: HubClient, repo_id: str) -> None:
+    """A new repo needs a token, and a namespace that is ours."""
+    namespace = repo_id.partition("/")[0]
+    mine = client.namespaces()
+    if namespace.lower() not in {name.lower() for name in mine}:
+        raise AccessError(
+            f"you are logged in as {mine[0]!r} and cannot create {repo_id}",
+            hint=f"namespaces you can create repos in: {', '.join(mine)}",
+        )
 
 
 def _mark(rows: list[PlanRow], manifest: Manifest, diff: upload.Diff) -> None:
@@ -194,7 +228,8 @@ def _row_notes(rows: list[PlanRow], staging: Staging) -> list[str]:
             said.setdefault(note, []).append(row.id)
     lines = []
     for note, ids in said.items():
-        who = ids[0] if len(ids) == 1 else f"{len(ids)} SAEs ({cardtext.listing(ids, 3)})"
+        every = len(ids) == len(rows)
+        who = ids[0] if len(ids) == 1 else f"all {len(ids)} SAEs" if every else f"SAEs {cardtext.listing(ids, 3)}"
         lines.append(f"{who}: {note}")
     return lines
 

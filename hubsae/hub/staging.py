@@ -50,7 +50,8 @@ def staged(client: HubClient, source: Path, told: PushOptions) -> Iterator[Stagi
     source = source.expanduser()
     if not source.exists():
         raise HubSAEError(
-            f"there is no {source}", hint="push takes a folder of SAE files, a release folder or one file"
+            f"there is no folder or file {source}",
+            hint="push takes a folder of SAE files, a release folder or one file",
         )
     release = _release_of(source)
     if release is not None:
@@ -111,7 +112,7 @@ def progress_line(client: HubClient, todo: PackagePlan) -> Iterator[Callable[[An
     step = max(1, len(todo.saes) // 10)
 
     def report(item: Any, number: int, total: int) -> None:
-        if total > 3 and number % step == 0 and number < total:
+        if total > 8 and number % step == 0 and number < total:
             client.say(f"packaging {number + 1} of {total}: {item.id}")
 
     yield report

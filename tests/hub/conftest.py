@@ -37,7 +37,9 @@ def hubs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., loc
     def get(**switches: bool) -> localhub.LocalHub:
         key = tuple(sorted(switches.items()))
         if key not in running:
-            context = localhub.running(root=tmp_path_factory.mktemp("hub"), tokens=[Token.parse(t) for t in TOKENS], **switches)
+            context = localhub.running(
+                root=tmp_path_factory.mktemp("hub"), tokens=[Token.parse(t) for t in TOKENS], **switches
+            )
             running[key] = (context, context.__enter__())
         return running[key][1]
 

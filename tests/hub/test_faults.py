@@ -111,7 +111,13 @@ def check_result(repo: str, seen: list[frozenset[tuple[str, str]]]) -> None:
 
 @pytest.mark.parametrize(("storage", "name", "fault"), CASES)
 def test_one_failing_request(
-    storage: str, name: str, fault: str, hubs: Callable[..., LocalHub], use: Callable[..., None], tmp_path: Path, fast: None
+    storage: str,
+    name: str,
+    fault: str,
+    hubs: Callable[..., LocalHub],
+    use: Callable[..., None],
+    tmp_path: Path,
+    fast: None,
 ):
     hub = hubs(xet=storage == "xet")
     use(hub, xet=storage == "xet")
@@ -200,9 +206,7 @@ def test_two_pushes_at_once_both_arrive(hub: LocalHub, tmp_path: Path):
     assert len(titles("me/race")) == 5
 
 
-def test_a_hub_without_xet_gets_lfs_with_one_line(
-    hubs: Callable[..., LocalHub], use: Callable[..., None], seeds: Path
-):
+def test_a_hub_without_xet_gets_lfs_with_one_line(hubs: Callable[..., LocalHub], use: Callable[..., None], seeds: Path):
     hub = hubs(xet=False)
     use(hub, xet=True)
     said: list[str] = []

@@ -23,9 +23,9 @@ from hubsae import push
 push(sys.argv[1], sys.argv[2], message="the release", base_model="Qwen/Qwen2.5-0.5B-Instruct",
      hook="model.layers.{layer}", license="apache-2.0", check_saelens=False)
 """
+ORDINARY = {("xet", "commit"), ("xet", "shard"), ("lfs", "lfs-put")}
 CASES = [
-    pytest.param(storage, name, id=f"{storage}-{name}",
-                 marks=[] if (storage, name) in {("xet", "commit"), ("xet", "shard"), ("lfs", "lfs-put")} else pytest.mark.slow)
+    pytest.param(storage, name, id=f"{storage}-{name}", marks=[] if (storage, name) in ORDINARY else pytest.mark.slow)
     for storage in ("xet", "lfs")
     for name, (_, _, only) in REQUESTS.items()
     if only in (None, storage)

@@ -71,7 +71,7 @@ def test_a_first_load_fetches_one_sae(hub: LocalHub, tmp_path: Path, one: HubSAE
     fetched = sum(p.stat().st_size for p in files)
     sae_bytes = (release.path / "r/layer7/sae_weights.safetensors").stat().st_size
     assert fetched - sae_bytes < 200_000
-    assert len([p for p in cache.rglob("*.safetensors")]) == 1
+    assert len(list(cache.rglob("*.safetensors"))) == 1
 
 
 def test_dtype_device_and_features(hub: LocalHub, tmp_path: Path):
@@ -117,7 +117,7 @@ def test_a_local_release_and_a_changed_file(hub: LocalHub, chain: str, tmp_path:
     where = pull(chain, out=tmp_path / "out")
     file = where / "saes_k64/ppo_step10/layer6/sae_weights.safetensors"
     file.write_bytes(file.read_bytes()[:-4])
-    with pytest.raises(IntegrityError, match="bytes as config.json says"):
+    with pytest.raises(IntegrityError, match=r"bytes as config\.json says"):
         HubSAE.from_pretrained(where, layer=6, stage="ppo_step10")
 
 
@@ -136,7 +136,7 @@ def test_a_damaged_cache_is_noticed_and_mended(hub: LocalHub, chain: str, monkey
     assert torch.equal(HubSAE.from_pretrained(chain, layer=6, stage="ppo_step10").W_dec, good.W_dec)
     blob.write_bytes(b"short")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(IntegrityError, match="expected .* bytes, found 5"):
+    with pytest.raises(IntegrityError, match=r"expected .* bytes, found 5"):
         HubSAE.from_pretrained(chain, layer=6, stage="ppo_step10")
     with pytest.raises(OfflineError, match="is not in the cache"):
         HubSAE.from_pretrained(chain, layer=6, stage="ppo_step10")
@@ -185,9 +185,7 @@ def test_a_pile_of_pickles_loads_one_file(hub: LocalHub, pile: str, tmp_path: Pa
     assert not torch.equal(flipped.b_dec, sae.b_dec)
 
 
-def test_a_pile_from_cache_costs_one_head_and_loads_offline(
-    hub: LocalHub, pile: str, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_pile_from_cache_costs_one_head_and_loads_offline(hub: LocalHub, pile: str, monkeypatch: pytest.MonkeyPatch):
     HubSAE.from_pretrained(pile, layer=12, stage="ppo_step10")
     start = len(hub.requests)
     HubSAE.from_pretrained(pile, layer=12, stage="ppo_step10")

@@ -18,7 +18,9 @@ WANTED = {"layer": 12, "stage": "ppo_step10"}
 
 @pytest.fixture(params=[(True, False), (True, True), (False, False), (False, True)],
                 ids=["xet", "xet+cdn", "lfs", "lfs+cdn"])  # fmt: skip
-def world(request: pytest.FixtureRequest, hubs: Callable[..., LocalHub], use: Callable[..., None]) -> Iterator[LocalHub]:
+def world(
+    request: pytest.FixtureRequest, hubs: Callable[..., LocalHub], use: Callable[..., None]
+) -> Iterator[LocalHub]:
     xet, cdn = request.param
     running = hubs(xet=xet, cdn=cdn)
     use(running, xet=xet)

@@ -154,7 +154,7 @@ def test_a_release_that_was_changed_after_packaging_is_refused(hub: LocalHub, se
     release = package(seeds, tmp_path / "release", base_model="a/b", hook="model.layers.{layer}")
     file = release.folder(release.ids[0]) / "cfg.json"
     file.write_text(file.read_text() + " ")
-    with pytest.raises(FormatError, match="the file that config.json lists"):
+    with pytest.raises(FormatError, match=r"the file that config\.json lists"):
         push(release.path, "me/changed", check_saelens=False)
 
 

@@ -41,7 +41,8 @@ for name, case in cases.items():
         z, x_hat = sae.encode(case["x"]), sae(case["x"])
     error = ((x_hat - case["x_hat"]).norm(dim=-1) / case["x_hat"].norm(dim=-1)).max().item()
     rows = ((z != 0) == (case["z"] != 0)).all(-1).float().mean().item()
-    report[name] = {"rows": rows, "error": error, "hook": sae.cfg.metadata.hook_name, "model": sae.cfg.metadata.model_name}
+    about = sae.cfg.metadata
+    report[name] = {"rows": rows, "error": error, "hook": about.hook_name, "model": about.model_name}
 print("REPORT" + json.dumps(report))
 """
 
@@ -99,8 +100,9 @@ def test_stock_saelens_gives_the_numbers_of_the_source_modules(hub: LocalHub, tm
     biases = {"b_enc": sae.b_enc.detach()}
     trained = TrainedTensors(sae.W_enc.detach(), sae.W_dec.detach(), sae.b_dec.detach(), None, biases, None)
     tensors, subtract = fold(trained, mean, std)
-    folded = HubSAE(sae.config.model_copy(update={"apply_b_dec_to_input": subtract}),
-                    {**tensors, "threshold": sae.threshold.detach()}, normalizer=Normalizer(mean, std, 1000))  # fmt: skip
+    config = sae.config.model_copy(update={"apply_b_dec_to_input": subtract})
+    tensors["threshold"] = sae.threshold.detach()
+    folded = HubSAE(config, tensors, normalizer=Normalizer(mean, std, 1000))
     folded.metadata.base_model.id, folded.metadata.hook.module_path = "a/b", "model.layers.3"
     folded.metadata.hook.transformer_lens = "blocks.3.hook_resid_post"
     folded.push_to_hub("me/parity-jump", check_saelens=True)
