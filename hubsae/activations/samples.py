@@ -1,6 +1,6 @@
 """Turn what people have (texts, prompts, chats, token ids) into token sequences that know which part was the prompt.
 
-    text | {"text"} | {"prompt", "response"} | {"messages"} | {"input_ids", "prompt_length"} | (prompt, response) | [ids]
+    text, {"text"}, {"prompt", "response"}, {"messages"}, {"input_ids", "prompt_length"}, (prompt, response), [ids]
         -> Sample(ids, prompt_length)
 
 A prompt and its response are tokenised together and divided by character offsets, because the tokens of a whole are
@@ -183,7 +183,7 @@ def _render(tokenizer: Any, messages: list[dict[str, str]], how: Preparation, *,
     if not getattr(tokenizer, "chat_template", None):
         raise ConfigError(
             f"the tokenizer {getattr(tokenizer, 'name_or_path', '') or type(tokenizer).__name__} has no chat template",
-            hint="take the instruct model's tokenizer, or pass chat=False (--raw): prompt and response joined as they are",
+            hint="take the instruct model's tokenizer, or pass chat=False (--raw): texts joined as they are",
         )
     options = dict(how.template_options)
     return tokenizer.apply_chat_template(
