@@ -19,8 +19,8 @@ from hubsae.recipes.report import read_csv
 
 SMALLER = [
     "model.id=me/qwen-standin", "model.revision=main", "data.id=me/gsm8k-standin", "device=cpu", "threads=1",
-    "rl.steps=2", "rl.save_steps=[1, 2]", "rl.prompts=4", "rl.responses=2", "rl.minibatches=2", "rl.micro_batch=4",
-    "rl.max_response=8", "rl.test_every=2", "rl.test_problems=4", "harvest.problems=40", "harvest.max_new_tokens=6",
+    "rl.steps=1", "rl.save_steps=[1]", "rl.prompts=4", "rl.responses=2", "rl.minibatches=2", "rl.micro_batch=4",
+    "rl.max_response=8", "rl.test_every=1", "rl.test_problems=4", "harvest.problems=40", "harvest.max_new_tokens=6",
     "sae.epochs=2", "sae.resample_every=1", "sae.batch_size=128", "evaluation.accuracy_problems=4",
     "evaluation.splice_texts=4", "publish.release=me/chain", "publish.activations=me/chain-acts",
 ]  # fmt: skip
@@ -34,10 +34,10 @@ prepare("rl_chain", profile="full", variant="flexible", overrides=json.loads(sys
 
 from datasets import load_dataset
 from hubsae import HubSAE
-sae = HubSAE.from_pretrained("me/chain", layer=18, stage="ppo_step2")
+sae = HubSAE.from_pretrained("me/chain", layer=18, stage="ppo_step1")
 x = torch.randn(16, 32)
 from sae_lens import SAE
-lens = SAE.from_pretrained("me/chain", "saes_k64/ppo_step2/layer18")
+lens = SAE.from_pretrained("me/chain", "saes_k64/ppo_step1/layer18")
 lens = lens[0] if isinstance(lens, tuple) else lens
 with torch.no_grad():
     assert torch.allclose(lens(x), sae(x), atol=1e-4)
@@ -95,9 +95,9 @@ def test_the_full_profile_runs_from_a_hub_to_a_hub(stand_in, tmp_path):
         assert "all back" in done.stdout
     # the model is pinned to the commit it was downloaded at, and every SAE says so
     assert read_json(run / ".steps/source.json")["result"]["revision"] == commit
-    record = read_json(run / "release/saes_l23_k256/ppo_step2/layer23/metadata.json")
+    record = read_json(run / "release/saes_l23_k256/ppo_step1/layer23/metadata.json")
     assert record["base_model"]["id"] == "me/qwen-standin" and record["base_model"]["revision"] == commit
-    assert (record["base_model"]["stage"], record["base_model"]["step"]) == ("ppo_step2", 2)
+    assert (record["base_model"]["stage"], record["base_model"]["step"]) == ("ppo_step1", 1)
     # the update of all weights is small: this is what bfloat16 would have lost
     lost = {(row["stage"], row["stored_in"]): row for row in read_csv(run / "merge/merge_loss.csv")}
     assert float(lost["ppo_step1", "bfloat16"]["unchanged"]) > 0.5

@@ -120,11 +120,17 @@ prepare("rl_chain", variant="strict", overrides=json.loads(sys.argv[2]), out=sys
 """
 
 
-def test_killed_again_and_again_it_ends_as_if_it_had_not_been(strict_run, small_overrides, tmp_path):
+# what must exist when the process is killed: in the middle of each of the long steps
+MOMENTS = [
+    ["rl/stages/ppo_step2", "chains/saes_k8/layer1/training/*/*"],
+    pytest.param(["activations/own/ppo_step2.layers.1", "drift/*.csv", "release/config.json"], marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("moments", MOMENTS, ids=["learning", "data and release"])
+def test_killed_again_and_again_it_ends_as_if_it_had_not_been(strict_run, small_overrides, tmp_path, moments):
     out = tmp_path / "run"
     argv = [sys.executable, "-c", RUN, str(out), json.dumps(small_overrides)]
-    # what must exist when the process is killed: in the middle of each of the long steps
-    moments = ["rl/stages/ppo_step2", "activations/own/ppo_step2.layers.1", "chains/saes_k8/layer1/training/*/*"]
     for moment in moments:
         running = subprocess.Popen(argv, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
         while not list(out.glob(moment)):

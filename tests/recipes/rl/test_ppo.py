@@ -209,7 +209,14 @@ run.run()
 """
 
 
-@pytest.mark.parametrize("when", ["while the state is written", "while a stage is written", "between stage and state"])
+@pytest.mark.parametrize(
+    "when",
+    [
+        "while the state is written",
+        pytest.param("while a stage is written", marks=pytest.mark.slow),
+        pytest.param("between stage and state", marks=pytest.mark.slow),
+    ],
+)
 def test_killed_at_the_worst_moments_it_continues_to_the_same_end(make_ppo, tmp_path, whole_run, world_cache, when):
     folder = tmp_path / "rl"
     argv = [sys.executable, "-c", KILLED, str(folder), str(world_cache), when, str(Path(__file__).parent)]

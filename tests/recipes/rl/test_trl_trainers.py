@@ -47,7 +47,9 @@ def test_a_run_leaves_stages_at_rollout_steps_and_metrics_of_both_scorers(train,
     assert [int(row["step"]) for row in rows] == [1, 2]
     for row in rows:
         assert 0 <= float(row["score_strict"]) <= float(row["score_flexible"]) <= 1
-        assert row["reward"] == row["score_strict"] and float(row["length"]) > 2 and float(row["kl"]) >= 0
+        assert row["reward"] == row["score_strict"] and float(row["length"]) > 2
+        # an estimate of one sample each: it may be a little below zero
+        assert abs(float(row["kl"])) < 1
 
 
 def test_an_interrupted_run_goes_on_from_the_last_whole_checkpoint(train, tmp_path):
