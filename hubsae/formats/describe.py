@@ -171,7 +171,7 @@ def _release(path: Path) -> Description:
 
 def _many(path: Path, out: Description) -> Description:
     """A folder that is no SAE itself: what its files would be."""
-    from hubsae.formats.package import plan
+    from hubsae.formats.planning import plan
 
     out.kind = "folder of SAEs"
     todo = plan(path)

@@ -142,7 +142,7 @@ def _looks_like(probe: Probe) -> str:
 
 def _no_format_hint(probe: Probe) -> str:
     if probe.is_dir:
-        from hubsae.formats.package import weight_files
+        from hubsae.formats.planning import weight_files
 
         inside = weight_files(probe.path, most=3)
         if inside:

@@ -1,0 +1,232 @@
+"""What a package of a folder will hold: which files are SAEs, how each is read, and what it will be called.
+
+Nothing is written and no weights are read. What cannot be told from content, names or hubsae.yaml is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hubsae.core.errors import ConfigError, FormatError
+from hubsae.formats.base import Probe
+from hubsae.formats.manifest import MANIFEST_NAME, Manifest
+from hubsae.formats.names import NameInfo, NamePattern, parse_name, parse_path, stem_of
+from hubsae.formats.spec import SPEC_NAME, PackageSpec
+
+WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".npz")
+IMAGE_SUFFIXES = (".png", ".svg", ".jpg")
+
+
+class PackageWarning(UserWarning):
+    """Something was left out of a package, or taken in a way worth knowing."""
+
+
+@dataclass
+class PlannedSAE:
+    """One SAE that will be written."""
+
+    source: Path
+    format: str
+    why: str
+    id: str
+    info: NameInfo
+    """What its name says."""
+    choices: dict[str, Any]
+    """What is passed to its reader."""
+    size: int
+
+
+@dataclass
+class PackagePlan:
+    """What a package will hold."""
+
+    source: Path
+    spec: PackageSpec
+    name: str
+    saes: list[PlannedSAE]
+    results: list[Path] = field(default_factory=list)
+    plots: list[Path] = field(default_factory=list)
+    left_out: list[tuple[Path, str]] = field(default_factory=list)
+    """Files that are not SAEs, and why they were not taken."""
+
+
+def weight_files(folder: Path, most: int | None = None) -> list[Path]:
+    """Files below a folder that may hold weights."""
+    out: list[Path] = []
+    for file in sorted(folder.rglob("*")):
+        if file.suffix in WEIGHT_SUFFIXES and file.is_file() and not _hidden(file, folder):
+            out.append(file)
+            if most is not None and len(out) >= most:
+                break
+    return out
+
+
+def plan(source: str | os.PathLike[str], spec: PackageSpec | None = None, **given: Any) -> PackagePlan:
+    """Look at a folder and say what a package of it will hold; nothing is written and no weights are read.
+
+    `given` are the fields of hubsae.yaml (base_model, hook, pattern, format, choices ...) and win over it.
+    """
+    source = Path(source)
+    if not source.exists():
+        raise FormatError(source, "a folder of SAE files", "nothing at that path")
+    root = source if source.is_dir() else source.parent
+    if Manifest.is_manifest(Probe(root).json(MANIFEST_NAME)) and source.is_dir():
+        raise FormatError(
+            source, "a folder of SAE files", "a release", hint="it is packaged already: `hubsae push` publishes it"
+        )
+    spec = (spec if spec is not None else PackageSpec.beside(root)).updated(**given)
+    pattern = NamePattern(spec.pattern) if spec.pattern else None
+    label = spec.name or source.resolve().name if source.is_dir() else spec.name or stem_of(source.name)
+    out = PackagePlan(source, spec, label, [])
+    if source.is_dir():
+        _walk(source, source, out, pattern)
+    elif (planned := _one(source, root, out, pattern)) is not None:
+        out.saes.append(planned)
+    if not out.saes:
+        seen = ", ".join(path.name for path, _ in out.left_out[:5])
+        raise FormatError(
+            source,
+            "SAE files in a known format",
+            f"none ({seen})" if seen else "an empty folder" if not any(root.iterdir()) else "none",
+            hint="`hubsae show FILE` says how a file is read; --format and hubsae.yaml force a reading",
+        )
+    _name_them(out)
+    return out
+
+
+def _hidden(path: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
+
+
+def _walk(folder: Path, root: Path, out: PackagePlan, pattern: NamePattern | None) -> None:
+    if (planned := _one(folder, root, out, pattern)) is not None:
+        out.saes.append(planned)
+        return
+    for item in sorted(folder.iterdir()):
+        if item.name.startswith(".") or item.name == SPEC_NAME or (item.is_symlink() and not _inside(item, root)):
+            continue
+        if item.is_dir():
+            _walk(item, root, out, pattern)
+        elif item.suffix in WEIGHT_SUFFIXES:
+            if (planned := _one(item, root, out, pattern)) is not None:
+                out.saes.append(planned)
+        elif item.suffix == ".csv":
+            out.results.append(item)
+        elif item.suffix in IMAGE_SUFFIXES:
+            out.plots.append(item)
+
+
+def _inside(link: Path, root: Path) -> bool:
+    """Links may point into the folder, or to files of the Hub cache; never to a folder elsewhere."""
+    target = link.resolve()
+    return target.is_relative_to(root.resolve()) or target.is_file()
+
+
+def _one(path: Path, root: Path, out: PackagePlan, pattern: NamePattern | None) -> PlannedSAE | None:
+    """The SAE at a path, None where it is not one."""
+    from hubsae.formats.registry import _choose, _detect
+
+    relative = path.relative_to(root).as_posix() if path != root else "."
+    rule = out.spec.rule_for(relative)
+    if rule.skip:
+        out.left_out.append((path, "skipped by hubsae.yaml"))
+        return None
+    probe = Probe(path)
+    info = parse_path(relative if relative != "." else path.name)
+    if pattern is not None:
+        matched = pattern.match(relative)
+        if matched is None and path.is_file():
+            out.left_out.append((path, f"does not follow the pattern {pattern.template}"))
+            return None
+        info = matched.or_else(info) if matched is not None else info
+    readings = _detect(probe)
+    if path.is_file() and path.stat().st_size == 0:
+        raise FormatError(
+            path, "an SAE file", "an empty file (0 bytes)", hint="copy it again, or skip it in hubsae.yaml"
+        )
+    forced = rule.format or (out.spec.format if path.is_file() or readings else None)
+    if forced is None and not readings:
+        if path.is_file():
+            _not_an_sae(path, probe, out)
+        return None
+    chosen = _choose(probe, forced)
+    why = next((r.why for r in readings if r.format == chosen.name), "chosen by the caller")
+    choices = {**out.spec.choices, **rule.choices}
+    return PlannedSAE(path, chosen.name, why, rule.id or "", _with(info, rule), choices, _size(path))
+
+
+def _with(info: NameInfo, rule: Any) -> NameInfo:
+    return NameInfo(layer=rule.layer, stage=rule.stage).or_else(info)
+
+
+def _not_an_sae(path: Path, probe: Probe, out: PackagePlan) -> None:
+    """A file that reads as nothing is left out, unless its name says that it is meant to be an SAE."""
+    from hubsae.formats.registry import _looks_like
+
+    found = _looks_like(probe)
+    info = parse_name(path.name)
+    if path.name.startswith("sae") or info.architecture is not None:
+        raise FormatError(
+            path,
+            "an SAE in a known format, as its name suggests",
+            found,
+            hint=f"give format=..., or leave it out with `files: {{'{path.name}': {{skip: true}}}}` in {SPEC_NAME}",
+        )
+    out.left_out.append((path, f"not an SAE in a known format ({found})"))
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+
+
+def _name_them(out: PackagePlan) -> None:
+    """Ids: folder, then stage and layer where the name has them, else the file's own name; never twice."""
+    for item in out.saes:
+        item.id = item.id or _id(out, item, short=True)
+    for id in {i.id for i in out.saes}:
+        same = [i for i in out.saes if i.id == id]
+        if len(same) > 1:
+            for item in same:
+                item.id = _id(out, item, short=False)
+    seen: dict[str, Path] = {}
+    for item in out.saes:
+        if item.id in seen:
+            raise ConfigError(
+                f"{item.source.name} and {seen[item.id].name} would both be named {item.id!r}",
+                hint=f"give one of them an id under files: in {SPEC_NAME}",
+            )
+        seen[item.id] = item.source
+    # layer6 before layer12
+    out.saes.sort(
+        key=lambda item: [(not p.isdigit(), int(p) if p.isdigit() else p) for p in re.split(r"(\d+)", item.id)]
+    )
+
+
+def _id(out: PackagePlan, item: PlannedSAE, *, short: bool) -> str:
+    root = out.source if out.source.is_dir() else out.source.parent
+    if item.source == root:
+        return _clean(out.name)
+    parts = [_clean(out.name)] if out.source.is_dir() else []
+    relative = item.source.relative_to(root)
+    parts += [_clean(p) for p in relative.parts[:-1]]
+    # only a file named by stage and layer is renamed; folders and other names stay recognisable
+    if short and item.source.is_file() and item.info.layer is not None and _is_stage_layer(item):
+        parts += [_clean(item.info.stage)] if item.info.stage else []
+        parts.append(f"layer{item.info.layer}")
+    else:
+        parts.append(_clean(stem_of(relative.name) if item.source.is_file() else relative.name))
+    return "/".join(parts)
+
+
+def _is_stage_layer(item: PlannedSAE) -> bool:
+    info = item.info
+    return info.stage is not None or (info.architecture is None and info.expansion is None and info.k is None)
+
+
+def _clean(name: str | None) -> str:
+    kept = "".join(c if c.isalnum() or c in "-_.+=" else "-" for c in name or "")
+    return kept.strip(".-") or "sae"
