@@ -6,8 +6,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hubsae.activations.activation_set import ActivationSet
     from hubsae.activations.dataset import ActivationDataset
-    from hubsae.activations.harvesting import ActivationSet, harvest
+    from hubsae.activations.harvesting import harvest
     from hubsae.activations.manifest import describe, finalize
     from hubsae.activations.splits import SplitRule
     from hubsae.activations.stats import ActivationStats
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "ActivationDataset": "dataset",
-    "ActivationSet": "harvesting",
+    "ActivationSet": "activation_set",
     "ActivationStats": "stats",
     "ActivationWriter": "writer",
     "SplitRule": "splits",

@@ -23,17 +23,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hubsae.activations.activation_set import ActivationSet
 from hubsae.activations.batching import batches_of, is_mine
 from hubsae.activations.capture import capture, padded
-from hubsae.activations.dataset import ActivationDataset
 from hubsae.activations.generation import generate_responses
-from hubsae.activations.layout import SHARD_BYTES, TRUNCATED, config_name, configs_in, shards_in
+from hubsae.activations.layout import SHARD_BYTES, TRUNCATED, config_name, shards_in
 from hubsae.activations.manifest import finalize
 from hubsae.activations.models import load_model, load_tokenizer, merge_adapter, weights_id
+from hubsae.activations.parquet_source import ParquetSource
 from hubsae.activations.ranks import Ranks
 from hubsae.activations.rewards import Scorer, score_samples
 from hubsae.activations.samples import Mode, Preparation, Sample, Select, pack, prepare
-from hubsae.activations.sources import LocalFile, ParquetSource
+from hubsae.activations.sources import LocalFile
 from hubsae.activations.splits import SplitRule
 from hubsae.activations.writer import ActivationWriter, scale_for
 from hubsae.core.errors import ConfigError, DataError, HubSAEError
@@ -45,36 +46,6 @@ QUEUE = 4
 """Batches that may wait for the writer, which runs beside the model."""
 PROBE_BATCHES = 4
 """Batches looked at to choose a scale before anything is written."""
-
-
-class ActivationSet(Mapping[str, ActivationDataset]):
-    """The configs of a dataset folder, opened when asked for: `harvested["layers.6"]`."""
-
-    def __init__(self, path: str | Path, configs: Sequence[str] | None = None):
-        self.path = Path(path)
-        self.configs = list(configs) if configs is not None else configs_in(self.path)
-
-    def __getitem__(self, config: str) -> ActivationDataset:
-        return self.open(config)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.configs)
-
-    def __len__(self) -> int:
-        return len(self.configs)
-
-    def __repr__(self) -> str:
-        return f"ActivationSet({str(self.path)!r}, {self.configs})"
-
-    def open(self, config: str, split: str = "train", **options: Any) -> ActivationDataset:
-        """One config and split."""
-        return ActivationDataset.open(self.path, config, split, **options)
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
-        """Publish the folder."""
-        from hubsae.hub.datasets import push_activations
-
-        return push_activations(self.path, repo_id, **options)
 
 
 @dataclass

@@ -11,7 +11,8 @@ import torch
 
 from hubsae.activations.dataset import ActivationDataset
 from hubsae.activations.layout import FORMAT_VERSION, LABELS, MANIFEST, STATISTICS, configs_in, shards_in
-from hubsae.activations.sources import LocalFile, ParquetSource
+from hubsae.activations.parquet_source import ParquetSource
+from hubsae.activations.sources import LocalFile
 from hubsae.activations.stats import ActivationStats, RunningStats
 from hubsae.core.errors import DataError
 from hubsae.core.files import atomic_path, read_json, write_json_atomic

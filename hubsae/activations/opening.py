@@ -13,11 +13,11 @@ import torch
 
 from hubsae.activations.dataset import ActivationDataset
 from hubsae.activations.layout import VECTOR, config_name, configs_in, natural, shards_in
+from hubsae.activations.parquet_source import ParquetSource
 from hubsae.activations.sources import (
     ArrowSource,
     ByteFile,
     LocalFile,
-    ParquetSource,
     RawSource,
     Source,
     TensorSource,
