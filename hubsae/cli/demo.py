@@ -16,7 +16,8 @@ PANEL = "Recipes and demo"
 
 TITLES = {
     "world": "A small language model learns word problems (Qwen2 architecture, made on the spot)",
-    "activations": "Harvest its residual stream at {layers} at three stages of training",
+    "policy": "Reinforcement learning (PPO) under a strict reward: the answer must end in #### number",
+    "activations": "Harvest its residual stream at {layers} at three stages: before, during and after",
     "chain": "Train a chain of sparse autoencoders, each stage warm-started from the one before",
     "release": "Measure drift between the stages, package everything as a release",
 }
@@ -71,13 +72,13 @@ def _open_run(keep: Path | None, name: str, console: Console) -> Any:
 
 
 def _work(run: Any, size: DemoSize, console: Console) -> None:
-    from hubsae.recipes.demo.steps import commands, steps
+    from hubsae.recipes.demo.steps import commands, outcome, steps
     from hubsae.recipes.demo.view import DemoView
     from hubsae.recipes.tiny import single_thread
 
     layers = " and ".join(f"layer {layer}" for layer in size.layers)
     titles = {name: text.format(layers=layers) for name, text in TITLES.items()}
-    run.view = DemoView(console, titles, commands(size, run.path))
+    run.view = DemoView(console, titles, commands(size), lambda step: outcome(step, run.result(step)))
     with single_thread():
         run.execute(steps(size))
 

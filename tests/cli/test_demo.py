@@ -42,10 +42,10 @@ def test_the_whole_journey(finished):
     release.verify()
     assert len(release) == 6
     assert len(release.plots) >= 4
-    sae = release.load(layer=3, stage="sft_step200")
+    sae = release.load(layer=3, stage="ppo_step8")
     assert sae(torch.randn(4, 64)).shape == (4, 64)
     # it learned: far less of the variance is left than at the start of the chain
-    fvu = [release.metadata(f"saes/{stage}/layer3").metric("fvu", "all") for stage in ("sft_step40", "sft_step200")]
+    fvu = [release.metadata(f"saes/{stage}/layer3").metric("fvu", "all") for stage in ("instruct_base", "ppo_step8")]
     assert fvu[1] < fvu[0] < 0.5
 
 
@@ -53,7 +53,7 @@ def test_a_second_run_repeats_nothing(finished):
     folder, _ = finished
     done = demo("--keep", str(folder))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("done by an earlier run") == 4
+    assert done.stdout.count("done by an earlier run") == 5
     assert "no commit made" in done.stdout
 
 
@@ -78,7 +78,7 @@ def test_stopped_in_the_middle_it_continues(finished, tmp_path):
     done = demo("--keep", str(folder))
     assert done.returncode == 0, done.stderr
     whole, _ = finished
-    for stage in ("sft_step40", "sft_step200"):
+    for stage in ("instruct_base", "ppo_step8"):
         one = HubSAE.from_pretrained(whole / "release" / "saes" / stage / "layer1")
         two = HubSAE.from_pretrained(folder / "release" / "saes" / stage / "layer1")
         assert torch.equal(one.W_dec, two.W_dec), "an interrupted run ends with other numbers"

@@ -1,6 +1,6 @@
 """The demo's work, as steps of a run folder: a model that learns, its activations, a chain of SAEs, a release.
 
-    world -> activations -> chain -> release
+    world -> policy -> activations -> chain -> release
 
 A second run finds the steps finished; a run that was stopped continues with the step it was in.
 """
@@ -21,69 +21,106 @@ class DemoSize:
     """How much the demo does."""
 
     world: str
-    stages: tuple[str, ...]
+    save_steps: tuple[int, int]
+    """Steps of reinforcement learning whose checkpoints become stages, beside the base."""
     layers: tuple[int, ...]
     problems: int
     d_sae: int
     k: int
     epochs: int
 
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Names of the stages, in order."""
+        return (BASE_STAGE, *(f"ppo_step{step}" for step in self.save_steps))
 
-SIZES = {
-    "demo": DemoSize("tiny", ("sft_step100", "sft_step300", "sft_step600"), (1, 3), 1000, 512, 8, 6),
-    "fast": DemoSize("quick", ("sft_step40", "sft_step100", "sft_step200"), (1, 3), 300, 256, 8, 4),
-}
 
+BASE_STAGE = "instruct_base"
 BASE_MODEL = "tiny-world"
 """What the record names as base model; the checkpoint itself is made on this machine."""
+
+SIZES = {
+    "demo": DemoSize("tiny", (10, 30), (1, 3), 1000, 512, 8, 6),
+    "fast": DemoSize("quick", (3, 8), (1, 3), 300, 256, 8, 4),
+}
 
 
 def steps(size: DemoSize) -> list[Step]:
     """The steps of a demo of this size."""
+    places = {"stages": size.stages, "layers": size.layers}
+    sae = {"d_sae": size.d_sae, "k": size.k, "epochs": size.epochs}
     return [
         Step("world", world, settings={"size": size.world}),
+        Step("policy", policy, settings={"save_steps": size.save_steps}, needs=("world",), resumes=True),
         Step(
             "activations",
             activations,
-            settings={"stages": size.stages, "layers": size.layers, "problems": size.problems},
-            needs=("world",),
+            settings={**places, "problems": size.problems},
+            needs=("world", "policy"),
             resumes=True,
         ),
-        Step(
-            "chain",
-            chain,
-            settings={
-                "stages": size.stages, "layers": size.layers,
-                "d_sae": size.d_sae, "k": size.k, "epochs": size.epochs,
-            },
-            needs=("activations",),
-        ),
-        Step(
-            "release", release, settings={"stages": size.stages, "layers": size.layers},
-            needs=("activations", "chain"),
-        ),
-    ]  # fmt: skip
+        Step("chain", chain, settings={**places, **sae}, needs=("activations",)),
+        Step("release", release, settings=places, needs=("activations", "chain")),
+    ]
 
 
-def commands(size: DemoSize, run: Path) -> dict[str, str]:
+def commands(size: DemoSize) -> dict[str, str]:
     """What a person would type to do the same as each step, by step name."""
     layers = ",".join(map(str, size.layers))
-    last = size.stages[-1]
     return {
+        "policy": "hubsae recipe run rl_chain --config strict      # this and the next three steps, at length",
         "activations": f"hubsae harvest --model CHECKPOINT --dataset openai/gsm8k --layers {layers} "
-        f"--mode prompt+response --stage {last} --out activations/",
-        "chain": f"hubsae train seed_000.yaml activations={run.name}/activations d_sae={size.d_sae} k={size.k}",
-        "release": f"hubsae package saes/ --out release/ --base-model {BASE_MODEL}\n"
+        "--mode prompt+response --out activations/",
+        "chain": "hubsae train CONFIG.yaml",
+        "release": "hubsae package saes/ --out release/ --base-model ORG/MODEL\n"
         "hubsae drift release/ --activations activations/",
     }
 
 
+def outcome(step: str, result: Any) -> str:
+    """What came of a step, in a few words; empty where there is nothing to say."""
+    if step == "policy":
+        first, last = result["reward_first"], result["reward_last"]
+        return f"answers that satisfy it: {first:.0%} at the start, {last:.0%} at the end"
+    if step == "activations":
+        return f"{result['rows']:,} tokens per stage"
+    if step == "chain":
+        return f"{result['saes']} SAEs"
+    return f"{len(result['plots'])} plots, a card" if step == "release" else ""
+
+
 def world(ctx: StepContext) -> dict[str, Any]:
-    """A tiny Qwen2 model that learns word problems; its checkpoints are the stages."""
+    """A tiny Qwen2 model that learns to answer word problems in several styles."""
     from hubsae.recipes.tiny import tiny_world
 
     found = tiny_world(ctx.settings["size"], progress=ctx.progress)
     return {"folder": str(found.folder), "size": ctx.settings["size"]}
+
+
+def policy(ctx: StepContext) -> dict[str, Any]:
+    """Reinforcement learning under the strict reward: `#### number`, exactly."""
+    from hubsae.recipes.report import read_csv
+    from hubsae.recipes.rl.short import short_run
+
+    tiny = open_world(ctx.result("world"))
+    stages = short_run(tiny, ctx.folder, save_steps=ctx.settings["save_steps"], progress=ctx.progress)
+    rewards = [float(row["score_strict"]) for row in read_csv(ctx.folder / "metrics.csv")]
+    edge = max(1, len(rewards) // 5)
+    return {
+        "stages": list(stages),
+        "reward_first": sum(rewards[:edge]) / edge,
+        "reward_last": sum(rewards[-edge:]) / edge,
+    }
+
+
+def load_stage(tiny: Any, folder: Path, stage: str) -> Any:
+    """The model at one stage; `folder` is that of the step `policy`."""
+    from hubsae.recipes.quiet import quiet
+    from hubsae.recipes.rl.stages import parse_checkpoint
+
+    base = str(tiny.model_path)
+    with quiet():
+        return parse_checkpoint(stage, base if stage == BASE_STAGE else str(folder / "stages" / stage), base).load()
 
 
 def activations(ctx: StepContext) -> dict[str, Any]:
@@ -95,12 +132,14 @@ def activations(ctx: StepContext) -> dict[str, Any]:
     texts = problem_texts(tiny, settings["problems"])
     for number, stage in enumerate(settings["stages"]):
         ctx.progress(number, len(settings["stages"]), stage)
+        model = load_stage(tiny, ctx.path("policy"), stage)
         harvest(
-            tiny.load_stage(stage), texts, list(settings["layers"]), out=ctx.folder, tokenizer=tiny.tokenizer,
+            model, texts, list(settings["layers"]), out=ctx.folder, tokenizer=tiny.tokenizer,
             mode="prompt+response", stage=stage, validation_fraction=0.1, progress=False,
             source={"text_dataset": "word problems made by rule", "model": BASE_MODEL},
         )  # fmt: skip
-    return {"stages": settings["stages"], "problems": len(texts)}
+    first = opened(ctx.folder, settings["stages"][0], settings["layers"][0], "train")
+    return {"stages": settings["stages"], "problems": len(texts), "rows": first.n_rows}
 
 
 def open_world(result: dict[str, Any]) -> Any:
@@ -149,7 +188,9 @@ def chain(ctx: StepContext) -> dict[str, Any]:
         )
         for stage in trained.stages:
             stage.sae.metadata.base_model.stage = stage.stage
-            stage.sae.metadata.base_model.step = int(stage.stage.removeprefix("sft_step"))
+            stage.sae.metadata.base_model.step = (
+                int(stage.stage.removeprefix("ppo_step")) if "ppo" in stage.stage else 0
+            )
             stage.sae.save_pretrained(ctx.folder / sae_id(stage.stage, layer))
     return {"saes": len(settings["layers"]) * len(settings["stages"])}
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from hubsae.recipes.demo.steps import DemoSize, open_world
+from hubsae.recipes.demo.steps import DemoSize, load_stage, open_world
 
 Say = Callable[[str], None]
 
@@ -108,7 +108,7 @@ class Steered:
 def steer_once(run: Path, size: DemoSize, sae: Any, x: torch.Tensor, result: dict[str, Any]) -> Steered | None:
     """Turn up one feature, as gently as changes the answer to a held-out problem."""
     tiny = open_world(result)
-    model, tokenizer = tiny.load_stage(size.stages[-1]), tiny.tokenizer
+    model, tokenizer = load_stage(tiny, run / "policy", size.stages[-1]), tiny.tokenizer
     problem = tiny.test_problems[0]
     prompt = torch.tensor([tiny.prompt_ids(problem)])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from hubsae.recipes.view import SilentView
@@ -13,8 +14,10 @@ if TYPE_CHECKING:
 class DemoView(SilentView):
     """Prints a heading per step; on a terminal a spinner with the step's progress below it."""
 
-    def __init__(self, console: Console, titles: dict[str, str], commands: dict[str, str]):
-        self.console, self.titles, self.commands = console, titles, commands
+    def __init__(
+        self, console: Console, titles: dict[str, str], commands: dict[str, str], outcome: Callable[[str], str]
+    ):
+        self.console, self.titles, self.commands, self.outcome = console, titles, commands, outcome
         self._status: Any = None
 
     def step_started(self, name: str, why: str) -> None:
@@ -27,12 +30,12 @@ class DemoView(SilentView):
     def step_skipped(self, name: str) -> None:
         """A step was finished by an earlier run."""
         self._heading(name)
-        self.console.print("  done by an earlier run")
+        self._done(name, "done by an earlier run")
 
     def step_finished(self, name: str, seconds: float) -> None:
         """A step ended."""
         self.stop()
-        self.console.print(f"  {seconds:.0f} s", highlight=False)
+        self._done(name, f"{seconds:.0f} s")
 
     def progress(self, done: float, total: float | None = None, text: str | None = None) -> None:
         """The running step is this far."""
@@ -45,6 +48,10 @@ class DemoView(SilentView):
         if self._status is not None:
             self._status.stop()
             self._status = None
+
+    def _done(self, name: str, how: str) -> None:
+        came_of_it = self.outcome(name)
+        self.console.print(f"  {came_of_it} ({how})" if came_of_it else f"  {how}", highlight=False, markup=False)
 
     def _heading(self, name: str) -> None:
         self.console.print(f"\n[bold]{self.titles.get(name, name)}[/]")
