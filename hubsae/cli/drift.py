@@ -95,7 +95,8 @@ def _chains(
     from hubsae.core.errors import ConfigError
     from hubsae.core.files import write_csv_atomic
     from hubsae.core.sae import HubSAE
-    from hubsae.evals.drift import compare, drift
+    from hubsae.evals.comparison import compare
+    from hubsae.evals.drift import drift
     from hubsae.evals.record import activation_reader, record_drift
     from hubsae.evals.report import summary
     from hubsae.formats.manifest import MANIFEST_NAME

@@ -104,8 +104,9 @@ def _reconstruct(
     saes: dict[str, HubSAE], path: str, config: str | None, split: str | None, release: Any, out: Path | None
 ) -> list[dict[str, Any]]:
     from hubsae.cli._common import progress
-    from hubsae.evals.reconstruction import ReconstructionResult, reconstruction
+    from hubsae.evals.reconstruction import reconstruction
     from hubsae.evals.record import activation_reader, record_reconstruction, stage_and_layer
+    from hubsae.evals.results import ReconstructionResult
 
     read = activation_reader(path, config=config, split=split)
     together: dict[int, tuple[Any, dict[str, HubSAE]]] = {}

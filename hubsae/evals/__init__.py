@@ -11,9 +11,11 @@
 """
 
 from hubsae.evals.chains import Link
+from hubsae.evals.comparison import Comparison, compare
 from hubsae.evals.definitions import DEFINITIONS, SCOPES, Measure, to_metrics
-from hubsae.evals.drift import Comparison, DriftReport, compare, drift
-from hubsae.evals.reconstruction import ReconstructionResult, SAEReconstruction, reconstruction
+from hubsae.evals.drift import DriftReport, drift
+from hubsae.evals.reconstruction import reconstruction
+from hubsae.evals.results import ReconstructionResult, SAEReconstruction
 from hubsae.evals.splice import SpliceResult, splice, splice_many
 
 __all__ = [

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from hubsae.core.errors import DataError
-from hubsae.evals.bootstrap import percentile_interval
 from hubsae.evals.chains import Group, Link, activations_for, make_groups
-from hubsae.evals.rates import RateRatio, Series, at, change, make_series, rate_ratio
-from hubsae.evals.reconstruction import ReconstructionResult, reconstruction
+from hubsae.evals.rates import Series, make_series
+from hubsae.evals.reconstruction import reconstruction
+from hubsae.evals.results import ReconstructionResult
 from hubsae.evals.weights import Matching, Movement, movement
 
 # A latent is alive where it fires on a larger share of tokens than this.
@@ -353,108 +353,3 @@ def _series(links: list[Link], results: dict[str, ReconstructionResult]) -> dict
                 stacked = np.stack([d for d in drawn if d is not None], axis=1)
             out[metric, scope] = make_series(steps, [v for v in values if v is not None], stacked)
     return out
-
-
-# ---- chains against each other -----------------------------------------------------------------------------
-
-
-class Compared(NamedTuple):
-    """Rates of two chains at one layer and k."""
-
-    layer: int | None
-    k: int | None
-    metric: str
-    scope: str
-    end_to_end: RateRatio
-    matched: RateRatio
-
-
-@dataclass
-class Comparison:
-    """Two chains, layer by layer."""
-
-    a: str
-    b: str
-    items: list[Compared]
-    left_out: list[str]
-    """What could not be compared, and why"""
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Tidy: two lines per layer, metric and scope."""
-        return [
-            ratio.row(chain_a=self.a, chain_b=self.b, layer=c.layer, k=c.k, metric=c.metric, scope=c.scope)
-            for c in self.items
-            for ratio in (c.end_to_end, c.matched)
-        ]
-
-
-def compare(a: DriftReport, b: DriftReport) -> Comparison:
-    """Rates of two chains, end to end and at matched steps; only equal layer and k are compared."""
-    items: list[Compared] = []
-    left_out: list[str] = []
-    others = {(g.layer, g.k): g for g in b.groups}
-    for group in a.groups:
-        other = others.pop((group.layer, group.k), None)
-        if other is None:
-            left_out.append(f"{group.name}: only in {a.name}")
-            continue
-        for key in sorted(set(group.series) & set(other.series)):
-            one, two = group.series[key], other.series[key]
-            if len(one.steps) < 2 or len(two.steps) < 2:
-                left_out.append(f"{group.name} {key[0]}: a chain of one stage has no rate")
-                continue
-            items.append(
-                Compared(
-                    group.layer,
-                    group.k,
-                    *key,
-                    rate_ratio(one, two, matched=False),
-                    rate_ratio(one, two, matched=True),
-                )
-            )
-    left_out += [f"{g.name}: only in {b.name}" for g in others.values()]
-    return Comparison(a.name, b.name, items, left_out)
-
-
-def less_control(report: DriftReport) -> list[dict[str, Any]]:
-    """Change of each stage since the base, that of the control at the same step, and what remains."""
-    if report.control is None:
-        return []
-    rows = []
-    held = {(g.layer, g.k): g for g in report.control.groups}
-    for group in report.groups:
-        other = held.get((group.layer, group.k))
-        if other is None:
-            continue
-        for metric, scope in sorted(set(group.series) & set(other.series)):
-            one, two = group.series[metric, scope], other.series[metric, scope]
-            for step in one.steps[1:]:
-                if not two.steps[0] <= step <= two.steps[-1]:
-                    continue
-                of_chain, of_control = change(one, float(step)), change(two, float(step))
-                low, high = _net_interval(one, two, float(step))
-                rows.append(
-                    {
-                        "layer": group.layer,
-                        "k": group.k,
-                        "metric": metric,
-                        "scope": scope,
-                        "step": float(step),
-                        "delta_chain": of_chain.delta,
-                        "delta_control": of_control.delta,
-                        "delta_net": of_chain.delta - of_control.delta,
-                        "low": low,
-                        "high": high,
-                    }
-                )
-    return rows
-
-
-def _net_interval(one: Series, two: Series, step: float) -> tuple[float | None, float | None]:
-    if one.draws is None or two.draws is None or one.draws.shape[0] != two.draws.shape[0]:
-        return None, None
-    drawn_one, drawn_two = at(one, step)[1], at(two, step)[1]
-    if drawn_one is None or drawn_two is None:
-        return None, None
-    net = (drawn_one - one.draws[:, 0]) - (drawn_two - two.draws[:, 0])
-    return percentile_interval(net) or (None, None)

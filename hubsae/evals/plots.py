@@ -15,9 +15,10 @@ import numpy as np
 from hubsae.core.extras import require
 from hubsae.core.files import atomic_path
 from hubsae.evals.bootstrap import percentile_interval
-from hubsae.evals.drift import Comparison, DriftReport, GroupDrift
+from hubsae.evals.comparison import Comparison
+from hubsae.evals.drift import DriftReport, GroupDrift
 from hubsae.evals.rates import Series
-from hubsae.evals.reconstruction import DENSITY_EDGES, ReconstructionResult
+from hubsae.evals.results import DENSITY_EDGES, ReconstructionResult
 
 # Okabe-Ito, distinguishable with every kind of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")

@@ -14,9 +14,10 @@ from hubsae.core.errors import NotFoundError
 from hubsae.core.hooks import HookKind, HookPoint
 from hubsae.core.metadata import Metadata, Metric
 from hubsae.core.sae import HubSAE
-from hubsae.evals.drift import Comparison, DriftReport
-from hubsae.evals.reconstruction import ReconstructionResult
+from hubsae.evals.comparison import Comparison
+from hubsae.evals.drift import DriftReport
 from hubsae.evals.report import write_report
+from hubsae.evals.results import ReconstructionResult
 from hubsae.evals.splice import SpliceResult
 from hubsae.formats.release import Release
 

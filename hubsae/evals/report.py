@@ -9,7 +9,8 @@ from typing import Any
 
 from hubsae.core.errors import DataError, MissingExtraError
 from hubsae.core.files import atomic_path, write_csv_atomic, write_json_atomic
-from hubsae.evals.drift import DriftReport, GroupDrift, less_control
+from hubsae.evals.comparison import less_control
+from hubsae.evals.drift import DriftReport, GroupDrift
 from hubsae.evals.rates import change
 
 TABLES = ("stages", "moves", "cross", "rates", "control")

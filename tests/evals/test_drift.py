@@ -11,7 +11,7 @@ from hubsae import evals
 from hubsae.core.errors import DataError, NotFoundError
 from hubsae.core.sae import HubSAE
 from hubsae.evals.chains import make_groups
-from hubsae.evals.drift import less_control
+from hubsae.evals.comparison import less_control
 from hubsae.evals.rates import change, make_series, rate_ratio, step_of
 from hubsae.evals.weights import movement
 
