@@ -382,6 +382,29 @@ def compare(name: str, case: Case, peers: list[str], rounds: int, steps: int) ->
     sys.stdout.flush()
 
 
+def many(rounds: int) -> None:
+    """Twelve small cells (3 widths x 4 k) on one stream against one after the other."""
+    import torch
+
+    from hubsae.train import TrainConfig, train, train_many
+
+    x = torch.randn(16_384, 64, generator=torch.Generator().manual_seed(0))
+    shared = {"batch_size": 512, "epochs": 2, "lr": 1e-3}
+    grid = [(e, k) for e in (4, 8, 16) for k in (2, 4, 8, 16)]
+    cells = [TrainConfig(name=f"{e}x k{k}", expansion=e, k=k, **shared) for e, k in grid]
+    wall, cpu = [], []
+    for _ in range(rounds):
+        took = []
+        for run in (lambda: train_many(cells, x), lambda: [train(cell, x) for cell in cells]):
+            w, c = time.perf_counter(), time.process_time()
+            run()
+            took.append((time.perf_counter() - w, time.process_time() - c))
+        wall.append(took[0][0] / took[1][0])
+        cpu.append(took[0][1] / took[1][1])
+    print("\n12 cells, d=64, d_sae 256 to 1024, batch 512: together / one after the other")
+    print(f"  {statistics.median(wall):.2f} by wall, {statistics.median(cpu):.2f} by CPU")
+
+
 def peak(peer: str, case: Case) -> float | None:
     """MB at the peak of eight steps above imports and data; run in a process of its own."""
     import torch
@@ -417,6 +440,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="two rounds of two steps at the tiny case")
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--many", action="store_true", help="train_many of 12 small cells against one after the other")
     parser.add_argument("--one", nargs=2, metavar=("PEER", "CASE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -449,6 +473,9 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     torch.set_flush_denormal(True)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}", flush=True)
+    if options.many:
+        many(options.rounds)
+        return
     for name in cases:
         rounds, steps = (2, 2) if options.quick else (options.rounds, options.steps)
         compare(name, CASES[name], peers, rounds, steps)

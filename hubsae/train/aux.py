@@ -30,12 +30,13 @@ class AuxGradient(NamedTuple):
     """[d], only where the target is the full activation."""
 
 
-def dead_ids(cell: Cell) -> Tensor | None:
-    """The dead latents of a cell [n_dead], or None where AuxK has nothing to do."""
+def dead_ids(cell: Cell, comm: Solo) -> Tensor | None:
+    """The dead latents of a cell [n_dead], or None where AuxK has nothing to do on any rank."""
     if cell.config.aux is None or cell.config.aux.coefficient == 0:
         return None
     ids = cell.dead().nonzero().view(-1)
-    return ids if ids.numel() else None
+    counts = comm.gather_counts(ids.numel()) if comm.splits_latents else [ids.numel()]
+    return ids if sum(counts) else None
 
 
 def gradient(
@@ -47,7 +48,7 @@ def gradient(
     """
     settings = cell.config.aux
     assert settings is not None
-    ids = dead_ids(cell)
+    ids = dead_ids(cell, comm)
     assert ids is not None
     d = xc.shape[1]
     wanted = settings.k if settings.k is not None else d // 2

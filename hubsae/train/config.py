@@ -232,6 +232,10 @@ class TrainConfig(Part):
             raise ValueError(f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}")
         if self.accumulate > 1 and self.architecture == "batch_topk":
             raise ValueError("batch_topk selects over the whole batch, so it cannot be accumulated in parts")
+        if self.accumulate > 1 and (self.sparsity.l0_target is not None or self.loss == "fvu"):
+            raise ValueError(
+                "an L0 target and the fvu loss look at the whole batch; they cannot be accumulated in parts"
+            )
         return self
 
     def width(self, d_in: int) -> int:

@@ -172,7 +172,7 @@ def select(cell: Cell, xc: Tensor, comm: Solo, rows_in_all: int) -> Selected:
     B, arch = xc.shape[0], cell.config.architecture
     if arch == "gated":
         return Selected(*_none(xc), dense=GatedBranch(cell, xc))
-    dead = aux.dead_ids(cell)
+    dead = aux.dead_ids(cell, comm)
     step = B if B * cell.n <= CHUNK_ELEMENTS else CHUNK_ROWS
     if arch == "batch_topk":
         return _batch_topk(cell, xc, step, dead, comm, rows_in_all)
@@ -351,7 +351,7 @@ def signals(bank: Bank, f: Forward, comm: Solo, rows_in_all: int) -> Signals:
         vectors.append(grads)
         auxes.append(gradient)
         fired.append(counts.to(torch.int64))
-        l0s.append(comm.sum_latents(counts.sum()) / B)
+        l0s.append(comm.sum_latents(comm.sum(counts.sum().clone())) / rows_in_all)
         aux_losses.append(aux_loss)
         penalties.append(penalty)
     branches = [s.dense for s in f.selected]

@@ -83,6 +83,8 @@ class Run:
         first = self.first = configs[0]
         self.out, self.device, self.quiet = out, torch.device(device), quiet
         self.comm: Solo = connect(first.parallel)
+        # for passes in which every rank sees every row: validation, resampling
+        self.same_rows = self.comm if self.comm.splits_latents else Solo()
         self.source, self.val = data.split(data.as_source(activations), val, first.val_fraction)
         d = self.source.d
         if self.val is not None and self.val.d != d:
@@ -256,6 +258,7 @@ class Run:
 
     def _train(self, x: Tensor) -> None:
         """One optimiser step of every living cell."""
+        self._now: dict[int, dict[str, Any]] = {}
         for cell in self.bank.live:
             cell.lr = learning_rate(cell.config, self.step, self.total)
             cell.sparsity = sparsity_scale(cell.config, self.step)
@@ -318,8 +321,9 @@ class Run:
                 self._fail(cell, x, loss)
                 bad = True
             if not bad:
-                for cell, loss in zip(self.bank.live, losses, strict=True):
+                for cell, loss, mse in zip(self.bank.live, losses, f.mse, strict=True):
                     self.sums[cell.index][0] += loss
+                    self._add(cell, loss=loss, mse=mse)
                 return f
         return None
 
@@ -345,48 +349,50 @@ class Run:
         good = checkpoint.latest(self.out, suffix=self.suffix) if self.out is not None else None
         return f"the last good state is {good}" if good else "no checkpoint was written before"
 
+    def _add(self, cell: Cell, **values: Any) -> None:
+        """Add a part's statistics to those of the step; parts of an accumulated batch sum to the batch's."""
+        now = self._now.setdefault(cell.index, {})
+        for name, value in values.items():
+            if value is not None:
+                now[name] = now.get(name, 0.0) + value
+
     def _count(self, f: step.Forward, s: step.Signals, rows: int) -> None:
-        for cell, fired, l0 in zip(self.bank.live, s.fired, s.l0, strict=True):
-            counts = self.comm.sum(fired) if self.comm.splits_rows else fired
+        for i, cell in enumerate(self.bank.live):
+            counts = self.comm.sum(s.fired[i]) if self.comm.splits_rows else s.fired[i]
             cell.count(counts, rows // self.first.accumulate)
-            self.sums[cell.index][1] += float(l0) / self.first.accumulate
+            self._add(cell, l0=s.l0[i], aux_loss=s.aux_loss[i], sparsity_loss=s.penalty[i])
+            self.sums[cell.index][1] += float(s.l0[i])
             self.sums[cell.index][2] += 1 / self.first.accumulate
             if cell.config.architecture == "batch_topk" and cell.last_threshold:
                 rate, old = cell.config.threshold_lr, cell.threshold
                 now = cell.last_threshold
                 cell.threshold = now if old is None else (1 - rate) * old + rate * now
-        self._latest = (f, s)
 
     # ---- between steps ----------------------------------------------------------------------------------
 
     def _report(self, x: Tensor) -> None:
         then, at = self._timed
-        now = time.perf_counter()
-        speed = (self.step - at) * self.first.batch_size / max(now - then, 1e-9)
-        self._timed = (now, self.step)
+        clock = time.perf_counter()
+        speed = (self.step - at) * self.first.batch_size / max(clock - then, 1e-9)
+        self._timed = (clock, self.step)
         if not self.bank.live:
             return
-        variance = float(self.comm.sum((x - self.comm.sum(x.sum(0)) / self.first.batch_size).square().sum()))
-        f, s = self._latest
+        rows = int(self.comm.sum(torch.tensor(x.shape[0], device=x.device)))
+        variance = float(self.comm.sum((x - self.comm.sum(x.sum(0)) / rows).square().sum()))
         text = []
-        for i, cell in enumerate(self.bank.live):
-            parts = self.first.accumulate  # of an accumulated batch the last part is looked at
-            mse = float(self._summed([f.mse[i]])[0]) * parts
-            extra = {}
-            if s.aux_loss[i] is not None:
-                extra["aux_loss"] = float(s.aux_loss[i])  # type: ignore[arg-type]
-            if s.penalty[i] is not None:
-                extra["sparsity_loss"] = float(s.penalty[i])  # type: ignore[arg-type]
+        for cell in self.bank.live:
+            now = self._now[cell.index]
+            mse = float(self._summed([torch.as_tensor(now["mse"])])[0])
             values = {
                 "tokens": cell.tokens,
-                "loss": float(self._summed([f.losses[i]])[0]) * parts,
+                "loss": float(now["loss"]),
                 "mse": mse,
-                "fvu": mse * self.first.batch_size * self.source.d / max(variance, 1e-12),
-                "l0": float(s.l0[i]),
-                "dead": float(cell.dead().double().mean()),
+                "fvu": mse * rows * self.source.d / max(variance, 1e-12),
+                "l0": float(now["l0"]),
+                "dead": self._dead_share(cell),
                 "lr": cell.lr,
                 "tokens_per_s": round(speed),
-                **extra,
+                **{name: float(now[name]) for name in ("aux_loss", "sparsity_loss") if name in now},
             }
             self.log.add("train", self.step, cell.config.name, **values)
             text.append(
@@ -394,6 +400,9 @@ class Run:
             )
         label = text[0] if len(text) == 1 else f"{len(text)} SAEs, first: {text[0]}"
         self.log.progress(self.step, f"{label} {speed:,.0f} tok/s")
+
+    def _dead_share(self, cell: Cell) -> float:
+        return float(self.comm.sum_latents(cell.dead().double().sum())) / cell.total
 
     def _end_epoch(self) -> None:
         epoch = self.step // self.steps_per_epoch
@@ -434,7 +443,7 @@ class Run:
         settings = cell.config.dead.resample
         assert settings is not None
         tokens = self._prepare(data.sample(self.source, settings.tokens, cell.config.seed + self.step))
-        count = dead.resample(cell, tokens, self.comm)
+        count = dead.resample(cell, tokens, self.same_rows)
         self.resampled[cell.index] += count
         self.log.add("resample", self.step, cell.config.name, count=count, method=settings.method)
 
@@ -474,7 +483,7 @@ class Run:
         guess = cell.last_threshold
         for raw in data.every_row(val, size):
             x = self._prepare(raw)
-            out, counts = dead.reconstruct(cell, x, self.comm)
+            out, counts = dead.reconstruct(cell, x, self.same_rows)
             error = out - x if scale is None else (out - x) * scale
             squares += float(error.double().square().sum())
             raw = raw.to(self.device, torch.float64)
