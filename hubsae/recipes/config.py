@@ -30,11 +30,9 @@ C = TypeVar("C", bound=RecipeConfig)
 def compose(schema: type[C], layers: Iterable[dict[str, Any]], overrides: Sequence[str] = ()) -> C:
     """Merge `layers` (later ones win, section by section), apply overrides, validate.
 
-    >>> class Train(RecipeConfig):
-    ...     lr: float = 1.0
     >>> class Config(RecipeConfig):
-    ...     train: Train = Train()
-    >>> compose(Config, [{"train": {"lr": 2}}], ["train.lr=1e-4"]).train.lr
+    ...     lr: float = 1.0
+    >>> compose(Config, [{"lr": 2}], ["lr=1e-4"]).lr
     0.0001
     """
     merged: dict[str, Any] = {}
@@ -100,12 +98,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def key_paths(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Every dotted key a config may have.
 
-    >>> class Train(RecipeConfig):
-    ...     lr: float = 1.0
     >>> class Config(RecipeConfig):
-    ...     train: Train = Train()
+    ...     seed: int = 0
+    ...     lr: float = 1.0
     >>> list(key_paths(Config))
-    ['train', 'train.lr']
+    ['seed', 'lr']
     """
     for name, info in schema.model_fields.items():
         yield prefix + name

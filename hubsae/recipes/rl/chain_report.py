@@ -19,6 +19,9 @@ HEADLINES = {
 }  # fmt: skip
 """Columns of the published table and ours, and the names of the measures they are."""
 
+METRICS = ("mse", "nmse", "n_dead", "l_sae", "frac_rec")
+"""Columns of the published table."""
+
 SHORT = ("strict", "flexible", "verl_flexible", "lm_eval_strict", "length", "problems")
 
 
@@ -123,11 +126,13 @@ def _drift(report: Report, drift: Path, folder: Path) -> None:
         "Cosine of each latent to the stage before, the control below the chain", "moves", moves, columns=columns
     )
     if (drift / "drift_control.csv").is_file():
-        rows = read_csv(drift / "drift_control.csv")
+        every = read_csv(drift / "drift_control.csv")
+        rows = [row for row in every if row["scope"] == "all" and row["metric"] in ("nmse_pooled", "fvu")]
         report.table("Change since the base, the control's at the same step, and what remains", "less_control", rows)
         report.text(
             "A warm-started chain improves by training alone. The control trains as long on the base model's "
-            "activations; only what remains after subtracting it can belong to the policy."
+            "activations; only what remains after subtracting it can belong to the policy. "
+            "Other metrics and scopes: `drift_control.csv`."
         )
     if (drift / "comparison.csv").is_file():
         report.table("Beside other chains", "comparison", read_csv(drift / "comparison.csv"))
@@ -160,16 +165,13 @@ def _published(
         report.table("Tendencies of both", "tendencies", tendencies)
         return {}
     report.table("Tendencies of both", "tendencies", tendencies)
-    bands = [
-        Band({"stage": r["stage"], "layer": r["layer"], "k": r["k"]}, r["metric"], float(r["low"]), float(r["high"]))
-        for r in read_csv(folder / "published_bands.csv")
-    ]
-    rows = [row for row in read_csv(folder / "published_reconstruction.csv") if row["chain"] == name]
+    everything = read_csv(folder / "published_reconstruction.csv")
+    rows = [row for row in everything if row["chain"] == name]
     ours = [{**row, "chain": name} for row in headline]
     tables = {
         "reconstruction": compare(
-            ours, rows, keys=["chain", "stage", "layer", "k"], metrics=["mse", "nmse", "n_dead", "l_sae", "frac_rec"],
-            bands=bands,
+            ours, rows, keys=["chain", "stage", "layer", "k"], metrics=METRICS,
+            bands=replicate_bands(everything, config.base_stage),
         ),
         "accuracy": _accuracy(config, name, accuracy, folder),
         "decoder_cosine": _cosines(config, name, drift, folder),
@@ -182,6 +184,26 @@ def _published(
         "how far two published baselines of one model lie apart."
     )
     return {title: summary_of(found) for title, found in tables.items()}
+
+
+def replicate_bands(published: Sequence[Mapping[str, str]], base_stage: str) -> list[Band]:
+    """The range of each number of the base stage over the chains: there it is the same model, trained on again.
+
+    >>> rows = [{"stage": "base", "layer": "6", "k": "64", "mse": m} for m in (".0238", ".0235", ".0251")]
+    >>> band = replicate_bands(rows, "base")[0]
+    >>> band.low, band.high
+    (0.0235, 0.0251)
+    """
+    found: dict[tuple[str, str, str], list[float]] = {}
+    for row in published:
+        for metric in METRICS if row["stage"] == base_stage else ():
+            if row.get(metric):
+                found.setdefault((row["layer"], row["k"], metric), []).append(float(row[metric]))
+    return [
+        Band({"stage": base_stage, "layer": layer, "k": k}, metric, min(values), max(values))
+        for (layer, k, metric), values in found.items()
+        if len(values) > 1
+    ]
 
 
 def _accuracy(config: ChainConfig, name: str, accuracy: Mapping[str, dict[str, Any]], folder: Path) -> Rows:

@@ -52,8 +52,9 @@ def token_rewards(scores: Tensor, log_probs: Tensor, ref_log_probs: Tensor, mask
     """Per-token rewards: minus `kl_coef` times the k1 estimate of the KL, and the score on the last real token.
 
     >>> mask = torch.tensor([[1, 1, 0]])
-    >>> token_rewards(torch.tensor([1.0]), torch.tensor([[-1.0, -1, -1]]), torch.tensor([[-2.0, -1, -9]]), mask, 0.5)
-    tensor([[-0.5000,  1.0000,  0.0000]])
+    >>> logp, ref = torch.tensor([[-1.0, -1, -1]]), torch.tensor([[-2.0, -1, -9]])
+    >>> token_rewards(torch.tensor([1.0]), logp, ref, mask, 0.5).tolist() == [[-0.5, 1.0, 0.0]]
+    True
     """
     rewards = -kl_coef * (log_probs - ref_log_probs) * mask
     last = mask.sum(1) - 1
@@ -94,8 +95,8 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
 
     Note what it does to noise: advantages that mean nothing come out as large as those that do.
 
-    >>> whiten(torch.tensor([[1.0, 3.0, 99.0]]), torch.tensor([[1, 1, 0]])).round(decimals=3)
-    tensor([[-1.,  1., 0.]])
+    >>> whiten(torch.tensor([[1.0, 3.0, 99.0]]), torch.tensor([[1, 1, 0]])).round(decimals=3).tolist()
+    [[-1.0, 1.0, 0.0]]
     """
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean).square(), mask)
