@@ -253,5 +253,6 @@ def summarize(checks: Sequence[Check]) -> str:
         worst = max(c.saelens_error or 0.0 for c in lens)
         parts.append(f"{len(lens)} the same in stock SAELens (relative error up to {worst:.1e})")
     elif checks and all(c.saelens == "not checked" for c in checks):
-        parts.append("SAELens parity not checked (pip install 'hubsae[saelens]')")
+        why = "switched off" if have_saelens() else "pip install 'hubsae[saelens]'"
+        parts.append(f"SAELens parity not checked ({why})")
     return "; ".join(parts)

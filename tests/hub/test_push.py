@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -227,8 +228,12 @@ def test_staging_is_removed(hub: LocalHub, seeds: Path, tmp_path: Path):
 
 def test_720_files_are_one_commit(lfs_hub: LocalHub, tmp_path: Path, one: HubSAE):
     release = Release.create(tmp_path / "many", name="many", base_model="a/b")
-    for i in range(240):
-        release.add(one, f"many/layer{i}")
+    entry = release.add(one, "many/layer0")
+    for i in range(1, 240):
+        shutil.copytree(release.folder("many/layer0"), release.path / f"many/layer{i}")
+    ids = [f"many/layer{i}" for i in range(240)]
+    release.manifest.saes = [entry.model_copy(update={"id": id, "path": id}) for id in ids]
+    release.refresh()
     requests = len(lfs_hub.requests)
     push(release.path, "me/many", check_saelens=False)
     assert len(HubClient().tree("me/many")) >= 722
