@@ -199,8 +199,8 @@ class TrainConfig(Part):
     exports: tuple[Literal["safetensors", "pt", "onnx"], ...] = Field(
         default=("safetensors",), description="What the final SAE is written as, in the run folder."
     )
-    parallel: Literal["data", "latent"] = Field(
-        default="data", description="Under torchrun: what is split across ranks."
+    parallel: Literal["data", "latent", "none"] = Field(
+        default="data", description="Under torchrun: what is split across ranks; none: each rank trains alone."
     )
     record: dict[str, Any] = Field(
         default_factory=dict,

@@ -140,6 +140,8 @@ class LatentParallel(_Group):
 
 def connect(split: str) -> Solo:
     """The group of this process: Solo unless launched by torchrun or accelerate with several processes."""
+    if split == "none":
+        return Solo()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and dist.is_available() and not dist.is_initialized():
         # what torchrun and accelerate launch set is all that is needed
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
