@@ -44,8 +44,9 @@ WINDOW = 1024
 """Samples sorted by length together: enough that batches hold almost no padding."""
 QUEUE = 4
 """Batches that may wait for the writer, which runs beside the model."""
-PROBE_BATCHES = 4
-"""Batches looked at to choose a scale before anything is written."""
+PROBE_SAMPLES, PROBE_TOKENS = 16, 32
+"""Beginnings of samples looked at to choose a scale: massive activations sit on the first tokens, and the scale leaves
+room above them. A look at whole batches would cost small harvests half their time."""
 
 
 @dataclass
@@ -287,10 +288,10 @@ def _scales(
     if plan.how.mode == "packed":
         samples = _packed(plan, iter([window]), probe=True)[0]
     largest = dict.fromkeys(names, 0.0)
-    for batch in batches_of(samples, plan.budget)[:PROBE_BATCHES]:
-        ids, mask = padded([s.ids for s in batch])
-        for name, hidden in capture(plan.model, ids, mask, plan.hooks).items():
-            largest[name] = max(largest[name], float(hidden.float().abs().amax()))
+    probe = [s.ids[:PROBE_TOKENS] for s in samples if s.ids][:PROBE_SAMPLES]
+    if probe:
+        for name, hidden in capture(plan.model, *padded(probe), plan.hooks).items():
+            largest[name] = float(hidden.float().abs().amax())
     return {name: found.get(name, scale_for(value)) for name, value in largest.items()}
 
 
