@@ -17,6 +17,7 @@ from hubsae.core.errors import HubSAEError, NotFoundError, nearest
 from hubsae.core.files import write_json_atomic
 from hubsae.core.metadata import FILE_NAME as METADATA_NAME
 from hubsae.core.metadata import Metadata
+from hubsae.formats import native
 from hubsae.formats.manifest import MANIFEST_NAME, FileEntry, Manifest
 from hubsae.formats.names import parse_path
 from hubsae.hub.client import HubClient, RemoteFile, split_repo
@@ -28,6 +29,7 @@ FILTERS = (
     "layer", "stage", "k", "architecture", "d_in", "d_sae", "hook_point", "base_model", "base_model_revision",
 )  # fmt: skip
 CACHE_NOTES = ".hubsae"
+READ_FILES = frozenset(native.SAE_FILES) - {native.CFG_NAME}
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,14 @@ class Entry:
         """Bytes of all its files, where known."""
         sizes = [file.size for file in self.files]
         return None if any(size is None for size in sizes) else sum(size or 0 for size in sizes)
+
+    @property
+    def needed(self) -> tuple[ExpectedFile, ...]:
+        """The files a load reads: not the other formats that may lie beside them."""
+        if not self.native:
+            return self.files
+        names = {name if self.path == "." else f"{self.path}/{name}" for name in READ_FILES}
+        return tuple(file for file in self.files if file.path in names)
 
     def row(self) -> dict[str, Any]:
         """As a row of a table."""

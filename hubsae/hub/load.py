@@ -123,7 +123,7 @@ def pull(
         files = [file for entry in selected for file in entry.files]
         report.start(f"downloading from {repo}", len(files), sum(f.size or 0 for f in files))
         for entry in selected:
-            fetch(client, catalog, entry, force=force_download)
+            fetch(client, catalog, entry, force=force_download, everything=True)
             report.advance(len(entry.files), entry.size or 0)
     extra = catalog.manifest.files if catalog.manifest is not None and whole else []
     for file in extra:
@@ -150,15 +150,16 @@ def pull(
 # -- fetching ----------------------------------------------------------------------------------------------------
 
 
-def fetch(client: HubClient, catalog: Catalog, entry: Entry, *, force: bool = False) -> Path:
-    """Have all files of an SAE here, checked; the path its reader wants."""
+def fetch(client: HubClient, catalog: Catalog, entry: Entry, *, force: bool = False, everything: bool = False) -> Path:
+    """Have the files of an SAE here that a load reads (or everything), checked; the path its reader wants."""
+    files = entry.files if everything else entry.needed
     if catalog.root is not None:
-        for file in entry.files:
+        for file in files:
             if entry.native:
                 _expect_local(catalog.root, file)
         return catalog.root if entry.path == "." else safe_join(catalog.root, entry.path)
     folder: Path | None = None
-    for file in entry.files:
+    for file in files:
         folder = _fetch_file(client, catalog, file, force)
     if folder is None:
         raise IntegrityError(f"{catalog.source} lists no files for {entry.id}")

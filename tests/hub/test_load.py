@@ -74,6 +74,14 @@ def test_a_first_load_fetches_one_sae(hub: LocalHub, tmp_path: Path, one: HubSAE
     assert len(list(cache.rglob("*.safetensors"))) == 1
 
 
+def test_other_formats_beside_an_sae_are_not_downloaded(hub: LocalHub, one: HubSAE, tmp_path: Path):
+    one.push_to_hub("me/beside", id="sae", also=["pt", "sparsify"], check_saelens=False)
+    HubSAE.from_pretrained("me/beside", cache_dir=tmp_path / "fresh")
+    names = sorted(p.name for p in (tmp_path / "fresh").rglob("snapshots/**/*") if p.is_file())
+    assert names == ["config.json", "metadata.json", "sae_weights.safetensors"]
+    assert (pull("me/beside", cache_dir=tmp_path / "fresh") / "sae" / "model.pt").is_file()
+
+
 def test_dtype_device_and_features(hub: LocalHub, tmp_path: Path):
     sae = HubSAE.random(SAEConfig(architecture="jumprelu", d_in=16, d_sae=64))
     sae.push_to_hub("me/jump", check_saelens=False)
@@ -143,7 +151,7 @@ def test_a_damaged_cache_is_noticed_and_mended(hub: LocalHub, chain: str, monkey
 
 
 def test_a_file_that_differs_from_its_manifest_on_the_hub(hub: LocalHub, chain: str):
-    path = "saes_k64/ppo_step10/layer6/cfg.json"
+    path = "saes_k64/ppo_step10/layer6/metadata.json"
     HubClient().api.upload_file(path_or_fileobj=b"{}", path_in_repo=path, repo_id=chain)
     with pytest.raises(IntegrityError, match="differs from its manifest"):
         HubSAE.from_pretrained(chain, layer=6, stage="ppo_step10")
