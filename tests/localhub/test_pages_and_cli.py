@@ -17,11 +17,14 @@ library_name: hubsae
 ---
 # My SAEs
 
-<script>alert(1)</script> [bad](javascript:alert(1)) [good](a.txt) ![plot](plots/p.png)
+<script>alert(1)</script>
+
+See <!-- generated --> <script>alert(2)</script> [bad](javascript:alert(1)) [good](a.txt) ![plot](plots/p.png)
 
 | layer | L0 |
 |---|---|
 | 18 | 64 |
+<!-- end of generated -->
 """
 
 

@@ -1,14 +1,16 @@
 """Web pages for a person: what is on this hub, and per repo its card, files, commits and pull requests.
 
-Everything shown comes from repos, so nothing of it is trusted: Jinja escapes all text, Markdown is rendered with HTML
-switched off (raw tags appear as text, `javascript:` links are dropped), and the pages forbid scripts altogether.
+Everything shown comes from repos, so nothing of it is trusted: Jinja escapes all text, tags in Markdown appear as text
+(folding sections work, comments are left out), `javascript:` links are dropped, the pages forbid scripts altogether.
 """
 
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from functools import cache
+from html import escape
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,8 @@ _POLICY = (
     "default-src 'none'; img-src 'self' data: {}; style-src 'unsafe-inline'; form-action 'none'; frame-ancestors 'none'"
 )
 _SHOWN = 1000
+_COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
+_FOLDING = re.compile(r"&lt;(/?(?:details|summary))&gt;")
 
 
 @cache
@@ -119,19 +123,31 @@ def render_markdown(text: str, link_base: str = "", image_base: str = "") -> str
     """Markdown as HTML that is safe to show; relative links and images are led into the repo.
 
     >>> render_markdown("<script>alert(1)</script>")
-    '<p>&lt;script&gt;alert(1)&lt;/script&gt;</p>\\n'
+    '&lt;script&gt;alert(1)&lt;/script&gt;'
+    >>> render_markdown("<!-- hidden -->\\n# Hi <b>you</b>")
+    '\\n<h1>Hi &lt;b&gt;you&lt;/b&gt;</h1>\\n'
     """
     from markdown_it import MarkdownIt
 
-    reader = MarkdownIt("commonmark", {"html": False, "linkify": False}).enable(["table", "strikethrough"])
+    # HTML is parsed, so that a comment ends a table as on the real Hub, and then dropped or shown as text
+    reader = MarkdownIt("commonmark", {"html": True, "linkify": False}).enable(["table", "strikethrough"])
     tokens = reader.parse(text)
     for token in tokens:
+        if token.type == "html_block":
+            token.content = _harmless(token.content)
         for child in token.children or []:
+            if child.type == "html_inline":
+                child.content = _harmless(child.content)
             for name, base in (("href", link_base), ("src", image_base)):
                 value = str(child.attrs.get(name, ""))
                 if value and base and not value.startswith(("#", "/")) and ":" not in value.split("/")[0]:
                     child.attrs[name] = f"{base}/{value.removeprefix('./')}"
     return reader.renderer.render(tokens, reader.options, {})
+
+
+def _harmless(html: str) -> str:
+    """Comments are dropped, folding sections kept, every other tag becomes text."""
+    return _FOLDING.sub(r"<\1>", escape(_COMMENT.sub("", html)))
 
 
 @routes.on_repo("GET", "")
