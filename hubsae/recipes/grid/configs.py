@@ -57,6 +57,8 @@ def train_configs(
         # the last state, not the best on held-out prompts: those are what the release is measured on
         "select": "last",
         "keep_best": 0,
+        # whole cells are what is spread over ranks
+        "parallel": "none",
         "exports": (),
         "checkpoint_every": max(1, steps // settings.checkpoints),
         "log_every": max(1, min(50, steps // 20)),

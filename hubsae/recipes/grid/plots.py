@@ -100,7 +100,7 @@ def differences(path: str | Path, comparisons: Sequence[Comparison], title: str,
     axes.grid(axis="y", visible=False)
     colors = (("#009E73", "first is better"), ("#D55E00", "second is better"), ("#7F7F7F", "not decided"))
     handles = [_handle(color, "o", text) for color, text in colors]
-    axes.legend(handles=handles, fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3)
+    figure.legend(handles=handles, fontsize=7, frameon=False, loc="outside lower center", ncols=3)
     return _save(figure, path)
 
 
@@ -188,7 +188,7 @@ def _figure(rows: int = 1, columns: int = 1, width: float = 6.4, height: float =
         for panel in row:
             panel.grid(True, which="major", alpha=0.25, linewidth=0.6)
             panel.spines[["top", "right"]].set_visible(False)
-            panel.tick_params(labelsize=8)
+            panel.tick_params(which="both", labelsize=8)
     return figure, axes[0][0] if rows == columns == 1 else axes
 
 

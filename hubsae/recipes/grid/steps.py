@@ -336,7 +336,8 @@ def _published_section(report: Report) -> None:
 
 
 def _recovery_row(r: Recovery) -> dict[str, Any]:
-    return {"id": r.cell.id, **{name: getattr(r, name) for name in Recovery._fields[1:]}}
+    numbers = {name: getattr(r, name) for name in Recovery._fields[1:]}
+    return {"id": r.cell.id, **{k: round(v, 5) if isinstance(v, float) else v for k, v in numbers.items()}}
 
 
 def _copy_results(release: Any, file: Path) -> None:
