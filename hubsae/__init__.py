@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from hubsae.version import __version__
 
 if TYPE_CHECKING:
+    from hubsae.activations.dataset import ActivationDataset
+    from hubsae.activations.harvesting import harvest
     from hubsae.core.codes import SparseCodes
     from hubsae.core.config import SAEConfig
     from hubsae.core.errors import HubSAEError
@@ -18,20 +20,30 @@ if TYPE_CHECKING:
     from hubsae.core.normalizer import Normalizer
     from hubsae.core.sae import HubSAE
     from hubsae.formats.converter import saelens_converter
+    from hubsae.formats.package import package
+    from hubsae.formats.registry import convert
+    from hubsae.formats.release import Release
     from hubsae.hub.listing import list_saes
     from hubsae.hub.load import pull
     from hubsae.hub.push import push
+    from hubsae.train.config import TrainConfig
 
 __all__ = [
+    "ActivationDataset",
     "HookPoint",
     "HubSAE",
     "HubSAEError",
     "Metadata",
     "Normalizer",
+    "Release",
     "SAEConfig",
     "SparseCodes",
+    "TrainConfig",
     "__version__",
+    "convert",
+    "harvest",
     "list_saes",
+    "package",
     "pull",
     "push",
     "saelens_converter",
@@ -39,17 +51,23 @@ __all__ = [
 
 # public name -> the module that defines it
 _HOME = {
+    "ActivationDataset": "hubsae.activations.dataset",
     "HookPoint": "hubsae.core.hooks",
     "HubSAE": "hubsae.core.sae",
     "HubSAEError": "hubsae.core.errors",
     "Metadata": "hubsae.core.metadata",
     "Normalizer": "hubsae.core.normalizer",
+    "Release": "hubsae.formats.release",
     "SAEConfig": "hubsae.core.config",
     "SparseCodes": "hubsae.core.codes",
-    "saelens_converter": "hubsae.formats.converter",
+    "TrainConfig": "hubsae.train.config",
+    "convert": "hubsae.formats.registry",
+    "harvest": "hubsae.activations.harvesting",
     "list_saes": "hubsae.hub.listing",
+    "package": "hubsae.formats.package",
     "pull": "hubsae.hub.load",
     "push": "hubsae.hub.push",
+    "saelens_converter": "hubsae.formats.converter",
 }
 
 

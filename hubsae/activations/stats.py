@@ -116,7 +116,7 @@ class RunningStats:
     """Accumulators of one shard or one dataset.
 
     >>> stats = RunningStats(2)
-    >>> stats.see(torch.tensor([[3.0, 4.0], [3.0, 0.0]]), np.array([0, 1]))
+    >>> norms = stats.see(torch.tensor([[3.0, 4.0], [3.0, 0.0]]), np.array([0, 1]))
     >>> stats.result().count, stats.result().mean.tolist()
     (2, [3.0, 2.0])
     """

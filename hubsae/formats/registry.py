@@ -247,7 +247,16 @@ def convert(
     format: str | None = None,
     **overrides: Any,
 ) -> HubSAE:
-    """Read one format and write another; returns the SAE that was written."""
+    """Read one format and write another; returns the SAE that was written.
+
+    >>> import tempfile
+    >>> from hubsae.core.config import SAEConfig
+    >>> made = HubSAE.random(SAEConfig(architecture="topk", d_in=4, d_sae=8, k=2))
+    >>> with tempfile.TemporaryDirectory() as d:
+    ...     _ = write(made, f"{d}/mine", "native")
+    ...     convert(f"{d}/mine", f"{d}/theirs", to="sparsify").config.k
+    2
+    """
     sae = read(source, format, **overrides)
     write(sae, target, to)
     return sae

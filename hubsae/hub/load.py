@@ -112,6 +112,9 @@ def pull(
     """Download the SAEs that fit into the cache, or into a folder `out`; the folder they lie in.
 
     What is fetched is checked like in a load. A folder `out` is a release of its own: its manifest lists what is there.
+
+    >>> pull("OhhMoo/sae-rl-qwen05b-strict", layer=18, out="layer18/")      # doctest: +SKIP
+    PosixPath('layer18')
     """
     client = _client(token, endpoint, cache_dir, False)
     catalog = open_catalog(client, repo, revision, force=force_download)

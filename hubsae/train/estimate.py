@@ -56,7 +56,7 @@ def estimate(config: TrainConfig, d_in: int, rows: int, device: torch.device, ra
 
     >>> e = estimate(TrainConfig(d_sae=256, k=8, batch_size=128), 64, 12_800, torch.device("cpu"))
     >>> e.steps, e.state_bytes
-    (100, 396288)
+    (100, 397824)
     """
     n, B = config.width(d_in), config.batch_size // ranks
     vectors = 2 * n + 2 * d_in if config.architecture in ("jumprelu", "gated") else n + 2 * d_in

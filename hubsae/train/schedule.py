@@ -15,6 +15,7 @@ def warmup_steps(steps: int, tokens: int, batch_size: int) -> int:
 def learning_rate(config: TrainConfig, step: int, total: int) -> float:
     """Learning rate of step `step` (from 0) of `total`.
 
+    >>> from hubsae.train.config import ScheduleConfig
     >>> c = TrainConfig(d_sae=8, k=2, lr=1.0, schedule=ScheduleConfig(shape="cosine", floor=0.1))
     >>> [round(learning_rate(c, s, 100), 3) for s in (0, 50, 99)]
     [1.0, 0.55, 0.1]
