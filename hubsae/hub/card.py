@@ -140,7 +140,8 @@ class Card:
 
     def value(self, record: Record, name: str) -> str:
         """A metric of an SAE as text, or a dash."""
-        number = record.metadata.metric(name)
+        number = record.metadata.metric(name, "all")
+        number = record.metadata.metric(name) if number is None else number
         return "–" if number is None else cardtext.number(number)
 
     def facts(self, section: str) -> list[tuple[str, str]]:
@@ -194,6 +195,7 @@ def environment(template_folder: Path | None = None) -> Any:
         count=lambda n, one, many=None: f"{n:,} {one if n == 1 else many or one + 's'}",
         listing=cardtext.listing,
         human=lambda text: str(text).replace("_", " "),
+        architecture=cardtext.architecture_name,
         limits=cardtext.saelens_limits,
         unrecorded=cardtext.not_recorded,
     )

@@ -60,6 +60,16 @@ def step_of(stage: str) -> int:
     return int(found.group(1)) if found else -1
 
 
+def architecture_name(name: str) -> str:
+    """An architecture as papers write it.
+
+    >>> architecture_name("batch_topk")
+    'BatchTopK'
+    """
+    names = {"relu": "ReLU", "topk": "TopK", "batch_topk": "BatchTopK", "jumprelu": "JumpReLU", "gated": "gated"}
+    return names.get(name, name)
+
+
 def number(value: Any) -> str:
     """A number with four significant digits, as tables show it.
 

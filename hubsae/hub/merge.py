@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -139,7 +140,9 @@ class Merge:
             existing = self.client.download(self.repo_id, README, revision=state.head).read_text(encoding="utf-8")
         elif (self.release.root / README).is_file():
             existing = (self.release.root / README).read_text(encoding="utf-8")
-        records = [self._record(entry, state) for entry in manifest]
+        # those of SAEs that are kept come from the Hub, several at a time: a repo may hold hundreds
+        with ThreadPoolExecutor(8) as pool:
+            records = list(pool.map(lambda entry: self._record(entry, state), manifest))
         card = cards.card_of(
             manifest,
             self.repo_id,

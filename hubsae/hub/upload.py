@@ -411,7 +411,8 @@ def _pull_request(
         made = client.api.create_pull_request(
             repo_id,
             title=message,
-            description=f'Published with hubsae.\n\nTry it: `revision="refs/pr/N"`.\n\n<!-- {mark} -->',
+            description="Published with hubsae.\n\nTry it before merging: pass this pull request as "
+            f'`revision="refs/pr/NUMBER"`.\n\n<!-- {mark} -->',
             repo_type=repo_type,
         )
         return f"refs/pr/{made.num}", made.url
