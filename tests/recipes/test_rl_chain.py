@@ -196,6 +196,7 @@ def test_comparing_with_what_is_no_run_says_so(small_chain, tmp_path):
         (["harvest.layers=[1]"], r"sae\.chains use layers \[3\]"),
         (["rl=null"], "stages come from one of"),
         (["rl.algorithm=reinforce"], "rl.algorithm"),
+        (["rl.scorer=loose"], "no such scorer; there are strict"),
         (["control_steps=[1]"], "given: rl, control_steps"),
         (["stages={ppo_step2: /nowhere/at/all}"], None),
     ],

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from hubsae.recipes.config import RecipeConfig
 from hubsae.recipes.rl.policy import LoRA
+from hubsae.recipes.scorers import SCORERS
 
 Algorithm = Literal["ppo", "rloo", "grpo"]
 
@@ -57,8 +58,8 @@ class RLConfig(RecipeConfig):
     max_response: int = 512
     lora: LoRA | None = None
     """None trains all weights."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of forwards; weights and optimiser are float32."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of forwards; weights and optimiser are float32. float16 would need its gradients scaled."""
     state_every: int = Field(5, ge=1)
     """Steps between the states a killed run continues from."""
     test_every: int = 5
@@ -67,6 +68,13 @@ class RLConfig(RecipeConfig):
     test_temperature: float = 0.0
     tracker: Literal["none", "auto", "trackio", "wandb"] = "none"
     """Where metrics go beside the CSV; auto takes trackio or wandb if installed."""
+
+    @field_validator("scorer")
+    @classmethod
+    def _known_scorer(cls, name: str) -> str:
+        if name not in SCORERS:
+            raise ValueError(f"no such scorer; there are {', '.join(SCORERS)}")
+        return name
 
     @property
     def sequences(self) -> int:

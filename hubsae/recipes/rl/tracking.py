@@ -20,11 +20,14 @@ class Tracker:
     def __init__(self, kind: str, folder: Path):
         self._kind = _chosen(kind)
         self._name = folder.parent.name or "run"
+        # wandb leaves its files in the working folder unless told otherwise
+        self._options = {"dir": str(folder)} if self._kind == "wandb" else {}
         self._run: Any = None
 
     def __enter__(self) -> Tracker:
         if self._kind != "none":
-            self._run = require(self._kind, extra="train").init(project="hubsae", name=self._name)
+            module = require(self._kind, extra="train")
+            self._run = module.init(project="hubsae", name=self._name, **self._options)
         return self
 
     def log(self, step: int, row: dict[str, float]) -> None:

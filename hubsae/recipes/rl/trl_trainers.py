@@ -112,7 +112,6 @@ def _arguments(trl: Any, config: RLConfig, out: Path, device: torch.device, seed
         "reward_weights": weights,
         "seed": seed,
         "bf16": config.dtype == "bfloat16" and device.type == "cuda",
-        "fp16": config.dtype == "float16" and device.type == "cuda",
         "gradient_checkpointing": False,
         "use_cpu": device.type == "cpu",
         "save_strategy": "steps",
