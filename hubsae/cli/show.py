@@ -9,6 +9,7 @@ import typer
 
 from hubsae.cli._choices import SetOption, parse_choices
 from hubsae.cli._common import JsonOption
+from hubsae.core.errors import HubSAEError
 
 if TYPE_CHECKING:
     from hubsae.formats.describe import Description
@@ -31,7 +32,12 @@ def command(
     if not here.exists() and _is_repo_id(path):
         from hubsae import hub
 
-        found = hub.describe(path, revision=revision)
+        try:
+            found = hub.describe(path, revision=revision)
+        except HubSAEError:  # no such model repo, or a dataset
+            found = _dataset_repo(path, revision)
+            if found is None:
+                raise
     elif here.is_dir() and _is_activations(here):
         from hubsae import activations
 
@@ -42,10 +48,24 @@ def command(
         found = describe(here, format, **parse_choices(choices))
     if as_json:
         print_json(_plain(found))
+    elif isinstance(found, dict) and found.get("kind") == "activations":
+        from hubsae.cli._activations import show_activations
+
+        show_activations(found)
     elif _is_description(found):
         _print(found, tensors)
     else:
         _print_facts(found)
+
+
+def _dataset_repo(repo: str, revision: str | None) -> dict[str, Any] | None:
+    """What an activation dataset of that name holds, or None if there is none."""
+    from hubsae.activations import describe
+
+    try:
+        return describe(repo if revision is None else f"{repo}@{revision}")
+    except HubSAEError:
+        return None
 
 
 def _is_description(found: Any) -> TypeGuard[Description]:
