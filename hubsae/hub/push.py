@@ -20,7 +20,7 @@ from hubsae.formats.manifest import Manifest
 from hubsae.formats.release import Release as PackagedRelease
 from hubsae.hub import cardtext, progress, upload
 from hubsae.hub.client import HubClient
-from hubsae.hub.errors import AccessError, RepoNotFoundError, RevisionNotFoundError
+from hubsae.hub.errors import AccessError, OfflineError, RepoNotFoundError, RevisionNotFoundError
 from hubsae.hub.merge import CardOptions, Merge, Release, open_release, pickles
 from hubsae.hub.plan import PlanRow, PushOptions, PushPlan, PushResult, datasets_of, options_of
 from hubsae.hub.probes import Activations, check, have_saelens
@@ -176,6 +176,10 @@ class Target:
 
 def _target(client: HubClient, repo_id: str, told: PushOptions) -> Target:
     """Look the repo up first: a wrong name or token should not cost the time of packaging and checking."""
+    if client.offline:
+        raise OfflineError(
+            f"publishing to {repo_id} needs the Hub, which is not asked (offline)", hint="unset HF_HUB_OFFLINE"
+        )
     try:
         info = client.info(repo_id)
     except RepoNotFoundError:

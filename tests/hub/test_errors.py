@@ -109,6 +109,11 @@ def test_a_new_repo_in_a_namespace_that_is_not_ours(hub: LocalHub, seeds: Path):
     assert all(method == "GET" for method, _, _ in hub.requests[start:])
 
 
+def test_a_push_offline_says_so(hub: LocalHub, seeds: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "unset HF_HUB_OFFLINE" in said(push, seeds, "me/offline", **ABOUT)
+
+
 def test_the_command_line(hub: LocalHub, chain: str, tmp_path: Path, monkeypatch, capsys):
     from hubsae.cli.main import main
 
