@@ -54,7 +54,7 @@ def gradient(
     wanted = settings.k if settings.k is not None else d // 2
     n_dead = int(comm.sum_latents(torch.tensor(ids.numel(), device=ids.device)))
     z = _largest(pre, min(wanted, n_dead), comm)  # [B, n_dead], zero where not chosen
-    W = cell.W_dec[ids]  # [n_dead, d]
+    W = cell.W_dec.index_select(0, ids)  # [n_dead, d]
     full = settings.target == "full"
     target = residual
     out = comm.sum_latents(linear(z, W.t()))
@@ -74,7 +74,7 @@ def gradient(
         scale = scale * min(1.0, n_dead / wanted)
     loss = torch.linalg.vector_norm(error).square() * scale
     G = error * (2 * scale)  # [B, d]
-    dz = linear(G, W) * (z != 0)
+    dz = torch.ops.aten.threshold_backward(linear(G, W), z, 0)  # z is not negative
     b_dec = G.sum(0) if full else None
     return loss, AuxGradient(ids, linear(dz.t(), xc.t()), linear(z.t(), G.t()), dz.sum(0), b_dec)
 

@@ -43,20 +43,20 @@ class DenseBranch:
         """Fill `grads`; how often each latent fired [n], and the sparsity loss."""
         self.inputs, self.residual = xc, residual
         sparsity = cell.config.sparsity
-        on = self.z > 0
-        counts = on.sum(0)
-        dz = linear(residual, cell.W_dec)  # [rows, n]
+        counts = _count_rows(self.z > 0)
+        # the penalty's derivative rides along as a bias of the product
+        rate = cell.sparsity * sparsity.l1 / rows_in_all
+        bias = torch.full_like(cell.vectors["b_enc"], rate) if self.near is None and rate else None
+        dz = linear(residual, cell.W_dec, bias)  # [rows, n]
         penalty = None
         if self.near is not None and self.theta is not None:
-            penalty, rate = l0_rate(counts.sum())
-            hits, value_part = self.near.sum(0), (dz * self.near).sum(0)
-            grads["log_threshold"] = -(self.theta / sparsity.bandwidth) * (self.theta * value_part + rate * hits)
-        elif sparsity.l1:
-            rate = cell.sparsity * sparsity.l1 / rows_in_all
+            penalty, l0 = l0_rate(counts.sum())
+            hits, value_part = _count_rows(self.near), (dz * self.near).sum(0)
+            grads["log_threshold"] = -(self.theta / sparsity.bandwidth) * (self.theta * value_part + l0 * hits)
+        elif bias is not None:
             penalty = rate * self.z.sum()
-            dz += rate
-        self.dz = dz.mul_(on)
-        grads["b_enc"] = dz.sum(0)
+        self.dz = torch.ops.aten.threshold_backward(dz, self.z, 0)
+        grads["b_enc"] = self.dz.sum(0)
         return counts, penalty
 
     def tile(self, low: int, high: int) -> tuple[Tensor, Tensor]:
@@ -66,6 +66,13 @@ class DenseBranch:
             linear(self.dz[:, part].t(), self.inputs.t()),
             linear(self.z[:, part].t(), self.residual.t()),
         )
+
+
+def _count_rows(mask: Tensor) -> Tensor:
+    """How many rows of a mask [rows, n] are true, per column. numpy counts bytes ten times faster than torch."""
+    if mask.device.type != "cpu" or mask.shape[0] >= 1 << 16:
+        return mask.sum(0)
+    return torch.from_numpy(mask.numpy().view("uint8").sum(0, dtype="uint16").astype("int64"))
 
 
 class GatedBranch:

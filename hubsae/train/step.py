@@ -121,7 +121,9 @@ def forward(bank: Bank, batch: Tensor | list[Tensor], comm: Solo, rows_in_all: i
         mine = out[start : start + B * len(cell.prefixes)].view(len(cell.prefixes), B, bank.d_in)
         if s.dense is not None:
             mine[0] += comm.sum_latents(s.dense.decode(cell))
-        loss, last = _residuals(cell, mine, x, rows_in_all, comm)
+        tied = cell.config.pre_bias == "tied"
+        target = inputs[len(losses) * B : (len(losses) + 1) * B] if tied else x - cell.vectors["b_dec"]
+        loss, last = _residuals(cell, mine, x, target, rows_in_all, comm)
         losses.append(loss)
         mse.append(last)
     entries = active.by_latent()
@@ -129,10 +131,14 @@ def forward(bank: Bank, batch: Tensor | list[Tensor], comm: Solo, rows_in_all: i
     return Forward(inputs, out, selected, entries, base, order, losses, mse, batch)
 
 
-def _residuals(cell: Cell, out: Tensor, x: Tensor, rows_in_all: int, comm: Solo) -> tuple[Tensor, Tensor]:
-    """Turn partial reconstructions [prefixes, B, d] into loss gradients, in place; the loss and the mse."""
+def _residuals(
+    cell: Cell, out: Tensor, x: Tensor, target: Tensor, rows_in_all: int, comm: Solo
+) -> tuple[Tensor, Tensor]:
+    """Turn partial reconstructions [prefixes, B, d] into loss gradients, in place; the loss and the mse.
+
+    `target` is x without the decoder's bias.
+    """
     prefixes, _, d = out.shape
-    target = x - cell.vectors["b_dec"]
     for p in range(prefixes):
         if p:
             out[p] += out[p - 1]
@@ -180,13 +186,13 @@ def select(cell: Cell, xc: Tensor, comm: Solo, rows_in_all: int) -> Selected:
     for start in range(0, B, step):
         pre = encode(cell, xc[start : start + step])
         if dead is not None:
-            dead_pre.append(pre[:, dead])
+            dead_pre.append(pre.index_select(1, dead))
         if arch in ("jumprelu", "relu"):
             theta = cell.vectors["log_threshold"].exp() if arch == "jumprelu" else None
             edge = theta - cell.config.sparsity.bandwidth / 2 if theta is not None else 0.0
             mask = pre > edge
             if is_dense is None:
-                is_dense = int(mask.sum()) > DENSE_ABOVE * mask.numel()
+                is_dense = int(torch.count_nonzero(mask)) > DENSE_ABOVE * mask.numel()
             parts.append(pre if is_dense else _entries(cell, pre, mask, theta, start))
         else:
             parts.append(_topk_entries(cell, pre, start, comm))
@@ -247,7 +253,7 @@ def _batch_topk(cell: Cell, xc: Tensor, step: int, dead: Tensor | None, comm: So
         for start in range(0, xc.shape[0], step):
             pre = encode(cell, xc[start : start + step])
             if dead is not None:
-                dead_pre.append(pre[:, dead])
+                dead_pre.append(pre.index_select(1, dead))
             rows, latents = nonzero(pre > floor)
             parts.append((rows + start, latents, pre.view(-1)[rows * pre.shape[1] + latents]))
         rows, latents, values, _ = _joined(parts)

@@ -126,9 +126,8 @@ def _tile(
         x, y = torch.searchsorted(extra.ids, torch.tensor([a - cell.low, b - cell.low])).tolist()
         if y > x:
             ids = extra.ids[x:y] - (a - cell.low)
-            # copies: a branch may hand out views of what it keeps
-            gW_enc = gW_enc.index_add(0, ids, extra.W_enc[x:y])
-            gW_dec = gW_dec.index_add(0, ids, extra.W_dec[x:y])
+            gW_enc.index_add_(0, ids, extra.W_enc[x:y])
+            gW_dec.index_add_(0, ids, extra.W_dec[x:y])
             dots = None
     return gW_enc, gW_dec, dots
 
