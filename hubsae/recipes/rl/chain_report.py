@@ -135,8 +135,12 @@ def _drift(report: Report, drift: Path, folder: Path) -> None:
             "Other metrics and scopes: `drift_control.csv`."
         )
     if (drift / "comparison.csv").is_file():
-        report.table("Beside other chains", "comparison", read_csv(drift / "comparison.csv"))
+        every = read_csv(drift / "comparison.csv")
+        rows = [row for row in every if row["scope"] == "all" and row["metric"] in ("nmse_pooled", "fvu")]
+        report.table("Beside other chains", "comparison", rows)
         report.text(
+            "Rates include what training alone does: where the control falls as far as the chains, their agreement "
+            "says nothing about the policies, and the changes less the control are to be compared. "
             "`end_to_end` divides each chain's change by its own number of steps, `matched` compares both at the same "
             "steps. Curves flatten, so the first favours whichever chain is shorter."
         )
