@@ -147,12 +147,12 @@ def test_killed_again_and_again_it_ends_as_if_it_had_not_been(strict_run, small_
 
 
 def test_the_control_config_follows_the_base_model_only(small_chain, tmp_path):
-    run = small_chain(tmp_path, "control", "control_steps=[2, 4]", "harvest.modes=[prompt+response]")
+    prompts_only = ["harvest.modes=[prompt]", "harvest.train_on=prompt"]
+    run = small_chain(tmp_path, "control", "control_steps=[2, 4]", *prompts_only)
     assert "rl" not in [step.name for step in run.steps]
     run.execute()
-    assert [path.name for path in (tmp_path / "activations/prompt-response").glob("*.layers.1")] == [
-        "instruct_base.layers.1"
-    ]
+    harvested = [path.name for path in (tmp_path / "activations/prompt").glob("*.layers.1")]
+    assert harvested == ["instruct_base.layers.1"]
     release = Release.open(tmp_path / "release")
     assert release.load(layer=1, stage="control_step4").metadata.base_model.step == 4
     saes = [release.load(layer=1, stage=stage) for stage in ("instruct_base", "control_step2", "control_step4")]

@@ -180,3 +180,21 @@ def test_an_epoch_uses_each_problem_once_and_drops_the_incomplete_batch():
     # 7,473 problems in batches of 256 give 29 steps an epoch, hence 116 steps in four
     assert batch_of_step(7473, 256, 29, 0)[:3] != batch_of_step(7473, 256, 30, 0)[:3]
     assert len(batch_of_step(7473, 256, 116, 0)) == 256
+
+
+def test_the_parquet_for_verl_has_its_columns_and_our_gold(tmp_path):
+    import pyarrow.parquet as parquet
+
+    from hubsae.recipes.rl.problems import write_verl_parquet
+
+    style = PromptStyle(system="Be exact.", suffix="Think first.")
+    questions = [Question("How many?", "1000+234=1234\n#### 1,234"), Question("And now?", "#### 5")]
+    rows = parquet.read_table(write_verl_parquet(tmp_path / "test.parquet", questions, style, split="test")).to_pylist()
+    assert list(rows[0]) == ["data_source", "prompt", "ability", "reward_model", "extra_info"]
+    assert rows[0]["prompt"] == [
+        {"role": "system", "content": "Be exact."},
+        {"role": "user", "content": "How many? Think first."},
+    ]
+    assert rows[0]["reward_model"] == {"style": "rule", "ground_truth": "1234"}
+    assert (rows[1]["extra_info"]["split"], rows[1]["extra_info"]["index"]) == ("test", 1)
+    assert {row["data_source"] for row in rows} == {"openai/gsm8k"}
