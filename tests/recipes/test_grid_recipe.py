@@ -176,6 +176,44 @@ def test_the_report_puts_the_published_grid_and_its_claims_beside_ours(run: Path
             assert (run / "report" / line.partition("](")[2].rstrip(")")).is_file(), line
 
 
+def test_measuring_in_parts_changes_nothing_and_a_broken_sae_is_left_out(
+    run: Path, quick_world: TinyWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hubsae.activations import ActivationDataset
+    from hubsae.core.sae import HubSAE
+    from hubsae.recipes.grid import measure as room
+
+    held = ActivationDataset.open(run / "harvest", "layers.1", "validation")
+    texts = [{"messages": [*quick_world.messages(p), {"role": "assistant", "content": p.answer}]}
+             for p in quick_world.test_problems[:8]]  # fmt: skip
+    release = Release.open(run / "release")
+    loaders = {name: lambda name=name: release.load(name) for name in IDS[:3]}
+
+    def broken() -> HubSAE:
+        sae = release.load(IDS[3])
+        tensors = {**sae.tensors(), "b_dec": torch.full_like(sae.b_dec, torch.nan)}
+        return HubSAE(sae.config, tensors, metadata=sae.metadata)
+
+    model, tokenizer = quick_world.model, quick_world.tokenizer
+    whole = room.measure({**loaders, IDS[3]: broken}, held, model, tokenizer, texts, "layers.1")
+    assert [(f.id, f.reason) for f in whole.failed] == [(IDS[3], "its weights are not finite")]
+    monkeypatch.setattr(room, "WEIGHTS_AT_ONCE", 1)
+    apart = room.measure(loaders, held, model, tokenizer, texts, "layers.1")
+    assert apart.rows == whole.rows and len(apart.rows) == 3
+    for metric, units in whole.units.items():
+        for cell, (amount, weight) in units.items():
+            assert (apart.units[metric][cell].amount == amount).all()
+            assert (apart.units[metric][cell].weight == weight).all()
+    saved = room.save_units(run / "units-again.npz", whole.units)
+    again = room.load_units(saved)
+    assert {m: set(u) for m, u in again.items()} == {m: set(u) for m, u in whole.units.items()}
+    saved.unlink()
+    # the sums over units are the metric itself
+    for row in whole.rows:
+        assert whole.units["mse"][row.cell].value == pytest.approx(row.value("mse"))
+        assert whole.units["delta_ce"][row.cell].value == pytest.approx(row.value("delta_ce"), abs=1e-9)
+
+
 def _push_and_check(release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, d: int) -> None:
     """Push to a hub of this machine and load every SAE with stock SAELens, hubsae out of reach."""
     from hubsae import HubSAE, push

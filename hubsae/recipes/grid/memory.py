@@ -17,8 +17,8 @@ def cell_bytes(config: TrainConfig, d: int) -> int:
     """Bytes a cell takes in training: weights and Adam's two moments, and what a batch adds.
 
     Measured peaks above imports and data on a CPU, d 896, 7168 latents, batch 512: topk 201 MB, batch_topk 271,
-    jumprelu 203 sparse and 322 dense; topk with 14336 latents 370. Estimates are within 5 % of these, but a sparse jumprelu
-    is given the room of a dense one.
+    jumprelu 203 sparse and 322 dense; topk with 14336 latents 370. Estimates are within 5 % of these, but a sparse
+    jumprelu is given the room of a dense one.
 
     >>> cell_bytes(TrainConfig(d_sae=7168, k=64, batch_size=512), 896) // 2**20
     196
