@@ -53,7 +53,7 @@ def bag_sum(table: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor) ->
     bags, d = offsets.shape[0], table.shape[1]
     out = torch.empty(bags, d, dtype=table.dtype, device=table.device)
     block = min(BLOCK, triton.next_power_of_2(d))
-    _bag_sum[(bags, triton.cdiv(d, block))](
+    _bag_sum[(bags, triton.cdiv(d, block))](  # pyright: ignore[reportIndexIssue]
         table, indices, offsets, weights, out, indices.numel(), bags, d, BLOCK_D=block
     )
     return out
@@ -64,5 +64,7 @@ def entry_dots(W: Tensor, table: Tensor, rows: Tensor, offsets: Tensor) -> Tenso
     W, table = W.contiguous(), table.contiguous()
     out = torch.empty(rows.numel(), dtype=table.dtype, device=table.device)
     block = min(BLOCK, triton.next_power_of_2(W.shape[1]))
-    _entry_dots[(W.shape[0],)](W, table, rows, offsets, out, W.shape[1], BLOCK_D=block)
+    _entry_dots[(W.shape[0],)](  # pyright: ignore[reportIndexIssue]
+        W, table, rows, offsets, out, W.shape[1], BLOCK_D=block
+    )
     return out
