@@ -18,13 +18,13 @@ from typing import Any
 from hubsae.core.bundled import bundled
 from hubsae.core.errors import ConfigError, FormatError
 from hubsae.core.files import safe_join
-from hubsae.core.metadata import Metadata, Metric
+from hubsae.core.metadata import Metadata
 from hubsae.formats.manifest import Manifest, SAEEntry
 from hubsae.hub import cardtext, readme
 
 KINDS = ("single", "chain", "grid", "release")
 HEADLINES = ("nmse_pooled", "fve", "fvu", "mse", "l0", "dead_fraction", "delta_ce", "frac_recovered_mean", "ce_sae")
-MAX_RESULT_ROWS = 40
+MAX_RESULT_ROWS, MAX_RESULT_COLUMNS = 24, 12
 
 
 @dataclass
@@ -49,8 +49,31 @@ class Record:
 
 
 @dataclass
+class MetricMeaning:
+    """One definition of a metric, over all SAEs of a release."""
+
+    name: str
+    definition: str | None
+    source: str | None
+    tokens: dict[str, set[int | None]] = field(default_factory=dict)
+    """Token counts by scope."""
+
+    @property
+    def scopes(self) -> str:
+        """Scopes with their token counts, as one cell."""
+        return "; ".join(f"{scope}: {self._count(counts)}" for scope, counts in self.tokens.items())
+
+    @staticmethod
+    def _count(counts: set[int | None]) -> str:
+        known = sorted(n for n in counts if n is not None)
+        if not known:
+            return "–"
+        return cardtext.number(known[0]) + (f" to {cardtext.number(known[-1])}" if known[-1] > known[0] else "")
+
+
+@dataclass
 class ResultTable:
-    """One CSV of `results/`."""
+    """One CSV of `results/`; without rows where it is too long or too wide for a card."""
 
     path: str
     columns: list[str]
@@ -114,13 +137,15 @@ class Card:
         return (usual + [name for name in present if name not in usual])[:5]
 
     @cached_property
-    def metric_definitions(self) -> list[Metric]:
-        """One of each (name, definition, scope, tokens, source), for the table that says what was measured."""
-        seen: dict[tuple, Metric] = {}
+    def metric_meanings(self) -> list[MetricMeaning]:
+        """Each metric with its definition, and the scopes and token counts it was taken on."""
+        found: dict[tuple[str, str | None, str | None], MetricMeaning] = {}
         for record in self.records:
             for m in record.metadata.metrics:
-                seen.setdefault((m.name, m.scope, m.definition, m.n_tokens, m.source), m)
-        return list(seen.values())
+                key = (m.name, m.definition, m.source)
+                meaning = found.setdefault(key, MetricMeaning(*key))
+                meaning.tokens.setdefault(m.scope or "not said", set()).add(m.n_tokens)
+        return list(found.values())
 
     @cached_property
     def example(self) -> Record:
@@ -300,5 +325,7 @@ def _results(find: Callable[[str], Path], paths: Iterable[str]) -> list[ResultTa
         with open(find(path), encoding="utf-8", newline="") as file:
             rows = [row for row in csv.reader(file) if row]
         if len(rows) > 1:
-            tables.append(ResultTable(path, rows[0], rows[1 : MAX_RESULT_ROWS + 1], len(rows) - 1))
+            fits = len(rows) - 1 <= MAX_RESULT_ROWS and len(rows[0]) <= MAX_RESULT_COLUMNS
+            shown = [[cardtext.number_text(value) for value in row] for row in rows[1:]] if fits else []
+            tables.append(ResultTable(path, rows[0], shown, len(rows) - 1))
     return tables

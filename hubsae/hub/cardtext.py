@@ -83,6 +83,20 @@ def number(value: Any) -> str:
     return f"{value:.4g}"
 
 
+def number_text(text: str) -> str:
+    """A cell of a CSV file: a decimal fraction shortened like `number`, anything else as it is.
+
+    >>> number_text("0.19351174841429133"), number_text("1087"), number_text("layer6")
+    ('0.1935', '1087', 'layer6')
+    """
+    if "." not in text:
+        return text
+    try:
+        return number(float(text))
+    except ValueError:
+        return text
+
+
 def human_bytes(size: float) -> str:
     """Bytes as people read them.
 

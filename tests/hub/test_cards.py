@@ -75,7 +75,7 @@ def test_no_number_that_is_not_in_the_record(chain: Release):
         metadata.training.lr = None
     bare = render_card(card_of_release(chain.path, "me/x"), None).text
     card.__dict__.pop("headline_metrics", None)
-    card.__dict__.pop("metric_definitions", None)
+    card.__dict__.pop("metric_meanings", None)
     without = render_card(card).text
     assert "0.1234" in bare and "0.1234" not in without and "44,574" not in without and "0.0001" not in without
     assert "Not recorded in this release" in without and "reconstruction metrics" in without
