@@ -39,7 +39,7 @@ from hubsae.recipes.rl.rollout import Sampling
 from hubsae.recipes.rl.source import Source, fetch_source, open_source
 from hubsae.recipes.rl.stages import merge_loss
 from hubsae.recipes.rl.trl_trainers import run_trl
-from hubsae.recipes.steps import Step, StepContext
+from hubsae.recipes.steps import Estimate, Step, StepContext
 from hubsae.train import train_chain
 
 Config = ChainConfig
@@ -91,9 +91,13 @@ def steps(config: Config) -> list[Step]:
     needs = ("source", *chains, *evaluated, "drift")
     plan.append(Step("release", run.release, about, needs, estimate=estimates.release(config)))
     needs = (*policy, *graded, "merge", *evaluated, "drift", "release")
-    plan.append(Step("report", run.report, config.model_dump(mode="json", exclude={"publish"}), needs))
+    told = Estimate("results beside the published numbers, figures")
+    settings = config.model_dump(mode="json", exclude={"publish"})
+    plan.append(Step("report", run.report, settings, needs, estimate=told))
     if config.publish.release or config.publish.activations:
-        plan.append(Step("publish", run.publish, config.publish, ("report", "release", trained_on)))
+        told = Estimate(f"push to {', '.join(filter(None, (config.publish.release, config.publish.activations)))}")
+        needs = ("report", "release", trained_on)
+        plan.append(Step("publish", run.publish, config.publish, needs, estimate=told))
     return plan
 
 
