@@ -77,7 +77,12 @@ class CompensatedSum:
     def value(self) -> Tensor:
         """The sums, rounded once to float64."""
         first, low = two_sum(self.parts[0], self.parts[1])
-        return first + (low + self.parts[2])
+        low, rest = two_sum(low, self.parts[2])
+        # what is below `low` decides only where `low` lies exactly between two results: moved off there, to the
+        # neighbour with an odd last bit, it rounds as the whole would
+        even = (low.contiguous().view(torch.int64) & 1) == 0
+        beyond = torch.nextafter(low, torch.where(rest > 0, torch.inf, -torch.inf).to(low))
+        return first + torch.where((rest != 0) & even, beyond, low)
 
     def exact(self) -> list[Fraction]:
         """All entries as exact numbers, for differences that would cancel in float64."""

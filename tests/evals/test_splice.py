@@ -182,11 +182,15 @@ def test_many_saes_share_the_clean_run_and_give_what_each_gives_alone(qwen, make
 
 
 def test_the_model_is_left_as_it_was(qwen, make_sae, texts):
+    def hooks() -> list[int]:
+        return [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in qwen.modules()]
+
+    before = hooks()
     qwen.train()
     evals.splice(qwen, None, make_sae(), "layers.1", texts)
     assert qwen.training
     qwen.eval()
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in qwen.modules())
+    assert hooks() == before
 
 
 def test_texts_of_every_kind(tokenizer, qwen, make_sae):

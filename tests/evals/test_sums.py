@@ -22,6 +22,15 @@ def test_compensated_sum_is_the_correctly_rounded_sum_in_any_order(values, rando
         random.shuffle(values)
 
 
+def test_a_tie_is_decided_by_what_lies_far_below_it():
+    values = [0.0, 349036817276025.0, 997251220930560.0, 3.001175470103435e-18, 2748779069440.0, 902762996409223.2]
+    for low in (values[3], -values[3]):
+        total = CompensatedSum(1)
+        for value in [*values[:3], low, *values[4:]]:
+            total.add(torch.tensor([value], dtype=torch.float64))
+        assert float(total.value()) == math.fsum([*values[:3], low, *values[4:]])
+
+
 def test_compensated_sum_merges_and_folds_without_loss():
     values = torch.randn(1000, 3, dtype=torch.float64) * 10 ** torch.randint(-12, 12, (1000, 1)).double()
     whole, halves = CompensatedSum(3), [CompensatedSum(3), CompensatedSum(3)]
