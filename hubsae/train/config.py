@@ -64,6 +64,10 @@ class ResampleConfig(Part):
     at_steps: tuple[int, ...] = Field(default=(), description="Or after these steps.")
     tokens: int = Field(default=8_192, ge=1, description="Random training tokens to choose from.")
 
+    def due(self, step: int, epoch: int) -> bool:
+        """Whether to resample after this step; `epoch` counts those that end with it, 0 where none does."""
+        return step in self.at_steps or bool(self.every_epochs and epoch and epoch % self.every_epochs == 0)
+
 
 class DeadConfig(Part):
     """When a latent counts as dead, and what is done about it."""

@@ -230,10 +230,7 @@ class Run:
                     self._train(x)
                     if self.step % self.first.log_every == 0 or self.step == self.total:
                         self._report(x)
-                    ended = self.step % self.steps_per_epoch == 0
-                    if ended:
-                        self._end_epoch()
-                    self._between(ended)
+                    self._between(epoch_ended=self.step % self.steps_per_epoch == 0)
                     if self.step >= self.total or not self.bank.live:
                         break
                 self.epoch += 1
@@ -404,24 +401,21 @@ class Run:
     def _dead_share(self, cell: Cell) -> float:
         return float(self.comm.sum_latents(cell.dead().double().sum())) / cell.total
 
-    def _end_epoch(self) -> None:
-        epoch = self.step // self.steps_per_epoch
-        for cell in self.bank.live:
-            cell.end_epoch()
-            settings = cell.config.dead.resample
-            due = settings is not None and settings.every_epochs is not None and epoch % settings.every_epochs == 0
-            if due and self.step < self.total:
-                self._resample(cell)
-
     def _between(self, epoch_ended: bool) -> None:
-        for cell in self.bank.live:
-            settings = cell.config.dead.resample
-            if settings is not None and self.step in settings.at_steps and self.step < self.total:
-                self._resample(cell)
+        if epoch_ended:
+            for cell in self.bank.live:
+                cell.end_epoch()
         last = self.step >= self.total
         every = self.first.eval_every
         if last or (epoch_ended if every is None else self.step % every == 0):
             self._evaluate()
+        if not last:
+            # after the evaluation: resampling makes an SAE worse at first, and the state before it may be the best
+            epoch = self.step // self.steps_per_epoch if epoch_ended else 0
+            for cell in self.bank.live:
+                settings = cell.config.dead.resample
+                if settings is not None and settings.due(self.step, epoch):
+                    self._resample(cell)
         every = self.first.checkpoint_every
         if self._stop or (not last and (epoch_ended if every is None else self.step % every == 0)):
             self._save()

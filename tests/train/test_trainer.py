@@ -149,6 +149,16 @@ def test_tokens_of_massive_norm_are_left_out(tokens, held_out):
 # ---- dead latents ------------------------------------------------------------------------------------------
 
 
+def test_the_state_before_a_resampling_is_a_candidate_for_the_best(tokens):
+    c = config(
+        epochs=2,
+        dead=DeadConfig(rule="frequency", frequency=1e-3, resample=ResampleConfig(every_epochs=1, tokens=512)),
+    )
+    events = [line["event"] for line in train(c, tokens, val=tokens[:512], quiet=True).history]
+    assert "resample" in events
+    assert events.index("eval") < events.index("resample")
+
+
 def test_frequency_rule_marks_latents_of_the_last_epoch_and_resampling_revives_them(tokens):
     c = config(
         epochs=6,
