@@ -6,6 +6,7 @@ directions, so that thresholds are crossed. Numbers about quality (FVU, L0) are 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -134,7 +135,8 @@ def check(
             kind = "your activations" if activations is not None else "random probes"
             notes.append(
                 f"on {len(x)} tokens of {kind} SAELens selects the same latents for {rows:.1%}, "
-                f"with a relative error of up to {error:.2g}"
+                # as a power of ten, so that SAEs that differ in nothing else share one line of the plan
+                f"with a relative error below {10.0 ** math.ceil(math.log10(max(error, 1e-16))):.0e}"
             )
         if written.config.architecture == "topk" and activations is not None:
             notes.append(_negatives(written, activations))
