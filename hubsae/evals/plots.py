@@ -37,7 +37,7 @@ STYLE: dict[str, Any] = {
 }
 
 
-def _figure(columns: int, rows: int = 1, *, width: float = 3.1, height: float = 2.6) -> tuple[Any, Any]:
+def new_figure(columns: int, rows: int = 1, *, width: float = 3.1, height: float = 2.6) -> tuple[Any, Any]:
     """A figure that belongs to no window system, and its axes as an array."""
     figures = require("matplotlib.figure", extra="plots")
     require("matplotlib.backends.backend_agg", extra="plots")
@@ -45,11 +45,13 @@ def _figure(columns: int, rows: int = 1, *, width: float = 3.1, height: float = 
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _styled() -> Any:
+def house_style() -> Any:
+    """A context in which everything drawn looks alike."""
     return require("matplotlib", extra="plots").rc_context(STYLE)
 
 
-def _save(figure: Any, path: Path) -> Path:
+def save_figure(figure: Any, path: Path) -> Path:
+    """Write a figure as PNG, whole or not at all."""
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")
     return path
@@ -64,7 +66,7 @@ def label_of(group: GroupDrift) -> str:
 
 def drift_plots(report: DriftReport, folder: Path) -> list[Path]:
     """Every plot of a report, as PNG files in a folder."""
-    with _styled():
+    with house_style():
         written = []
         if any(group.moves for group in report.groups):
             written.append(plot_cosines(report, folder / "drift_cosines.png"))
@@ -92,7 +94,7 @@ def plot_nmse(report: DriftReport, path: Path, metric: str = "nmse_pooled") -> P
     scope = "no_position_0" if any((metric, "no_position_0") in g.series for g in report.groups) else "all"
     shown = [g for g in report.groups if (metric, scope) in g.series]
     columns, rows = _grid(len(shown))
-    figure, axes = _figure(columns, rows)
+    figure, axes = new_figure(columns, rows)
     control = {(g.layer, g.k): g for g in report.control.groups} if report.control else {}
     for axis, group in zip(axes.flat, shown, strict=False):
         _line(axis, group.series[metric, scope], COLOURS[0], "-", report.name)
@@ -111,7 +113,7 @@ def plot_nmse(report: DriftReport, path: Path, metric: str = "nmse_pooled") -> P
     _blank(axes, len(shown))
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _before(group: GroupDrift, stage: str, metric: str, scope: str) -> float | None:
@@ -136,7 +138,7 @@ def _line(axis: Any, series: Series, colour: str, style: str, label: str) -> Non
 
 def plot_cosines(report: DriftReport, path: Path) -> Path:
     """Mean cosine of decoder and encoder to the previous stage, layers by transitions."""
-    figure, axes = _figure(2, 1, width=_heat_width(report), height=0.42 * len(report.groups) + 1.9)
+    figure, axes = new_figure(2, 1, width=_heat_width(report), height=0.42 * len(report.groups) + 1.9)
     image = None
     for axis, (field, title) in zip(axes.flat, (("decoder_mean", "decoder"), ("encoder_mean", "encoder")), strict=True):
         rows, names = [], []
@@ -154,7 +156,7 @@ def plot_cosines(report: DriftReport, path: Path) -> Path:
         axis.set_title(f"{title} cosine to the previous stage")
     if image is not None:
         figure.colorbar(image, ax=list(axes.flat), shrink=0.8, label="mean over latents")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _heat_width(report: DriftReport) -> float:
@@ -206,7 +208,7 @@ def plot_cross(report: DriftReport, path: Path, metric: str = "fvu") -> Path:
     columns, rows = _grid(len(report.groups))
     most = max(len(g.stages) for g in report.groups)
     size = max(2.6, 0.48 * most + 1.5)
-    figure, axes = _figure(columns, rows, width=size + 0.5, height=size)
+    figure, axes = new_figure(columns, rows, width=size + 0.5, height=size)
     for axis, group in zip(axes.flat, report.groups, strict=False):
         table = group.matrix(metric, scope)
         names = [_short(row.stage) for row in group.stages]
@@ -219,13 +221,13 @@ def plot_cross(report: DriftReport, path: Path, metric: str = "fvu") -> Path:
         figure.colorbar(image, ax=axis, shrink=0.85)
     _blank(axes, len(report.groups))
     figure.suptitle(f"{metric} (scope: {scope})", fontsize=10)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_lifecycle(report: DriftReport, path: Path) -> Path:
     """Births above, deaths below the line, one panel per layer."""
     columns, rows = _grid(len(report.groups))
-    figure, axes = _figure(columns, rows)
+    figure, axes = new_figure(columns, rows)
     for axis, group in zip(axes.flat, report.groups, strict=False):
         stages = group.stages[1:]
         places = range(len(stages))
@@ -243,13 +245,13 @@ def plot_lifecycle(report: DriftReport, path: Path) -> Path:
     _blank(axes, len(report.groups))
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_densities(report: DriftReport, path: Path) -> Path:
     """Histogram of log10 firing density, one line per stage, one panel per layer."""
     columns, rows = _grid(len(report.groups))
-    figure, axes = _figure(columns, rows)
+    figure, axes = new_figure(columns, rows)
     colour_maps = require("matplotlib", extra="plots").colormaps
     stages = list(dict.fromkeys(row.stage for group in report.groups for row in group.stages))
     shades = dict(zip(stages, colour_maps["viridis"](np.linspace(0, 0.9, len(stages))), strict=True))
@@ -269,7 +271,7 @@ def plot_densities(report: DriftReport, path: Path) -> Path:
     lines = require("matplotlib.lines", extra="plots")
     handles = [lines.Line2D([], [], color=shade) for shade in shades.values()]
     figure.legend(handles, [_short(stage) for stage in stages], loc="outside right center", fontsize=7.5)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _range(counts: Sequence[int]) -> str:
@@ -279,10 +281,10 @@ def _range(counts: Sequence[int]) -> str:
 
 def plot_histograms(result: ReconstructionResult, path: str | Path) -> Path:
     """Firing densities of the SAEs of one pass, one panel each."""
-    with _styled():
+    with house_style():
         names = list(result.saes)
         columns, rows = _grid(len(names))
-        figure, axes = _figure(columns, rows)
+        figure, axes = new_figure(columns, rows)
         for axis, name in zip(axes.flat, names, strict=False):
             bars = result[name].histogram
             never = bars[0].n_latents
@@ -304,13 +306,13 @@ def plot_histograms(result: ReconstructionResult, path: str | Path) -> Path:
         for row in axes:
             row[0].set_ylabel("latents")
         _blank(axes, len(names))
-        return _save(figure, Path(path))
+        return save_figure(figure, Path(path))
 
 
 def plot_deciles(result: ReconstructionResult, path: str | Path) -> Path:
     """Explained variance by norm decile, one line per SAE."""
-    with _styled():
-        figure, axes = _figure(1, 1, width=5.2, height=3.2)
+    with house_style():
+        figure, axes = new_figure(1, 1, width=5.2, height=3.2)
         axis = axes.flat[0]
         scope = "no_position_0" if "no_position_0" in result.scopes else "all"
         for number, sae in enumerate(result.saes.values()):
@@ -328,14 +330,14 @@ def plot_deciles(result: ReconstructionResult, path: str | Path) -> Path:
         axis.set_ylabel(f"fve (scope: {scope})")
         if len(result.saes) <= 24:
             figure.legend(loc="outside right upper", fontsize=7)
-        return _save(figure, Path(path))
+        return save_figure(figure, Path(path))
 
 
 def plot_comparison(comparison: Comparison, path: str | Path, metric: str = "nmse_pooled") -> Path:
     """Ratio of rates of two chains by layer, end to end and at matched steps, with intervals."""
-    with _styled():
+    with house_style():
         items = [c for c in comparison.items if c.metric == metric and c.scope == "all"]
-        figure, axes = _figure(1, 1, width=max(4.2, 1.0 * len(items) + 1.8), height=3.0)
+        figure, axes = new_figure(1, 1, width=max(4.2, 1.0 * len(items) + 1.8), height=3.0)
         axis = axes.flat[0]
         for offset, colour, name in ((-0.12, COLOURS[1], "end_to_end"), (0.12, COLOURS[0], "matched")):
             for place, item in enumerate(items):
@@ -359,4 +361,4 @@ def plot_comparison(comparison: Comparison, path: str | Path, metric: str = "nms
         axis.set_xlim(-0.5, len(items) - 0.5)
         axis.set_ylabel(f"{comparison.a} / {comparison.b}\nrate of {metric} per step")
         figure.legend(loc="outside lower center", ncols=2)
-        return _save(figure, Path(path))
+        return save_figure(figure, Path(path))

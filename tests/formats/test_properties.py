@@ -144,8 +144,8 @@ def test_names_never_fail_and_paths_never_climb(text):
         entry = SAEEntry(id=text, path=text, architecture="topk", d_in=1, d_sae=1)
     except ValueError:
         return
-    joined = (Path("/root/of/release") / entry.path).resolve() if "\0" not in entry.path else None
-    assert joined is not None and joined.is_relative_to("/root/of/release")
+    joined = (Path("/some/release") / entry.path).resolve() if "\0" not in entry.path else None
+    assert joined is not None and joined.is_relative_to("/some/release")
 
 
 @settings(max_examples=40, deadline=None)

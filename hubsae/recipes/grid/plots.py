@@ -24,7 +24,7 @@ LINES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1)))
 
 def pareto(path: str | Path, rows: Sequence[GridRow], metric: str, label: str) -> Path:
     """L0 against a metric, with the front of all cells."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     have = [r for r in rows if r.value("l0") and r.value(metric) is not None]
     expansions = sorted({r.cell.expansion for r in have})
     for kind in KINDS:
@@ -57,12 +57,12 @@ def pareto(path: str | Path, rows: Sequence[GridRow], metric: str, label: str) -
     axes.set_ylabel(label)
     axes.set_title(f"{label} against sparsity; grey band: the Pareto front", fontsize=10)
     _legend(axes, [k for k in KINDS if any(r.cell.kind == k for r in have)], expansions)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def dead_latents(path: str | Path, rows: Sequence[GridRow], n_tokens: int | None) -> Path:
     """Share of latents that never fire, against L0."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     have = [r for r in rows if r.value("l0") and r.value("dead_fraction") is not None]
     expansions = sorted({r.cell.expansion for r in have})
     for kind in KINDS:
@@ -80,12 +80,12 @@ def dead_latents(path: str | Path, rows: Sequence[GridRow], n_tokens: int | None
     tokens = f" on {n_tokens:,} held-out tokens" if n_tokens else ""
     axes.set_title(f"Latents that never fire{tokens}", fontsize=10)
     _legend(axes, [k for k in KINDS if any(r.cell.kind == k for r in have)], expansions)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def differences(path: str | Path, comparisons: Sequence[Comparison], title: str, label: str) -> Path:
     """Paired differences with their intervals, as a share of the second cell's value; left of zero the first wins."""
-    figure, axes = _figure(height=1.4 + 0.32 * max(len(comparisons), 3))
+    figure, axes = new_figure(height=1.4 + 0.32 * max(len(comparisons), 3))
     for place, c in enumerate(reversed(comparisons)):
         scale = 100 / abs(c.value_b) if c.value_b else math.nan
         color = {"a": "#009E73", "b": "#D55E00", "open": "#7F7F7F"}[c.verdict]
@@ -101,12 +101,12 @@ def differences(path: str | Path, comparisons: Sequence[Comparison], title: str,
     colors = (("#009E73", "first is better"), ("#D55E00", "second is better"), ("#7F7F7F", "not decided"))
     handles = [_handle(color, "o", text) for color, text in colors]
     figure.legend(handles=handles, fontsize=7, frameon=False, loc="outside lower center", ncols=3)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def beside_published(path: str | Path, rows: Sequence[GridRow], published: Sequence[PublishedRow]) -> Path:
     """Pooled NMSE and dead share by L0: the published grid left, this one right. Never one scale: other models."""
-    figure, axes = _figure(rows=2, columns=2, width=8.2, height=6.2)
+    figure, axes = new_figure(rows=2, columns=2, width=8.2, height=6.2)
     theirs: list[tuple[str, float, float, float, float]] = [
         (p.kind, p.expansion, p.l0, p.nmse, 100 * p.dead) for p in published
     ]
@@ -142,12 +142,12 @@ def beside_published(path: str | Path, rows: Sequence[GridRow], published: Seque
         for i, place in enumerate(("narrowest of its grid", "second", "third"))
     ]
     figure.legend(handles=handles, fontsize=7, frameon=False, loc="outside lower center", ncols=4)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def recovered_features(path: str | Path, found: Sequence[Recovery], n_features: int) -> Path:
     """Share of the true directions that were found, against the number of latents."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     groups = sorted({(r.cell.kind, r.cell.number) for r in found}, key=lambda g: (list(KINDS).index(g[0]), g[1]))
     seen: dict[str, int] = {}
     for kind, number in groups:
@@ -172,13 +172,13 @@ def recovered_features(path: str | Path, found: Sequence[Recovery], n_features: 
     axes.set_ylabel("true features recovered, %")
     axes.set_title(f"Synthetic data with {n_features} known features: found with cosine above 0.9", fontsize=10)
     axes.legend(fontsize=7, frameon=False)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 # ---- shared ------------------------------------------------------------------------------------------------
 
 
-def _figure(rows: int = 1, columns: int = 1, width: float = 6.4, height: float = 4.4) -> tuple[Any, Any]:
+def new_figure(rows: int = 1, columns: int = 1, width: float = 6.4, height: float = 4.4) -> tuple[Any, Any]:
     require("matplotlib", extra="plots")
     from matplotlib.figure import Figure
 
@@ -219,7 +219,7 @@ def _legend(axes: Any, kinds: Sequence[str], expansions: Sequence[float]) -> Non
     axes.legend(handles=handles, fontsize=7, frameon=False)
 
 
-def _save(figure: Any, path: str | Path) -> Path:
+def save_figure(figure: Any, path: str | Path) -> Path:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(target) as scratch:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hubsae.evals.plots import _figure, _save, _styled
+from hubsae.evals.plots import house_style, new_figure, save_figure
 from hubsae.recipes.report import read_csv
 
 PANELS = (("reward", "reward"), ("kl", "KL per token"), ("length", "response tokens"), ("entropy", "entropy"))
@@ -14,8 +14,8 @@ def plot_learning(folder: Path, path: Path) -> Path:
     """Reward, KL, length and entropy by step, with held-out accuracy beside the reward."""
     rows = read_csv(folder / "metrics.csv")
     tested = read_csv(folder / "accuracy.csv") if (folder / "accuracy.csv").is_file() else []
-    with _styled():
-        figure, axes = _figure(len(PANELS))
+    with house_style():
+        figure, axes = new_figure(len(PANELS))
         steps = [int(row["step"]) for row in rows]
         for axis, (column, title) in zip(axes[0], PANELS, strict=True):
             values = [float(row[column]) if row.get(column) else float("nan") for row in rows]
@@ -27,4 +27,4 @@ def plot_learning(folder: Path, path: Path) -> Path:
             axes[0][0].plot(at, [float(row[name]) for row in tested], style, markersize=3, label=f"held-out {name}")
         axes[0][0].set_ylim(0, 1)
         axes[0][0].legend(fontsize="x-small")
-        return _save(figure, path)
+        return save_figure(figure, path)
