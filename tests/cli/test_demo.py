@@ -62,6 +62,8 @@ def test_stopped_in_the_middle_it_continues(finished, tmp_path):
     process = subprocess.Popen(
         command("--keep", str(folder)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        # a test run started in the background of a shell hands down an ignored Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     assert process.stdout is not None
     for line in process.stdout:
