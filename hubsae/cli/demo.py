@@ -39,36 +39,42 @@ def command(
     name = "fast" if fast else "demo"
     size = SIZES[name]
     console = out()
-    run = _open_run(keep, name, console)
-    try:
-        _work(run, size, console)
-    except KeyboardInterrupt:
-        console.print(f"\nstopped; finished steps are kept in {run.path}, the same command continues", highlight=False)
-        raise
-    _tour(run.path, size, run.result("world"), console)
+    run, lock = _open_run(keep, name)
+    with lock:
+        try:
+            _work(run, size, console)
+        except KeyboardInterrupt:
+            console.print(
+                f"\nstopped; finished steps are kept in {run.path}, the same command continues", highlight=False
+            )
+            raise
+        _tour(run.path, size, run.result("world"), console)
 
 
-def _open_run(keep: Path | None, name: str, console: Console) -> Any:
-    """The run folder asked for, or one of our own in the temporary folder."""
+def _open_run(keep: Path | None, name: str) -> tuple[Any, Any]:
+    """The run folder asked for, or one of our own in the temporary folder; and the lock that makes it ours."""
     import tempfile
 
     from hubsae.core.errors import HubSAEError
-    from hubsae.recipes.demo.tour import writable
-    from hubsae.recipes.run import RunFolder, is_busy
+    from hubsae.recipes.demo.tour import claim, writable
+    from hubsae.recipes.run import RunFolder
 
     if keep is not None:
         if not writable(keep):
             raise HubSAEError(f"cannot write to {keep}", hint="choose another folder with --keep")
-        if is_busy(keep):
+        lock = claim(keep)
+        if lock is None:
             raise HubSAEError(
                 f"another process is running in {keep}", hint="wait for it, or choose another folder with --keep"
             )
-        return RunFolder(keep)
+        return RunFolder(keep), lock
     folder = Path(tempfile.gettempdir()) / f"hubsae-{name}"
-    if not writable(folder) or is_busy(folder):
+    lock = claim(folder) if writable(folder) else None
+    if lock is None:
         # somebody else's, or another demo is running there: leave it alone
         folder = Path(tempfile.mkdtemp(prefix=f"hubsae-{name}-"))
-    return RunFolder(folder)
+        lock = claim(folder)
+    return RunFolder(folder), lock
 
 
 def _work(run: Any, size: DemoSize, console: Console) -> None:

@@ -251,17 +251,6 @@ class RunFolder:
 NEW = StepState("new", "")
 
 
-def is_busy(folder: str | os.PathLike[str]) -> bool:
-    """Whether another process is running in this run folder."""
-    import filelock
-
-    try:
-        with filelock.FileLock(Path(folder) / ".lock").acquire(timeout=0):
-            return False
-    except (filelock.Timeout, OSError):
-        return True
-
-
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries a result may depend on."""
     from importlib.metadata import PackageNotFoundError, version

@@ -112,7 +112,7 @@ def test_two_in_the_same_folder_refuse_politely(finished):
     import filelock
 
     folder, _ = finished
-    with filelock.FileLock(folder / ".lock"):
+    with filelock.FileLock(folder / ".demo-lock"):
         done = demo("--keep", str(folder))
     assert done.returncode == 1
     assert "another process is running" in done.stderr

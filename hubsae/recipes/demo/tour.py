@@ -18,6 +18,7 @@ from hubsae.recipes.demo.steps import DemoSize, load_stage, open_world
 Say = Callable[[str], None]
 
 REPO = "local/hubsae-demo"
+LOCK = ".demo-lock"
 
 # runs in a process of its own, which imports sae_lens and never hubsae
 STOCK_SAELENS = """
@@ -139,3 +140,15 @@ def writable(folder: Path) -> bool:
     except OSError:
         return False
     return os.access(folder, os.W_OK)
+
+
+def claim(folder: Path) -> Any:
+    """The lock of a demo's folder, held; None where another demo holds it."""
+    import filelock
+
+    lock = filelock.FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        return None
+    return lock
