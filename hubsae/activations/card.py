@@ -8,19 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from hubsae.core.bundled import bundled
 from hubsae.core.files import write_text_atomic
 
 BLOCK = "activations"
 TEMPLATE = "activation_dataset.md.j2"
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 _MORE = ((10_000_000, "1M<n<10M"), (100_000_000, "10M<n<100M"), (1_000_000_000, "100M<n<1B"))
-
-
-def template_folder() -> Path:
-    """Where the card templates lie: in the package, or at the top of a checkout."""
-    package = Path(__file__).parents[1]
-    inside = package / "_data" / "cards"
-    return inside if inside.is_dir() else package.parent / "cards"
 
 
 def front_matter(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -44,7 +38,7 @@ def render_body(manifest: dict[str, Any], repo_id: str | None = None) -> str:
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(template_folder()),
+        loader=jinja2.FileSystemLoader(bundled("cards")),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

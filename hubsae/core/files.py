@@ -15,8 +15,6 @@ from typing import Any
 
 from hubsae.core.errors import FormatError
 
-CHUNK = 1 << 20
-
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:

@@ -25,7 +25,6 @@ from hubsae.hub.client import HubClient
 from hubsae.hub.upload import Contents, LocalFile, State, files_under
 
 README = "README.md"
-WEIGHTS = "sae_weights.safetensors"
 MAX_IN_FOLDER = 10_000
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
 

@@ -119,18 +119,6 @@ class GitStore:
                 return words[1].decode(), rest[: int(words[2])]
         raise HubError(404, f"Object {sha} is not in this repository")
 
-    def has_object(self, sha: str) -> bool:
-        try:
-            self._object_path(sha).stat()
-            return True
-        except OSError:
-            pass
-        try:
-            self._read_packed(sha)
-            return True
-        except HubError:
-            return False
-
     def blob_size(self, sha: str) -> int:
         """Size of a blob, from its header where it is loose."""
         try:

@@ -6,7 +6,6 @@ content. Files that came by Xet are not there but in the Xet store; `<repo>.git/
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -190,9 +189,3 @@ def read_range(path: Path, start: int, end: int, block: int = 1 << 20) -> Iterat
         while left > 0 and (data := handle.read(min(block, left))):
             left -= len(data)
             yield data
-
-
-def sha256_of(path: Path) -> str:
-    """sha256 of a file on disk."""
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

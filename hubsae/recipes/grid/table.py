@@ -17,8 +17,6 @@ from hubsae.core.errors import FormatError
 from hubsae.core.files import write_csv_atomic
 from hubsae.recipes.grid.cells import KINDS, Cell
 
-COMPACT = ("mse", "nmse_pooled", "fvu", "l0", "dead_fraction", "delta_ce", "frac_recovered_mean", "kl")
-"""Metrics that must be there for a row to count as measured."""
 FULL = (
     "mse", "nmse_pooled", "fvu", "l0", "dead_fraction", "n_dead", "ce_clean", "ce_sae", "ce_mean", "ce_zero",
     "delta_ce", "frac_recovered_mean", "frac_recovered_zero", "kl",
