@@ -27,6 +27,8 @@ from hubsae.core.errors import ConfigError, DataError
 
 WINDOW_BYTES = 256 << 20
 """Vectors shuffled together: 150 k tokens at d 896, 32 k at d 4096 (float16)."""
+UNITS_PER_WINDOW = 32
+"""Runs of neighbouring rows in a window; of the usual window, each is as long as a page of our files."""
 READERS = 8
 """Connections used at once for a dataset that is streamed from the Hub."""
 
@@ -231,7 +233,7 @@ class ActivationDataset:
         # the batch size has no part in it: the order, and a saved state, are the same for every batch size
         window_rows = max(1, window_bytes // (self.d * self.stored_dtype.itemsize))
         order = plan_order(
-            self._blocks(),
+            self._units(window_rows),
             shuffle=shuffle,
             seed=seed,
             epoch=epoch,
@@ -248,6 +250,14 @@ class ActivationDataset:
         if drop:
             rows_left = ((order.smallest if world_size > 1 else order.n_rows) - seen) // batch_size * batch_size
         return self._generate(order, batch_size, names, dtype, window, offset, rows_left, epoch, shape, _remember)
+
+    def _units(self, window_rows: int) -> list[Unit]:
+        """What is read at once. It does not follow the cut into files, so that rows come in the same order after a
+        harvest that was stopped and went on; except where reading from anywhere is dear."""
+        if any(source.whole_blocks for source in self.sources):
+            return self._blocks()
+        rows = max(1, window_rows // UNITS_PER_WINDOW)
+        return [(first, min(rows, self.n_rows - first)) for first in range(0, self.n_rows, rows)]
 
     def _blocks(self) -> list[Unit]:
         return [(start + f, n) for start, s in zip(self.starts, self.sources, strict=False) for f, n in s.blocks]

@@ -105,6 +105,8 @@ class Source:
     counts: Mapping[str, int] = MappingProxyType({})
     """Samples in the file, and how many of them were cut at the length limit."""
     remote = False
+    whole_blocks = False
+    """Whether reading part of a block costs as much as all of it."""
 
     def read(self, start: int, stop: int, out: Tensor) -> None:
         """Fill `out` [stop - start, d], of `dtype`, with stored values."""

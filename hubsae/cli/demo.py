@@ -34,6 +34,7 @@ def command(
     Run it again and finished steps are skipped; stop it with Ctrl-C and the next run continues.
     """
     from hubsae.cli._common import out
+    from hubsae.core.errors import TrainingInterrupted
     from hubsae.recipes.demo.steps import SIZES
 
     name = "fast" if fast else "demo"
@@ -43,11 +44,11 @@ def command(
     with lock:
         try:
             _work(run, size, console)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, TrainingInterrupted):
             console.print(
                 f"\nstopped; finished steps are kept in {run.path}, the same command continues", highlight=False
             )
-            raise
+            raise KeyboardInterrupt from None
         _tour(run.path, size, run.result("world"), console)
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 import hubsae.cli
-from hubsae.core.errors import HubSAEError
+from hubsae.core.errors import HubSAEError, TrainingInterrupted
 
 # typer used to build on click and now carries its own copy; either way this is the base of usage errors
 USAGE_ERROR: type[Any] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -94,6 +94,9 @@ def main() -> None:
         # the reader went away (`hubsae ls | head`): nothing is wrong, but flushing again would raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except TrainingInterrupted as error:
+        _say(f"stopped: {error}")
+        code = STOPPED
     except HubSAEError as error:
         if debug:
             raise

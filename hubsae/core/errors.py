@@ -73,6 +73,10 @@ class TrainingError(HubSAEError):
     """Training cannot start or had to stop; the hint says where the last good state lies."""
 
 
+class TrainingInterrupted(TrainingError):
+    """Somebody asked training to stop (Ctrl-C), and it did so in good order."""
+
+
 class HookError(HubSAEError):
     """A model has no such hook point, or its output cannot be read."""
 

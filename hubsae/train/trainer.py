@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hubsae import kernels
-from hubsae.core.errors import ConfigError, DataError, HubSAEError, TrainingError
+from hubsae.core.errors import ConfigError, DataError, HubSAEError, TrainingError, TrainingInterrupted
 from hubsae.core.extras import require
 from hubsae.core.files import read_json, write_json_atomic
 from hubsae.core.metadata import Metric
@@ -426,7 +426,7 @@ class Run:
                 if self.out
                 else "there is no run folder (out=), so nothing was kept"
             )
-            raise TrainingError(
+            raise TrainingInterrupted(
                 f"interrupted after step {self.step} of {self.total}: {where}",
                 hint="start the same command again to go on from there"
                 if self.out

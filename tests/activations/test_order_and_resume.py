@@ -43,6 +43,17 @@ def test_every_row_comes_once_in_an_order_of_its_own(folder):
     assert [len(b) for b in data.batches(999, drop_last=True)] == [999] * 4
 
 
+def test_the_order_does_not_follow_the_cut_into_files(folder, tmp_path):
+    """A harvest that was stopped and went on has other files, and trains to the same numbers."""
+    x = ActivationDataset.open(folder).read_all()
+    with ActivationWriter(tmp_path, d=3, config="layers.0", dtype="float32") as writer:
+        writer.write(x, sample_id=np.arange(4000) // 40, position=np.arange(4000) % 40)
+    one, many = ActivationDataset.open(tmp_path), ActivationDataset.open(folder)
+    assert len(one.sources) == 1 and len(many.sources) > 10
+    for options in ({}, {"window_bytes": WINDOW}, {"seed": 3, "epoch": 2}, {"world_size": 2, "rank": 1}):
+        assert numbers(one.batches(128, **options)) == numbers(many.batches(128, **options))
+
+
 def test_a_window_mixes_distant_rows(folder):
     data = ActivationDataset.open(folder)
     batch = numbers([next(iter(data.batches(256)))])

@@ -57,7 +57,8 @@ def test_a_second_run_repeats_nothing(finished):
     assert "no commit made" in done.stdout
 
 
-def test_stopped_in_the_middle_it_continues(finished, tmp_path):
+@pytest.mark.parametrize("moment", ["Harvest", "Train"])
+def test_stopped_in_the_middle_it_continues(finished, tmp_path, moment):
     folder = tmp_path / "run"
     process = subprocess.Popen(
         command("--keep", str(folder)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -67,9 +68,9 @@ def test_stopped_in_the_middle_it_continues(finished, tmp_path):
     )  # fmt: skip
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith("Harvest"):
+        if line.startswith(moment):
             break
-    time.sleep(0.5)
+    time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err

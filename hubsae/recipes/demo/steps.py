@@ -7,6 +7,7 @@ A second run finds the steps finished; a run that was stopped continues with the
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def steps(size: DemoSize) -> list[Step]:
             needs=("world", "policy"),
             resumes=True,
         ),
-        Step("chain", chain, settings={**places, **sae}, needs=("activations",)),
+        Step("chain", chain, settings={**places, **sae}, needs=("activations",), resumes=True),
         Step("release", release, settings=places, needs=("activations", "chain")),
     ]
 
@@ -183,6 +184,7 @@ def chain(ctx: StepContext) -> dict[str, Any]:
             config,
             {stage: opened(data, stage, layer, "train") for stage in settings["stages"]},
             val={stage: opened(data, stage, layer, "validation") for stage in settings["stages"]},
+            out=ctx.folder / "training" / f"layer{layer}",
             control=False,
             quiet=True,
         )
@@ -192,6 +194,7 @@ def chain(ctx: StepContext) -> dict[str, Any]:
                 int(stage.stage.removeprefix("ppo_step")) if "ppo" in stage.stage else 0
             )
             stage.sae.save_pretrained(ctx.folder / sae_id(stage.stage, layer))
+    shutil.rmtree(ctx.folder / "training")
     return {"saes": len(settings["layers"]) * len(settings["stages"])}
 
 
