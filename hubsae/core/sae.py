@@ -117,15 +117,18 @@ class HubSAE(nn.Module):
         flat, _, _ = self._normed(x)
         return self._pre(flat).reshape(*x.shape[:-1], self.d_sae)
 
-    def encode_sparse(self, x: Tensor) -> SparseCodes:
-        """Active latents of x [..., d_in]; what every fast path uses."""
+    def encode_sparse(self, x: Tensor, *, sorted: bool = True) -> SparseCodes:
+        """Active latents of x [..., d_in]; what every fast path uses.
+
+        Top-k codes come largest first; where order does not matter, `sorted=False` saves the sorting.
+        """
         flat, mean, scale = self._normed(x)
-        values, indices = self._select(flat)
+        values, indices = self._select(flat, sorted)
         return SparseCodes(indices, values, self.d_sae, mean, scale).reshape(*x.shape[:-1])
 
     def encode(self, x: Tensor) -> Tensor:
         """Dense codes [..., d_sae], as SAELens users expect them."""
-        codes = self.encode_sparse(x)
+        codes = self.encode_sparse(x, sorted=False)
         if self.config.architecture != "topk":
             return codes.dense()
         # no padding, so indices of a row differ: writing is enough and faster than adding
@@ -177,14 +180,14 @@ class HubSAE(nn.Module):
         centred = flat - self.b_dec if self.config.apply_b_dec_to_input else flat
         return inference.encode_linear(centred, self.W_enc, bias)
 
-    def _select(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+    def _select(self, flat: Tensor, sorted: bool) -> tuple[Tensor, Tensor]:
         """Values and indices [tokens, width] of the active latents."""
         config = self.config
         if self.features is not None:
             config.check_feature_subset()
         if config.architecture == "topk":
             center = self.b_dec if config.apply_b_dec_to_input else None
-            values, indices = inference.encode_topk(flat, self.W_enc, self.b_enc, config.k or 0, center)
+            values, indices = inference.encode_topk(flat, self.W_enc, self.b_enc, config.k or 0, center, sorted=sorted)
             return (values.relu() if config.topk_relu else values), indices
         if config.architecture == "gated":
             gate = self._pre(flat)

@@ -24,27 +24,31 @@ def encode_linear(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
     return F.linear(x, W_enc.t(), b_enc)
 
 
-def encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, center: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The k largest pre-activations of each row of x [tokens, d_in]: values and indices [tokens, k], largest first.
+def encode_topk(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, center: Tensor | None = None, *, sorted: bool = True
+) -> tuple[Tensor, Tensor]:
+    """The k largest pre-activations of each row of x [tokens, d_in]: values and indices [tokens, k].
+
+    Largest first unless told that order does not matter.
 
     Equal to `select_topk(encode_linear(x - center, ...), k)` without the block of all pre-activations.
     """
     if x.shape[0] <= ROWS or (torch.is_grad_enabled() and (x.requires_grad or W_enc.requires_grad)):
-        return select_topk(encode_linear(x if center is None else x - center, W_enc, b_enc), k)
+        return select_topk(encode_linear(x if center is None else x - center, W_enc, b_enc), k, sorted)
     values = torch.empty(x.shape[0], k, dtype=x.dtype, device=x.device)
     indices = torch.empty(x.shape[0], k, dtype=torch.int64, device=x.device)
     for start in range(0, x.shape[0], ROWS):
         part = slice(start, start + ROWS)
         rows = x[part] if center is None else x[part] - center
-        values[part], indices[part] = select_topk(encode_linear(rows, W_enc, b_enc), k)
+        values[part], indices[part] = select_topk(encode_linear(rows, W_enc, b_enc), k, sorted)
     return values, indices
 
 
-def select_topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row: values and indices [tokens, k], largest first."""
+def select_topk(pre: Tensor, k: int, sorted: bool = True) -> tuple[Tensor, Tensor]:
+    """The k largest of each row: values and indices [tokens, k], largest first if `sorted`."""
     if pre.ndim == 2:
-        return select.topk(pre, k, sorted=True)
-    return torch.topk(pre, k, dim=-1)
+        return select.topk(pre, k, sorted=sorted)
+    return torch.topk(pre, k, dim=-1, sorted=sorted)
 
 
 def select_ragged(active: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
