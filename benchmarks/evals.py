@@ -116,17 +116,17 @@ def main() -> None:
             rounds.append((times[0], times[1], times[2], times[3]))
 
         # the breakdown is a round of its own, so that timing the parts does not slow the rounds that count
-        originals = (HubSAE.encode_sparse, HubSAE.decode, parts._row_stats, parts._add_codes, parts.Sums._add_inputs)
+        originals = (HubSAE.encode_sparse, HubSAE.decode, parts._add_errors, parts._add_codes, parts.Sums._add_inputs)
         HubSAE.encode_sparse = clock.wrap("encode (product and selection)", originals[0])
         HubSAE.decode = clock.wrap("decode", originals[1])
-        parts._row_stats = clock.wrap("errors and norms per row", originals[2])
+        parts._add_errors = clock.wrap("errors and norms per row", originals[2])
         parts._add_codes = clock.wrap("latent counts, sums, maxima", originals[3])
         parts.Sums._add_inputs = clock.wrap("sums over the activations", originals[4])
         try:
             with clock("accumulate"):
                 state = accumulate(saes, data)
         finally:
-            HubSAE.encode_sparse, HubSAE.decode, parts._row_stats, parts._add_codes, parts.Sums._add_inputs = originals
+            HubSAE.encode_sparse, HubSAE.decode, parts._add_errors, parts._add_codes, parts.Sums._add_inputs = originals
         with clock("read off, with intervals"):
             read_off(state, saes)
         with clock("reading"):

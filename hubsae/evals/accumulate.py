@@ -26,7 +26,8 @@ ROW_STATS = ("sse", "cosine", "l2_ratio", "dot", "norm2_hat", "l0", "l1")
 BINS_PER_OCTAVE = 64
 # An SAE sees at most this many pre-activations at once; a power of two of rows, so blocks divide evenly.
 PRE_ACTIVATIONS = 1 << 25
-CACHED_ROWS = 128
+# Float64 copies of this many rows of x̂ and of the error stay in cache; of a whole block they would not.
+CACHED_ROWS = 64
 
 
 def rows_at_once(d_sae: int, block_rows: int) -> int:
@@ -198,16 +199,13 @@ class Sums:
             sums.fired, sums.max_z = sums.fired.to(device), sums.max_z.to(device)
         for start in range(0, n, step):
             part = slice(start, start + step)
-            codes = sae.encode_sparse(rows.source[part])
-            x_hat = sae.decode(codes)
-            # float64 copies of a few rows stay in cache; of a whole block they would not
-            few = CACHED_ROWS if device.type == "cpu" else x_hat.shape[0]
-            for first in range(0, x_hat.shape[0], few):
-                here = slice(start + first, min(start + first + few, n))
-                inside = slice(first, first + few)
-                e = _row_stats(rows, here, x_hat[inside].double(), codes.values[inside], stats[here])
-                error += sum_rows(e, rows.cell[here], CELLS)
-            _add_codes(sums, codes, rows.cell[part])
+            codes = sae.encode_sparse(rows.source[part], sorted=False)
+            _add_errors(rows, part, sae.decode(codes), stats[part], error)
+            z = codes.values.double()
+            stats[part, 5] = codes.l0().double()
+            stats[part, 6] = z.abs().sum(1)
+            _add_codes(sums, codes, z, rows.cell[part])
+        _fill_stats(stats, rows.norm2)
         if not bool(torch.isfinite(stats).all()):
             raise DataError(
                 f"SAE {name!r} returns NaN or infinity on finite activations (block from row {block.start})",
@@ -269,38 +267,49 @@ class _Rows:
         if self.source.dtype not in (torch.float32, torch.float64):
             self.source = self.source.float()
         self.x = self.source.double()
-        self.norm2 = self.x.square().sum(1)
+        self.norm2 = squared_norms(self.x)
         self.where = where.to(device)
         self.cell = block.cell.to(device)
 
 
-def _row_stats(rows: _Rows, here: slice, x_hat: Tensor, values: Tensor, out: Tensor) -> Tensor:
-    """Write the ROW_STATS of some rows into `out` [rows, 7]; returns the errors x − x̂ in float64 [rows, d]."""
-    x, norm2 = rows.x[here], rows.norm2[here]
-    e = x - x_hat
-    norm2_hat = torch.linalg.vecdot(x_hat, x_hat)
-    dot = torch.linalg.vecdot(x, x_hat)
+def _add_errors(rows: _Rows, part: slice, x_hat: Tensor, stats: Tensor, error: Tensor) -> None:
+    """Write ‖x − x̂‖² and ‖x̂‖² of the rows of a part into `stats`, and add x − x̂ up by cell. All in float64."""
+    x, cell = rows.x[part], rows.cell[part]
+    few = CACHED_ROWS if x.device.type == "cpu" else x.shape[0]
+    wide, e = (torch.empty(few, x.shape[1], dtype=torch.float64, device=x.device) for _ in range(2))
+    for start in range(0, x.shape[0], few):
+        here = slice(start, start + few)
+        n = x[here].shape[0]
+        torch.sub(x[here], wide[:n].copy_(x_hat[here]), out=e[:n])
+        stats[here, 0] = squared_norms(e[:n])
+        stats[here, 4] = squared_norms(wide[:n])
+        error += sum_rows(e[:n], cell[here], CELLS)
+
+
+def squared_norms(rows: Tensor) -> Tensor:
+    """‖row‖² of each row; the norm is one pass over memory where a product and its sum are three. [rows]"""
+    return torch.linalg.vector_norm(rows, dim=1).square_()
+
+
+def _fill_stats(stats: Tensor, norm2: Tensor) -> None:
+    """Cosine, ratio of norms and x·x̂ of each row, from ‖x‖², ‖x̂‖² and ‖x − x̂‖²."""
+    sse, norm2_hat = stats[:, 0], stats[:, 4]
+    # the law of cosines is exact to a few units of float64 of the larger square; float32 reconstructions are not
+    dot = torch.where(norm2_hat > 0, (norm2 + norm2_hat - sse) / 2, 0.0)
     norms = (norm2 * norm2_hat).sqrt()
-    out[:, 0] = torch.linalg.vecdot(e, e)
     # a zero vector has no direction: counted as 0, so that the mean stays defined
-    out[:, 1] = torch.where(norms > 0, dot / norms, 0.0)
-    out[:, 2] = torch.where(norm2 > 0, (norm2_hat / norm2).sqrt(), 0.0)
-    out[:, 3] = dot
-    out[:, 4] = norm2_hat
-    out[:, 5] = (values != 0).sum(1)
-    out[:, 6] = values.double().abs().sum(1)
-    return e
+    stats[:, 1] = torch.where(norms > 0, dot / norms, 0.0)
+    stats[:, 2] = torch.where(norm2 > 0, (norm2_hat / norm2).sqrt(), 0.0)
+    stats[:, 3] = dot
 
 
-def _add_codes(sums: SAESums, codes: SparseCodes, cell: Tensor) -> None:
-    """Count firings per cell, and add up and compare activations, of the latents that fire."""
-    active = codes.values != 0
-    if bool(active.all()):
-        latents, z = codes.indices.reshape(-1).long(), codes.values.reshape(-1).float()
-        cells = cell.repeat_interleave(codes.values.shape[1])
-    else:
-        latents, z = codes.indices[active].long(), codes.values[active].float()
-        cells = cell.repeat_interleave(active.sum(1))
-    sums.fired += torch.bincount(cells * sums.d_sae + latents, minlength=sums.fired.numel()).view_as(sums.fired)
-    sums.sum_z.add(latents, z)
-    sums.max_z.scatter_reduce_(0, latents, z, "amax")
+def _add_codes(sums: SAESums, codes: SparseCodes, z: Tensor, cell: Tensor) -> None:
+    """Count firings per cell, and add up and compare activations `z`, of the latents that fire."""
+    latents = codes.indices.long()
+    slots = latents + (cell * sums.d_sae)[:, None]
+    active = z != 0
+    if not bool(active.all()):
+        latents, slots, z = latents[active], slots[active], z[active]
+    sums.fired += torch.bincount(slots.view(-1), minlength=sums.fired.numel()).view_as(sums.fired)
+    sums.sum_z.add(latents.view(-1), z.view(-1))
+    sums.max_z.scatter_reduce_(0, latents.view(-1), z.view(-1).float(), "amax")

@@ -116,8 +116,8 @@ class FixedPointSum:
         if self.limbs.device != values.device:
             self.limbs = self.limbs.to(values.device)
         wide = values.double()
-        high = torch.round(wide * 2.0**HIGH_BITS)
-        low = torch.round((wide - high * 2.0**-HIGH_BITS) * 2.0**LOW_BITS)
+        high = (wide * 2.0**HIGH_BITS).round_()
+        low = torch.sub(wide, high, alpha=2.0**-HIGH_BITS).mul_(2.0**LOW_BITS).round_()
         self.limbs[0].index_add_(0, where, high.long())
         self.limbs[1].index_add_(0, where, low.long())
 

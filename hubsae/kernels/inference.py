@@ -67,7 +67,8 @@ def select_ragged(active: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
 def decode_rows(indices: Tensor, values: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
     """Σ_j values[:, j] · W_dec[indices[:, j]] + b_dec, without a dense code matrix. [tokens, d_in]"""
     if values.dtype in (torch.float32, torch.float64):
-        return F.embedding_bag(indices, W_dec, per_sample_weights=values, mode="sum") + b_dec
+        # the bias in place: a second block of this size costs as much as the gather where it is mapped anew each time
+        return F.embedding_bag(indices, W_dec, per_sample_weights=values, mode="sum").add_(b_dec)
     # embedding_bag has no weighted sum in half precision everywhere
     return torch.einsum("tk,tkd->td", values, W_dec[indices]) + b_dec
 
