@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, quote
 
-from starlette.concurrency import iterate_in_threadpool
+from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from .auth import ANONYMOUS, Caller
 from .errors import HubError, bad_request
 from .repos import Repo
+from .wire import BLOCK, FileAnswer, connection, gone, read_body
 
 if TYPE_CHECKING:
     from .hub import Hub
@@ -98,7 +100,21 @@ class Call:
                 if block:
                     yield block
         except ClientDisconnect:
-            raise HubError(400, "The client went away while sending") from None
+            raise gone() from None
+
+    async def drain(self, limit: int, put: Callable[[Any], Any]) -> None:
+        """Hand a large body to `put`, block by block and in order, each in a worker thread."""
+        announced = self.request.headers.get("content-length", "")
+        cycle = connection(self.request.receive)
+        if cycle is not None and announced.isdigit() and BLOCK <= int(announced) <= limit:
+            return await read_body(cycle, int(announced), put)
+        buffer = bytearray()
+        async for block in self.stream(limit):
+            buffer += block
+            if len(buffer) >= BLOCK:
+                await run_in_threadpool(put, buffer)
+                buffer = bytearray()
+        await run_in_threadpool(put, buffer)
 
     def json(self) -> dict[str, Any]:
         """The body as a JSON object; an empty body is an empty object."""
@@ -204,9 +220,9 @@ def byte_range(request: Request, size: int) -> tuple[int, int] | None:
 
 
 def content_answer(
-    request: Request, size: int, read: Callable[[int, int], Iterator[bytes]], headers: dict[str, str]
+    request: Request, size: int, source: Path | Callable[[int, int], Iterator[bytes]], headers: dict[str, str]
 ) -> Response:
-    """Serve `size` bytes that `read(start, end)` yields, with Range and HEAD; never compressed."""
+    """Serve `size` bytes of a file, or that `source(start, end)` yields, with Range and HEAD; never compressed."""
     wanted = byte_range(request, size)
     start, end = wanted or (0, size)
     headers = {**headers, "Accept-Ranges": "bytes", "Content-Length": str(end - start)}
@@ -216,7 +232,9 @@ def content_answer(
         headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
     if request.method == "HEAD":
         return Response(status_code=status, headers=headers)
-    return StreamingResponse(iterate_in_threadpool(read(start, end)), status_code=status, headers=headers)
+    if isinstance(source, Path):
+        return FileAnswer(source, start, end, status, headers)
+    return StreamingResponse(iterate_in_threadpool(source(start, end)), status_code=status, headers=headers)
 
 
 def paged(

@@ -7,7 +7,7 @@ content. Files that came by Xet are not there but in the Xet store; `<repo>.git/
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -157,13 +157,15 @@ class LfsStore:
             return True
         return False
 
-    def read(self, oid: str, start: int, end: int, block: int = 1 << 20) -> Iterator[bytes]:
+    def source(self, oid: str) -> Path | Callable[[int, int], Iterator[bytes]]:
+        """Where the bytes of an object are: its file, or a function that yields `[start, end)` of it."""
+        file = None if (path := self.object_path(oid)).exists() else self.xet_file(oid)
+        return path if file is None else lambda start, end: self.cas.read(file, start, end)
+
+    def read(self, oid: str, start: int, end: int) -> Iterator[bytes]:
         """Bytes `[start, end)` of an object."""
-        path = self.object_path(oid)
-        if path.exists():
-            yield from read_range(path, start, end, block)
-        elif (file := self.xet_file(oid)) is not None:
-            yield from self.cas.read(file, start, end)
+        source = self.source(oid)
+        return read_range(source, start, end) if isinstance(source, Path) else source(start, end)
 
     def all_oids(self) -> dict[str, int]:
         """Every object this repo has, with its size."""

@@ -93,13 +93,7 @@ async def commit(call: Call) -> Response:
     if not create_pr and not revision.startswith("refs/pr/"):
         call.hub.registry.require_write(repo, call.caller)
     with call.hub.disk.temp_file("commit") as (path, handle):
-        buffer = bytearray()
-        async for block in call.stream(call.hub.settings.max_commit):
-            buffer += block
-            if len(buffer) > 1 << 20:
-                await run_in_threadpool(handle.write, bytes(buffer))
-                buffer.clear()
-        handle.write(buffer)
+        await call.drain(call.hub.settings.max_commit, handle.write)
         handle.flush()
         return await run_in_threadpool(_finish, call, repo, revision, create_pr, author, path)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mimetypes
-from collections.abc import Iterator
 from typing import Any
 
 from starlette.responses import Response
@@ -88,7 +87,7 @@ def resolve(call: Call) -> Response:
         headers.pop("Content-Disposition")
         return Response(status_code=302, headers=headers)
     headers["ETag"] = etag
-    return content_answer(call.request, info.size, lambda start, end: repo.lfs.read(oid, start, end), headers)
+    return content_answer(call.request, info.size, repo.lfs.source(oid), headers)
 
 
 @routes.on_repo("GET", "/raw/{revision}/{path...}")
@@ -114,12 +113,8 @@ def storage(call: Call) -> Response:
     size = repo.lfs.size(oid)
     if size is None:
         raise HubError(404, "This object was deleted")
-
-    def read(start: int, end: int) -> Iterator[bytes]:
-        return repo.lfs.read(oid, start, end)
-
     headers = {"ETag": f'"{oid}"', **_headers(str(claims.get("name") or "object"))}
-    return content_answer(call.request, size, read, headers)
+    return content_answer(call.request, size, repo.lfs.source(oid), headers)
 
 
 @routes.on("GET", "/api/resolve-cache/{kind}/{repo}/{revision}/{path...}")

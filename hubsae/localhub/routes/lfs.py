@@ -129,19 +129,14 @@ async def _to_disk(call: Call, path: Path, size: int) -> tuple[str, int]:
     digest = hashlib.sha256()
     length = 0
 
-    def put(block: bytes) -> None:
+    def put(block: memoryview | bytearray) -> None:
+        nonlocal length
         handle.write(block)
         digest.update(block)
+        length += len(block)
 
     with open(path, "wb") as handle:
-        buffer = bytearray()
-        async for block in call.stream(size):
-            buffer += block
-            length += len(block)
-            if len(buffer) >= 1 << 20:
-                await run_in_threadpool(put, bytes(buffer))
-                buffer.clear()
-        await run_in_threadpool(put, bytes(buffer))
+        await call.drain(size, put)
     return digest.hexdigest(), length
 
 

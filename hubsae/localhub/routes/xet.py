@@ -14,7 +14,6 @@ from starlette.responses import Response
 
 from ..errors import HubError, bad_request
 from ..http import Call, answer, byte_range, content_answer
-from ..lfs import read_range
 from ..repos import Repo
 from ..routing import Router
 from ..xet.cas import is_xet_hash
@@ -87,13 +86,7 @@ async def upload_xorb(call: Call) -> Response:
     _scoped(call, "write")
     name = _hash(call)
     with call.hub.disk.temp_file("xorb") as (path, handle):
-        buffer = bytearray()
-        async for block in call.stream(call.hub.settings.max_xorb):
-            buffer += block
-            if len(buffer) >= 1 << 20:
-                await run_in_threadpool(handle.write, bytes(buffer))
-                buffer.clear()
-        handle.write(buffer)
+        await call.drain(call.hub.settings.max_xorb, handle.write)
         handle.flush()
         inserted = await run_in_threadpool(call.hub.cas.add_xorb, name, path)
     return answer({"was_inserted": inserted})
@@ -153,9 +146,5 @@ def xorb(call: Call) -> Response:
     wanted = byte_range(call.request, size)
     if wanted is None or wanted[0] < claims["first"] or wanted[1] > claims["last"] + 1:
         raise HubError(403, "This url is for another byte range")
-    return content_answer(
-        call.request,
-        size,
-        lambda start, end: read_range(path, start, end),
-        {"Content-Type": "application/octet-stream", "ETag": f'"{claims["hash"]}"'},
-    )
+    headers = {"Content-Type": "application/octet-stream", "ETag": f'"{claims["hash"]}"'}
+    return content_answer(call.request, size, path, headers)
