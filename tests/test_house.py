@@ -22,7 +22,7 @@ HEAVY = {
 
 
 # made of nothing but the optional package, and imported only once that is known to be there
-OPTIONAL = {"kernels/compiled.py": {"numba"}}
+OPTIONAL = {"kernels/candidates.py": {"numba"}}
 
 
 def top_level_imports(path: Path) -> set[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ def _regular(matrix: Tensor) -> bool:
     return matrix.ndim == 2 and (matrix.stride(1) == 1 or matrix.stride(0) == 1)
 
 
-_decided: dict[tuple[int, int, int, int], str] = {}
+_decided: dict[tuple[int, ...], str] = {}
 
 
 def decisions() -> list[list[int | str]]:
@@ -60,7 +61,7 @@ def adopt(found: list[list[int | str]]) -> None:
     """Take over decisions of an earlier process."""
     for *shape, choice in found:
         if choice == "torch" or _operator() is not None:
-            _decided[tuple(int(v) for v in shape)] = str(choice)  # type: ignore[index]
+            _decided[tuple(int(v) for v in shape)] = str(choice)
 
 
 def _operator():
@@ -73,10 +74,16 @@ def backend(rows: int, d_in: int, n: int, threads: int) -> str:
 
     `HUBSAE_LINEAR=torch` or `onednn` in the environment decides instead of the trial.
     """
-    shape = (rows, d_in, n, threads)
+    forced = os.environ.get("HUBSAE_LINEAR", "")
+    if forced in ("torch", "onednn"):
+        return decide((rows, d_in, n, threads), lambda: forced)
+    return decide((rows, d_in, n, threads), lambda: _trial(rows, d_in, n))
+
+
+def decide(shape: tuple[int, ...], trial: Callable[[], str]) -> str:
+    """What a trial said about a shape; it is made once, and remembered with the others."""
     if shape not in _decided:
-        forced = os.environ.get("HUBSAE_LINEAR", "")
-        _decided[shape] = forced if forced in ("torch", "onednn") else _trial(rows, d_in, n)
+        _decided[shape] = trial()
     return _decided[shape]
 
 
@@ -97,17 +104,19 @@ def _trial(rows: int, d_in: int, n: int) -> str:
     if fast.shape != (rows, n) or not _close(fast, x, weight, bias):
         return "torch"
 
-    def best(product) -> float:
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            product()
-            times.append(time.perf_counter() - start)
-        return min(times)
-
     # a clear win or none: near a tie two runs on one machine must not decide differently
-    ours = best(lambda: operator(x, weight, bias, "none", [], ""))
-    return "onednn" if ours * 1.3 < best(lambda: F.linear(x, weight, bias)) else "torch"
+    ours = fastest(lambda: operator(x, weight, bias, "none", [], ""))
+    return "onednn" if ours * 1.3 < fastest(lambda: F.linear(x, weight, bias)) else "torch"
+
+
+def fastest(work: Callable[[], object]) -> float:
+    """The shortest of three runs, in seconds."""
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def _close(got: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> bool:

@@ -2,46 +2,113 @@
 
 from __future__ import annotations
 
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from hubsae.kernels import chosen
 
-# rows narrower than this go straight to torch.topk
-DIRECT = 512
-GROUP = 4
+GROUPS = (8, 4)
+"""Sizes of the groups whose maxima are looked at first, the better one first."""
+MARGIN = 2
+"""There must be this many times k groups."""
+SPLIT = 1 << 18
+"""Entries from which rows are shared out between threads."""
 
 
 def topk(pre: Tensor, k: int, *, sorted: bool = False) -> tuple[Tensor, Tensor]:
     """The k largest of each row [rows, n]: values and int64 indices [rows, k], exact; largest first if `sorted`.
 
-    A row's k largest lie in the k groups with the largest maxima, so the row is reduced by maxima of strided
-    groups until it is short, and expanded again level by level; each level keeps k groups of four candidates.
-    1.9 times torch.topk at 7168 latents, k 64 (6.2 ms against 11.9 ms for 512 rows on one core).
+    A row's k largest lie in the k groups with the largest maxima, so the row is reduced by maxima of strided groups
+    until it is short, and the groups found are looked into level by level.
 
     >>> values, indices = topk(torch.tensor([[0.0, 3.0, 1.0, 2.0]]), 2)
-    >>> sorted(indices[0].tolist())
-    [1, 3]
+    >>> indices.sort(1).values.tolist()
+    [[1, 3]]
     """
-    rows, n = pre.shape
-    if chosen() == "numba" and pre.dtype is torch.float32 and pre.device.type == "cpu" and pre.is_contiguous():
-        from hubsae.kernels import compiled
-
-        values, indices = compiled.topk(pre, k)
-        if sorted:
-            values, order = values.sort(1, descending=True)
-            indices = indices.gather(1, order)
-        return values, indices
-    groups = n // GROUP
-    # the maxima must outnumber k clearly, or the level costs more than it saves
-    if n <= DIRECT or n % GROUP or groups < 4 * k or not pre.is_contiguous():
+    if not pre.is_contiguous() or k >= pre.shape[1]:
         return torch.topk(pre, k, dim=1, sorted=sorted)
-    grouped = pre.view(rows, GROUP, groups)
-    group = topk(grouped.amax(1), k)[1]  # [rows, k]
-    candidates = grouped.gather(2, group.unsqueeze(1).expand(-1, GROUP, -1)).view(rows, GROUP * k)
-    values, place = torch.topk(candidates, k, dim=1, sorted=sorted)
+    values, indices = _grouped(pre.detach(), k)
+    if pre.requires_grad and torch.is_grad_enabled():
+        values = pre.gather(1, indices)
+    if sorted:
+        values, order = values.sort(1, descending=True)
+        indices = indices.gather(1, order)
+    return values, indices
+
+
+def _grouped(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    rows, n = pre.shape
+    size = next((g for g in GROUPS if n % g == 0 and n // g >= MARGIN * k), None)
+    if size is None:
+        place = _largest(pre, k)
+        return pre.gather(1, place), place
+    groups = n // size
+    grouped = pre.view(rows, size, groups)
+    group = _grouped(grouped.amax(1), k)[1]  # [rows, k]
+    candidates = grouped.gather(2, group.unsqueeze(1).expand(-1, size, -1)).view(rows, size * k)
+    place = _largest(candidates, k)
     member = torch.div(place, k, rounding_mode="floor")
-    return values, member * groups + group.gather(1, place - member * k)
+    return candidates.gather(1, place), member * groups + group.gather(1, place - member * k)
+
+
+def _largest(block: Tensor, k: int) -> Tensor:
+    """Where the k largest of each row are [rows, k].
+
+    On the CPU numpy's partition finds the k-th largest ten times faster than `torch.topk` (0.13 against 1.3 ms for
+    512 rows of 256); the entries that reach it are the k largest, unless there are ties or NaN.
+    """
+    rows, n = block.shape
+    if block.device.type == "cpu" and block.dtype in (torch.float32, torch.float64) and k < n:
+        values = block.numpy()
+        parts = min(torch.get_num_threads(), rows) if rows * n >= SPLIT else 1
+        if parts > 1:
+            cuts = [part * rows // parts for part in range(parts + 1)]
+            blocks = [values[a:b] for a, b in itertools.pairwise(cuts)]
+            found = _pool(parts).map(_reach, blocks, [k] * parts)
+            flat = np.concatenate([part + a * n for part, a in zip(found, cuts[:-1], strict=True)])
+        else:
+            flat = _reach(values, k)
+        if flat.size == rows * k:
+            place = torch.from_numpy(flat).view(rows, k) - torch.arange(0, rows * n, n).unsqueeze(1)
+            if bool((place[:, 0] >= 0).all()) and bool((place[:, -1] < n).all()):
+                return place
+    return torch.topk(block, k, dim=1, sorted=False).indices
+
+
+def _reach(values: np.ndarray, k: int) -> np.ndarray:
+    """Flat positions, rising, of the entries that are not below the k-th largest of their row."""
+    at = values.shape[1] - k
+    cut = np.partition(values, at, axis=1)[:, at : at + 1]
+    return (values >= cut).reshape(-1).nonzero()[0]
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="hubsae-select")
+
+
+def halves(x: Tensor, weight: Tensor, k: int) -> bool:
+    """Whether `product_topk` is at hand for x [rows, d] and weight [n, d] and pays on this machine."""
+    if chosen() != "numba" or x.device.type != "cpu" or x.dtype is not torch.float32:
+        return False
+    from hubsae.kernels import candidates
+
+    return candidates.pays(x, weight, k)
+
+
+def product_topk(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
+    """`topk(linear(x, weight, bias), k)` without the float32 product, exact too (see `candidates`).
+
+    Ask `halves` first. None where these numbers do not allow it.
+    """
+    from hubsae.kernels import candidates
+
+    return candidates.encode_topk(x, weight, bias, k)
 
 
 def above(pre: Tensor, threshold: Tensor | float) -> tuple[Tensor, Tensor]:

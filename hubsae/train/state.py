@@ -47,6 +47,8 @@ class Cell:
         self.threshold: float | None = None
         self.last_threshold = 0.0
         """Smallest value of the last batch's selection; speeds up the next one, changes nothing."""
+        self.whole_until = 0
+        """Tokens until which batches are multiplied whole, and not searched by candidates (see `step`)."""
         self.tokens = 0
         self.since_fired = torch.zeros(n, dtype=torch.int64, device=bank.device)
         self.fired_in_epoch = torch.zeros(n, dtype=torch.int64, device=bank.device)
@@ -105,7 +107,8 @@ class Cell:
 
     def scalars(self) -> dict[str, Any]:
         """The rest of the state, JSON."""
-        return {"threshold": self.threshold, "tokens": self.tokens, "tokens_in_epoch": self.tokens_in_epoch}
+        names = ("threshold", "tokens", "tokens_in_epoch", "whole_until")
+        return {name: getattr(self, name) for name in names}
 
     def load(self, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
         """The inverse of `tensors` and `scalars`, in place."""
@@ -116,6 +119,7 @@ class Cell:
                 mine.copy_(tensors[name])
         self.threshold = scalars["threshold"]
         self.tokens, self.tokens_in_epoch = scalars["tokens"], scalars["tokens_in_epoch"]
+        self.whole_until = scalars["whole_until"]
 
 
 class Bank:

@@ -26,7 +26,7 @@ from torch import Tensor
 from hubsae.kernels import cpu
 from hubsae.kernels.active import ActiveSet, LatentOrder
 from hubsae.kernels.linear import linear
-from hubsae.kernels.select import nonzero, topk
+from hubsae.kernels.select import halves, nonzero, product_topk, topk
 from hubsae.train import aux
 from hubsae.train.branches import Branch, DenseBranch, GatedBranch
 from hubsae.train.parallel import Solo
@@ -37,6 +37,8 @@ DENSE_ABOVE = 0.10
 # rows encoded at once, where the whole block of pre-activations would not stay in cache
 CHUNK_ROWS = 256
 CHUNK_ELEMENTS = 1 << 23
+# batches multiplied whole after the search by candidates found too many
+WHOLE_BATCHES = 1000
 
 
 class Selected(NamedTuple):
@@ -180,6 +182,9 @@ def select(cell: Cell, xc: Tensor, comm: Solo, rows_in_all: int) -> Selected:
         return Selected(*_none(xc), dense=GatedBranch(cell, xc))
     dead = aux.dead_ids(cell, comm)
     step = B if B * cell.n <= CHUNK_ELEMENTS else CHUNK_ROWS
+    if arch == "topk" and dead is None and (found := _by_candidates(cell, xc)) is not None:
+        rows, latents, values = _topk_entries(cell, *found, 0, comm)
+        return Selected(rows, latents, values)
     if arch == "batch_topk":
         return _batch_topk(cell, xc, step, dead, comm, rows_in_all)
     parts, dead_pre, is_dense = [], [], None
@@ -195,7 +200,7 @@ def select(cell: Cell, xc: Tensor, comm: Solo, rows_in_all: int) -> Selected:
                 is_dense = int(torch.count_nonzero(mask)) > DENSE_ABOVE * mask.numel()
             parts.append(pre if is_dense else _entries(cell, pre, mask, theta, start))
         else:
-            parts.append(_topk_entries(cell, pre, start, comm))
+            parts.append(_topk_entries(cell, *topk(pre, min(cell.config.k or 0, cell.n)), start, comm))
     kept_dead = torch.cat(dead_pre) if dead_pre else None
     if is_dense:
         pre = parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -219,11 +224,20 @@ def _joined(parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor, Tensor, Te
     return joined[0], joined[1], joined[2], joined[3] if len(joined) > 3 else None
 
 
-def _topk_entries(cell: Cell, pre: Tensor, start: int, comm: Solo) -> tuple[Tensor, ...]:
-    k = cell.config.k or 0
-    values, latents = topk(pre, min(k, cell.n))
-    rows = torch.arange(start, start + pre.shape[0], device=pre.device).repeat_interleave(values.shape[1])
-    rows, latents, keep = rows, latents.reshape(-1), comm.keep_topk(values, k)
+def _by_candidates(cell: Cell, xc: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The k largest of each row without a product in float32, where that pays and the data let it."""
+    k = min(cell.config.k or 0, cell.n)
+    if cell.config.precision != "fp32" or cell.tokens < cell.whole_until or not halves(xc, cell.W_enc, k):
+        return None
+    found = product_topk(xc, cell.W_enc, cell.vectors["b_enc"], k)
+    if found is None:
+        cell.whole_until = cell.tokens + WHOLE_BATCHES * xc.shape[0]
+    return found
+
+
+def _topk_entries(cell: Cell, values: Tensor, latents: Tensor, start: int, comm: Solo) -> tuple[Tensor, ...]:
+    rows = torch.arange(start, start + values.shape[0], device=values.device).repeat_interleave(values.shape[1])
+    latents, keep = latents.reshape(-1), comm.keep_topk(values, cell.config.k or 0)
     values = (values if cell.signed else values.relu_()).reshape(-1)
     if keep is not None:
         keep = keep.reshape(-1)
