@@ -23,11 +23,12 @@ def weights(units: int, resamples: int = RESAMPLES, seed: int = SEED) -> np.ndar
 
 def percentile_interval(values: np.ndarray, level: float = LEVEL) -> tuple[float, float] | None:
     """The central `level` of the resampled values; None when too few of them are defined."""
-    finite = values[np.isfinite(values)]
+    finite = np.sort(values[np.isfinite(values)])
     if finite.size < 0.9 * values.size or finite.size == 0:
         return None
-    tail = (1 - level) / 2 * 100
-    low, high = np.percentile(finite, [tail, 100 - tail])
+    tail = (1 - level) / 2
+    # np.percentile gives the same and takes ten times as long for a thousand values
+    low, high = np.interp([tail * (finite.size - 1), (1 - tail) * (finite.size - 1)], np.arange(finite.size), finite)
     return float(low), float(high)
 
 

@@ -11,8 +11,6 @@ merging of shards changes. Plain float64 would then differ in the last bits. Two
 
 from __future__ import annotations
 
-from fractions import Fraction
-
 import torch
 from torch import Tensor
 
@@ -84,10 +82,13 @@ class CompensatedSum:
         beyond = torch.nextafter(low, torch.where(rest > 0, torch.inf, -torch.inf).to(low))
         return first + torch.where((rest != 0) & even, beyond, low)
 
-    def exact(self) -> list[Fraction]:
-        """All entries as exact numbers, for differences that would cancel in float64."""
-        parts = self.parts.reshape(3, -1).tolist()
-        return [Fraction(a) + Fraction(b) + Fraction(c) for a, b, c in zip(*parts, strict=True)]
+    def exact(self) -> tuple[list[int], int]:
+        """All entries as whole numbers of 1/unit, and the unit: for differences that would cancel in float64."""
+        ratios = [value.as_integer_ratio() for value in self.parts.reshape(-1).tolist()]
+        unit = max((below for _, below in ratios), default=1)
+        whole = [above * (unit // below) for above, below in ratios]
+        n = len(whole) // 3
+        return [a + b + c for a, b, c in zip(whole[:n], whole[n : 2 * n], whole[2 * n :], strict=True)], unit
 
     def grown(self, rows: int) -> None:
         """Append zero rows to the first dimension until it has `rows`."""
