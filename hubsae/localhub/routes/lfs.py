@@ -131,11 +131,12 @@ async def _to_disk(call: Call, path: Path, size: int) -> tuple[str, int]:
 
     def put(block: memoryview | bytearray) -> None:
         nonlocal length
-        handle.write(block)
+        append(block)
         digest.update(block)
         length += len(block)
 
     with open(path, "wb") as handle:
+        append = call.hub.disk.appender(handle)
         await call.drain(size, put)
     return digest.hexdigest(), length
 

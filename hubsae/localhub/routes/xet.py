@@ -7,6 +7,7 @@ deduplication) and `v1/xorb-grants/*`.
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -17,7 +18,7 @@ from ..http import Call, answer, byte_range, content_answer
 from ..repos import Repo
 from ..routing import Router
 from ..xet.cas import is_xet_hash
-from ..xet.formats import read_shard
+from ..xet.formats import FileRecord, read_shard
 from .commits import may_contribute
 
 routes = Router()
@@ -86,7 +87,7 @@ async def upload_xorb(call: Call) -> Response:
     _scoped(call, "write")
     name = _hash(call)
     with call.hub.disk.temp_file("xorb") as (path, handle):
-        await call.drain(call.hub.settings.max_xorb, handle.write)
+        await call.drain(call.hub.settings.max_xorb, call.hub.disk.appender(handle))
         handle.flush()
         inserted = await run_in_threadpool(call.hub.cas.add_xorb, name, path)
     return answer({"was_inserted": inserted})
@@ -101,14 +102,16 @@ async def upload_shard(call: Call) -> Response:
 
 
 def _register(call: Call, repo: Repo) -> Response:
-    new = 0
-    for record in read_shard(call.body):
-        if not record.terms:
-            continue
+    def keep(record: FileRecord) -> bool:
         file = call.hub.cas.add_file(record)
-        if repo.lfs.xet_hash(file.sha256) != file.hash:
+        known = repo.lfs.xet_hash(file.sha256) == file.hash
+        if not known:
             repo.lfs.link_xet(file)
-            new = 1
+        return not known
+
+    records = [record for record in read_shard(call.body) if record.terms]
+    with ThreadPoolExecutor(4) as threads:  # each file is read and hashed as a whole
+        new = int(any(list(threads.map(keep, records))))
     return answer({"result": new})
 
 
