@@ -2,7 +2,8 @@
 
 Every line has `event`, `step` and `cell`. Events: `train` (loss, mse, fvu, l0, dead, lr, tokens_per_s), `eval`,
 `before` (chains), `resample`, `checkpoint`, `failed`, `done`. A resumed run first drops the lines behind its
-checkpoint, so the log reads as if nothing had happened.
+checkpoint, so the log reads as if nothing had happened; trackio and wandb then get a new run of the same name
+that begins with the lines kept.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hubsae.core.errors import HubSAEError
+from hubsae.core.errors import HubSAEError, MissingExtraError
 from hubsae.core.extras import require
 from hubsae.core.files import write_csv_atomic, write_text_atomic
 from hubsae.train.config import TrainConfig
@@ -29,7 +31,10 @@ class Log:
         self.start = time.perf_counter()
         self._bar: Any = None
         self._task: Any = None
-        self._others = [_open(kind, run, configs[0]) for kind in configs[0].loggers]
+        self._others: list[Callable[[dict[str, Any] | None], None]] | None = None
+        self._open = (configs[0], run)
+        for kind in configs[0].loggers:
+            _package(kind)  # said at once where it is missing; opened when there is a line to send
 
     def resume(self, step: int) -> None:
         """Keep the lines up to a checkpoint's step."""
@@ -64,6 +69,9 @@ class Log:
                 raise HubSAEError(
                     f"cannot write {self.path}: {error}", hint="free some space and start again"
                 ) from error
+        if self._others is None:
+            config, run = self._open
+            self._others = [_open(kind, run, config, self.lines[:-1]) for kind in config.loggers]
         for other in self._others:
             other(entry)
 
@@ -90,39 +98,55 @@ class Log:
         if self.path is not None:
             train = [line for line in self.lines if line["event"] in ("train", "eval")]
             write_csv_atomic(self.path.with_suffix(".csv"), train)
-        for other in self._others:
+        for other in self._others or []:
             other(None)
+        self._others = None
 
 
-def _open(kind: str, run: Path | None, config: TrainConfig) -> Any:
-    """A function that sends a line to another logger; None closes it."""
+def _package(kind: str) -> Any:
+    try:
+        return require(kind, extra="train")
+    except MissingExtraError as error:
+        # no extra brings the loggers: they are the user's choice
+        raise MissingExtraError(f"loggers={kind!r}: {error.message}", hint=f"pip install -U {kind}") from error
+
+
+def _open(
+    kind: str, run: Path | None, config: TrainConfig, before: list[dict[str, Any]]
+) -> Callable[[dict[str, Any] | None], None]:
+    """A function that sends a line to another logger; None closes it. `before` are lines of a run taken up again."""
     if kind == "tensorboard":
-        require("tensorboard", extra="train")
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(str((run or Path()) / "tensorboard"))
+        # what an earlier process wrote behind its checkpoint is not shown
+        behind = before[-1]["step"] + 1 if before else None
+        writer = SummaryWriter(str((run or Path()) / "tensorboard"), purge_step=behind)
 
         def to_tensorboard(entry: dict[str, Any] | None) -> None:
             if entry is None:
                 writer.close()
                 return
             for name, value in _numbers(entry).items():
-                writer.add_scalar(f"{entry['cell']}/{entry['event']}/{name}", value, entry["step"])
+                writer.add_scalar(name, value, entry["step"])
 
         return to_tensorboard
-    package = require(kind, extra="train")
-    package.init(project=config.project_name, name=config.name, config=config.model_dump(mode="json"))
+    package = _package(kind)
+    # wandb leaves its files in the working folder unless told otherwise
+    place = {"dir": str(run)} if kind == "wandb" and run is not None else {}
+    package.init(project=config.project_name, name=config.name, config=config.model_dump(mode="json"), **place)
 
     def send(entry: dict[str, Any] | None) -> None:
         if entry is None:
             package.finish()
-            return
-        values = {f"{entry['cell']}/{entry['event']}/{name}": value for name, value in _numbers(entry).items()}
-        if values:
+        elif values := _numbers(entry):
             package.log(values, step=entry["step"])
 
+    for entry in before:
+        send(entry)
     return send
 
 
 def _numbers(entry: dict[str, Any]) -> dict[str, float]:
-    return {k: v for k, v in entry.items() if isinstance(v, (int, float)) and k != "step"}
+    """The numbers of a line by `cell/event/name`."""
+    numbers = {k: v for k, v in entry.items() if isinstance(v, (int, float)) and k != "step"}
+    return {f"{entry['cell']}/{entry['event']}/{name}": value for name, value in numbers.items()}

@@ -390,9 +390,3 @@ def test_a_finished_run_is_not_trained_again(tokens, tmp_path):
     second = train(config(), tokens, out=tmp_path)
     assert first.sae is not None and second.sae is not None and torch.equal(first.sae.W_enc, second.sae.W_enc)
     assert (tmp_path / "log.jsonl").read_text() == log and second.metrics == first.metrics
-
-
-def test_tensorboard_receives_the_log(tokens, tmp_path):
-    pytest.importorskip("tensorboard")
-    train(config(loggers=("tensorboard",)), tokens, out=tmp_path)
-    assert list((tmp_path / "tensorboard").iterdir())
