@@ -91,6 +91,15 @@ def test_a_token_norm_is_undone_after_decoding(norm):
         sae.decode(codes.dense())
 
 
+def test_unsorted_codes_are_the_same_codes_and_sorted_ones_come_largest_first():
+    config = SAEConfig(architecture="topk", d_in=D, d_sae=2048, k=16, topk_relu=False)
+    # more rows than are encoded at once
+    sae, x = HubSAE.random(config), torch.randn(1100, D)
+    in_order, any_order = sae.encode_sparse(x), sae.encode_sparse(x, sorted=False)
+    assert (in_order.values.diff(dim=-1) <= 0).all()
+    assert torch.equal(in_order.dense(), any_order.dense())
+
+
 def test_codes_round_trip_between_sparse_and_dense():
     z = torch.randn(5, 4, 9) * (torch.rand(5, 4, 9) > 0.7)
     z[0, 0] = 0

@@ -105,6 +105,20 @@ def test_a_dataset_gives_the_numbers_of_its_tensor(saes, table, result):
     assert plain.scopes == ["all"]
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_direction_and_size_are_right_where_the_reconstruction_is_far_too_small_or_large(scale, make_sae, table):
+    sae = make_sae()
+    sae.W_dec.mul_(scale)
+    sae.b_dec.mul_(scale)
+    x = table["x"].double()
+    with torch.no_grad():
+        x_hat = sae(table["x"]).double()
+    result = evals.reconstruction(sae, table["x"])["sae0"]
+    assert result.value("cosine") == pytest.approx(float(torch.cosine_similarity(x, x_hat, dim=1).mean()), rel=1e-7)
+    assert result.value("relative_bias") == pytest.approx(float(x_hat.square().sum() / (x * x_hat).sum()), rel=1e-7)
+    assert result.value("l2_ratio") == pytest.approx(float((x_hat.norm(dim=1) / x.norm(dim=1)).mean()), rel=1e-7)
+
+
 def test_half_precision_activations_are_widened_not_rounded_again(make_sae, table):
     half = table["x"].half()
     a = evals.reconstruction(make_sae(), half)

@@ -1,6 +1,7 @@
 """Sums that do not depend on order."""
 
 import math
+from fractions import Fraction
 
 import torch
 from hypothesis import given, settings
@@ -44,6 +45,15 @@ def test_compensated_sum_merges_and_folds_without_loss():
     assert torch.equal(by_row.total().value(), whole.value())
     some = torch.tensor([3, 7, 500])
     assert torch.allclose(by_row.total(some).value(), values[some].sum(0), rtol=1e-15)
+
+
+def test_exact_integers_hold_what_cancels_in_float64():
+    total = CompensatedSum(2)
+    for value in ([1e16, 0.1], [2.0**-60, 0.2], [-1e16, 5e-324]):
+        total.add(torch.tensor(value, dtype=torch.float64))
+    whole, unit = total.exact()
+    assert Fraction(whole[0], unit) == Fraction(2) ** -60
+    assert Fraction(whole[1], unit) == Fraction(0.1) + Fraction(0.2) + Fraction(5e-324)
 
 
 def test_plain_float64_would_depend_on_the_order():
