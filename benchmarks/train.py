@@ -4,6 +4,7 @@
     python benchmarks/train.py --case topk7168 --threads 1 --rounds 9
     python benchmarks/train.py --memory              # peak memory above imports and data, one process per trainer
 
+Each peer meets ours in a process of its own: five trainers in one disturb each other by factors that change each time.
 Every round times a few steps of each trainer in turn; a ratio is taken within a round and the median of the rounds is
 reported, by wall clock and by CPU time of the process (the steady one on a shared machine). Peers run their own model
 classes, forward and loss functions and the optimiser step as their trainers do it; gradient clipping, which SAELens
@@ -56,6 +57,8 @@ CASES = {
     "tiny": Case("topk", 16, 128, 4, 64),
 }
 PEERS = ("hubsae", "hubsae-numba", "textbook", "saelens", "saelens-sparse", "sparsify", "dictionary_learning")
+OURS = ("hubsae", "hubsae-numba")
+HEAD = f"  {'trainer':20s} {'tokens/s':>10s} {'ms wall':>9s} {'ms CPU':>9s}   times the first, by wall / by CPU"
 LR = 1e-4
 BANDWIDTH = 0.02
 L0_COEFFICIENT = 1e-3
@@ -347,8 +350,8 @@ def cpu_name() -> str:
         return platform.processor() or "unknown CPU"
 
 
-def compare(name: str, case: Case, peers: list[str], rounds: int, steps: int) -> None:
-    """Interleaved rounds of every peer; prints tokens/s and ratios."""
+def compare(case: Case, peers: list[str], rounds: int, steps: int) -> None:
+    """Interleaved rounds of every trainer; prints tokens/s and ratios to the first."""
     s = start(case)
     runs: dict[str, Callable[[int], None]] = {}
     for peer in peers:
@@ -370,39 +373,12 @@ def compare(name: str, case: Case, peers: list[str], rounds: int, steps: int) ->
                 run(3 + i)
             wall[peer].append((time.perf_counter() - w) / steps)
             cpu[peer].append((time.process_time() - c) / steps)
-    print(
-        f"\n{name}: {case.arch} d={case.d} n={case.n} k={case.k} batch={case.batch}" + (" half dead, AuxK" * case.dead)
-    )
-    print(f"  {'trainer':20s} {'tokens/s':>10s} {'ms wall':>9s} {'ms CPU':>9s}   times hubsae, by wall / by CPU")
     for peer in runs:
         w, c = statistics.median(wall[peer]), statistics.median(cpu[peer])
-        by_wall = statistics.median(b / a for a, b in zip(wall["hubsae"], wall[peer], strict=True))
-        by_cpu = statistics.median(b / a for a, b in zip(cpu["hubsae"], cpu[peer], strict=True))
+        by_wall = statistics.median(b / a for a, b in zip(wall[peers[0]], wall[peer], strict=True))
+        by_cpu = statistics.median(b / a for a, b in zip(cpu[peers[0]], cpu[peer], strict=True))
         print(f"  {peer:20s} {case.batch / w:10,.0f} {w * 1e3:9.2f} {c * 1e3:9.2f}   {by_wall:6.2f} / {by_cpu:.2f}")
     sys.stdout.flush()
-
-
-def many(rounds: int) -> None:
-    """Twelve small cells (3 widths x 4 k) on one stream against one after the other."""
-    import torch
-
-    from hubsae.train import TrainConfig, train, train_many
-
-    x = torch.randn(16_384, 64, generator=torch.Generator().manual_seed(0))
-    shared = {"batch_size": 512, "epochs": 2, "lr": 1e-3}
-    grid = [(e, k) for e in (4, 8, 16) for k in (2, 4, 8, 16)]
-    cells = [TrainConfig(name=f"{e}x k{k}", expansion=e, k=k, **shared) for e, k in grid]
-    wall, cpu = [], []
-    for _ in range(rounds):
-        took = []
-        for run in (lambda: train_many(cells, x), lambda: [train(cell, x) for cell in cells]):
-            w, c = time.perf_counter(), time.process_time()
-            run()
-            took.append((time.perf_counter() - w, time.process_time() - c))
-        wall.append(took[0][0] / took[1][0])
-        cpu.append(took[0][1] / took[1][1])
-    print("\n12 cells, d=64, d_sae 256 to 1024, batch 512: together / one after the other")
-    print(f"  {statistics.median(wall):.2f} by wall, {statistics.median(cpu):.2f} by CPU")
 
 
 def peak(peer: str, case: Case) -> float | None:
@@ -413,7 +389,9 @@ def peak(peer: str, case: Case) -> float | None:
     modules |= {"saelens": "sae_lens.saes.topk_sae", "saelens-sparse": "sae_lens.saes.topk_sae"}
     importlib.import_module(modules.get(peer, "hubsae.train"))
     s = start(case)
-    torch.randn(8, 8) @ torch.randn(8, 8)
+    tiny = CASES["tiny"]
+    if (warm := make(peer, tiny, start(tiny))) is not None:
+        warm(0)  # code that is loaded at its first use counts as an import
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM; ru_maxrss would start at the parent's peak
     before = _high_water("VmRSS")
     run = make(peer, case, s)
@@ -440,7 +418,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="two rounds of two steps at the tiny case")
     parser.add_argument("--memory", action="store_true")
-    parser.add_argument("--many", action="store_true", help="train_many of 12 small cells against one after the other")
+    parser.add_argument("--ours", choices=OURS, default="hubsae", help="the trainer that the others are compared with")
+    parser.add_argument("--together", action="store_true", help="all trainers in this process, which disturbs them all")
     parser.add_argument("--one", nargs=2, metavar=("PEER", "CASE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -452,15 +431,13 @@ def main() -> None:
         value = peak(options.one[0], CASES[options.one[1]])
         print("none" if value is None else f"{value:.0f}")
         return
-    peers = options.peer or list(PEERS)
-    if "hubsae" not in peers:
-        peers.insert(0, "hubsae")
+    peers = [p for p in options.peer or PEERS if p != options.ours]
     cases = options.case or (["tiny"] if options.quick else [c for c in CASES if c != "tiny"])
     print(f"{cpu_name()}; python {platform.python_version()}", flush=True)
     if options.memory:
         for name in cases:
             print(f"\n{name}: peak MB above imports and data")
-            for peer in peers:
+            for peer in [options.ours, *peers]:
                 extra = ["--threads", str(options.threads)] if options.threads else []
                 command = [sys.executable, __file__, "--one", peer, name, *extra]
                 done = subprocess.run(command, capture_output=True, text=True)
@@ -472,13 +449,25 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.set_flush_denormal(True)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}", flush=True)
-    if options.many:
-        many(options.rounds)
-        return
+    rounds, steps = (2, 2) if options.quick else (options.rounds, options.steps)
+    if not options.together:
+        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads", flush=True)
     for name in cases:
-        rounds, steps = (2, 2) if options.quick else (options.rounds, options.steps)
-        compare(name, CASES[name], peers, rounds, steps)
+        if options.together:
+            compare(CASES[name], [options.ours, *peers], rounds, steps)
+            continue
+        case = CASES[name]
+        about = f"{case.arch} d={case.d} n={case.n} k={case.k} batch={case.batch}" + " half dead, AuxK" * case.dead
+        print(f"\n{name}: {about}; load {os.getloadavg()[0]:.1f}\n{HEAD}", flush=True)
+        for peer in peers:
+            command = [sys.executable, __file__, "--together", "--case", name, "--ours", options.ours, "--peer", peer]
+            command += ["--threads", str(torch.get_num_threads()), "--rounds", str(rounds), "--steps", str(steps)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            lines = done.stdout.splitlines()
+            print(
+                "\n".join(line for line in lines if line.startswith("  ")) or f"  {peer} failed: {done.stderr[-300:]}"
+            )
+            sys.stdout.flush()
 
 
 if __name__ == "__main__":

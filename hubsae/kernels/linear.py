@@ -91,8 +91,8 @@ def _trial(rows: int, d_in: int, n: int) -> str:
     operator = _operator()
     if operator is None:
         return "torch"
-    # the winner does not depend on the number of latents beyond a few thousand; a narrow slice keeps this short
-    n = min(n, 4096)
+    # the winner does not depend on the number of latents beyond a thousand; a narrow slice keeps this short and small
+    n = min(n, 2048)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(rows, d_in, generator=generator)
     weight = torch.randn(n, d_in, generator=generator)
@@ -121,7 +121,7 @@ def fastest(work: Callable[[], object]) -> float:
 
 def _close(got: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> bool:
     """Whether a float32 product is a float32 product, and not one rounded to bf16 on the way."""
-    sample = slice(0, min(64, x.shape[0]))
-    exact = F.linear(x[sample].double(), weight.double(), bias.double())
-    size = x[sample].double().norm(dim=1, keepdim=True) * weight.double().norm(dim=1) + bias.abs()
-    return bool(((got[sample] - exact).abs() <= TOLERANCE * size).all())
+    rows, latents = slice(0, 64), slice(0, 256)
+    x, weight, bias = x[rows].double(), weight[latents].double(), bias[latents].double()
+    size = x.norm(dim=1, keepdim=True) * weight.norm(dim=1) + bias.abs()
+    return bool(((got[rows, latents] - F.linear(x, weight, bias)).abs() <= TOLERANCE * size).all())

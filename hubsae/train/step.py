@@ -36,7 +36,7 @@ from hubsae.train.state import Bank, Cell
 DENSE_ABOVE = 0.10
 # rows encoded at once, where the whole block of pre-activations would not stay in cache
 CHUNK_ROWS = 256
-CHUNK_ELEMENTS = 1 << 23
+CHUNK_ELEMENTS = 1 << 21
 # batches multiplied whole after the search by candidates found too many
 WHOLE_BATCHES = 1000
 

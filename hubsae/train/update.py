@@ -18,7 +18,7 @@ from hubsae.train.step import Forward, Signals
 
 # elements of one matrix in a tile: with two matrices, their moments and gradients about 8 x 1 MB (measured: flat
 # between 256 and 512 rows of 896, slower outside)
-TILE_ELEMENTS = 512 * 896
+TILE_ELEMENTS = 256 * 896
 
 
 def apply(bank: Bank, f: Forward, s: Signals) -> None:
