@@ -154,7 +154,7 @@ def hubsae(case: Case, s: Start, kernels: str = "torch"):
         if case.dead:
             cell.since_fired[: case.n // 2] = 10**12
         else:
-            cell.count(signals.fired[0], case.batch)
+            bank.count(signals.fired, case.batch)
 
     return step
 

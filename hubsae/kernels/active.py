@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hubsae.kernels.entries import stable_order
+
 
 class ActiveSet(NamedTuple):
     """Entries in row order.
@@ -48,14 +50,12 @@ class ActiveSet(NamedTuple):
 
     def by_latent(self) -> LatentOrder:
         """The same entries sorted by latent; stable, so rows stay in order within a latent."""
-        keys = self.latents
-        # radix sort: the narrower the key, the fewer passes
-        keys = keys.short() if self.n_latents < 2**15 else keys
-        order = torch.sort(keys, stable=True).indices
+        order = stable_order(self.latents, self.n_latents)
         counts = torch.bincount(self.latents, minlength=self.n_latents)
         offsets = torch.zeros(self.n_latents + 1, dtype=torch.int32, device=counts.device)
         torch.cumsum(counts, 0, out=offsets[1:])
-        return LatentOrder(order, self.rows[order], self.values[order], counts, offsets)
+        rows, values = self.rows.index_select(0, order), self.values.index_select(0, order)
+        return LatentOrder(order, rows, values, counts, offsets)
 
 
 class LatentOrder(NamedTuple):

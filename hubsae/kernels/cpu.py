@@ -21,6 +21,12 @@ from torch import Tensor
 from hubsae.kernels import chosen
 from hubsae.kernels.active import ActiveSet, LatentOrder
 
+with warnings.catch_warnings():
+    # "Sparse CSR tensor support is in beta state" is said once: here, and not from a thread of a step, where filters
+    # would have to be changed for all threads
+    warnings.simplefilter("ignore", UserWarning)
+    torch.sparse_csr_tensor([0, 0], [], [], (1, 1))
+
 
 def bag_sum(table: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
     """out[i] = Σ weights[e] · table[indices[e]] over the entries e of bag i. [len(offsets), d]"""
@@ -55,12 +61,8 @@ def entry_dots(W: Tensor, table: Tensor, rows: Tensor, offsets: Tensor) -> Tenso
             torch.arange(W.shape[0], device=W.device), (offsets[1:] - offsets[:-1]).long()
         )
         return _dots_in_chunks(W, latents, table, rows)
-    with warnings.catch_warnings():
-        # "Sparse CSR tensor support is in beta state"
-        warnings.simplefilter("ignore", UserWarning)
-        where = torch.sparse_csr_tensor(
-            offsets, rows, table.new_zeros(rows.numel()), (W.shape[0], table.shape[0]), check_invariants=False
-        )
+    zeros = table.new_zeros(rows.numel())
+    where = torch.sparse_csr_tensor(offsets, rows, zeros, (W.shape[0], table.shape[0]), check_invariants=False)
     return torch.sparse.sampled_addmm(where, W, table.t(), beta=0.0).values()
 
 

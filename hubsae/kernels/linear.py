@@ -9,6 +9,7 @@ a trial at the real shape compares numbers and time once per shape, and `F.linea
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable
 
@@ -49,6 +50,8 @@ def _regular(matrix: Tensor) -> bool:
     return matrix.ndim == 2 and (matrix.stride(1) == 1 or matrix.stride(0) == 1)
 
 
+# two threads must not decide about one shape
+_deciding = threading.RLock()
 _decided: dict[tuple[int, ...], str] = {}
 
 
@@ -82,8 +85,9 @@ def backend(rows: int, d_in: int, n: int, threads: int) -> str:
 
 def decide(shape: tuple[int, ...], trial: Callable[[], str]) -> str:
     """What a trial said about a shape; it is made once, and remembered with the others."""
-    if shape not in _decided:
-        _decided[shape] = trial()
+    with _deciding:
+        if shape not in _decided:
+            _decided[shape] = trial()
     return _decided[shape]
 
 

@@ -13,7 +13,7 @@ from hubsae.train.config import (
     SparsityConfig,
     TrainConfig,
 )
-from hubsae.train.trainer import TrainResult
+from hubsae.train.result import TrainResult
 
 __all__ = [
     "AuxConfig",

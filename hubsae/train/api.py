@@ -13,7 +13,8 @@ from hubsae.core.errors import ConfigError, HubSAEError
 from hubsae.core.normalizer import Normalizer
 from hubsae.train.chain import ChainResult, run_chain
 from hubsae.train.config import TrainConfig
-from hubsae.train.trainer import Run, TrainResult
+from hubsae.train.result import TrainResult
+from hubsae.train.trainer import Run
 
 
 def train(

@@ -12,7 +12,8 @@ from hubsae.core.errors import ConfigError
 from hubsae.core.files import write_csv_atomic
 from hubsae.core.sae import HubSAE
 from hubsae.train.config import TrainConfig
-from hubsae.train.trainer import Run, TrainResult
+from hubsae.train.result import TrainResult
+from hubsae.train.trainer import Run
 
 
 @dataclass

@@ -25,12 +25,12 @@ from torch import Tensor
 
 from hubsae.core.errors import FormatError, TrainingError
 from hubsae.core.files import atomic_path, read_json, write_json_atomic
-from hubsae.train.state import Bank
+from hubsae.train.state import Cell
 
 _STEP = re.compile(r"step_(\d{8})")
 
 
-def save(run: Path, bank: Bank, step: int, state: dict[str, Any], *, suffix: str = "") -> Path:
+def save(run: Path, cells: list[Cell], step: int, state: dict[str, Any], *, suffix: str = "") -> Path:
     """Write the state of `step` and remove older ones."""
     folder = run / f"state{suffix}"
     target = folder / f"step_{step:08d}"
@@ -38,10 +38,10 @@ def save(run: Path, bank: Bank, step: int, state: dict[str, Any], *, suffix: str
     try:
         folder.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=".writing_", dir=folder))
-        for cell in bank.cells:
+        for cell in cells:
             tensors = {name: t.contiguous().cpu() for name, t in cell.tensors().items()}
             _save_synced(tensors, scratch / f"cell{cell.index}.safetensors")
-        state = {**state, "step": step, "cells": [cell.scalars() for cell in bank.cells]}
+        state = {**state, "step": step, "cells": [cell.scalars() for cell in cells]}
         with open(scratch / "state.json", "w", encoding="utf-8") as file:
             json.dump(state, file)
             file.flush()
@@ -96,12 +96,12 @@ def latest(run: Path, *, suffix: str = "") -> Path | None:
     return found[-1] if found else None
 
 
-def load(path: Path, bank: Bank) -> dict[str, Any]:
-    """Fill a bank from a state; the rest of it is returned."""
+def load(path: Path, cells: list[Cell]) -> dict[str, Any]:
+    """Fill cells from a state; the rest of it is returned."""
     state = read_json(path / "state.json")
-    if len(state["cells"]) != len(bank.cells):
-        raise FormatError(path, f"a state of {len(bank.cells)} SAEs", f"one of {len(state['cells'])}")
-    for cell, scalars in zip(bank.cells, state["cells"], strict=True):
+    if len(state["cells"]) != len(cells):
+        raise FormatError(path, f"a state of {len(cells)} SAEs", f"one of {len(state['cells'])}")
+    for cell, scalars in zip(cells, state["cells"], strict=True):
         file = path / f"cell{cell.index}.safetensors"
         tensors = load_file(file)
         expected = {name: tuple(t.shape) for name, t in cell.tensors().items()}

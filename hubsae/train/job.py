@@ -22,7 +22,7 @@ from hubsae.core.metadata import describe_validation
 from hubsae.train.api import train, train_many
 from hubsae.train.config import Part, TrainConfig
 from hubsae.train.estimate import Estimate, estimate
-from hubsae.train.trainer import TrainResult
+from hubsae.train.result import TrainResult
 
 CONFIGS = Path(__file__).parent / "configs"
 

@@ -25,15 +25,15 @@ MATRICES = ("W_enc", "W_dec", "m_enc", "v_enc", "m_dec", "v_dec")
 class Cell:
     """One SAE in a bank: its settings, its rows, its vectors, its counters."""
 
-    def __init__(self, config: TrainConfig, bank: Bank, index: int, low: int, n: int):
-        self.config, self.index = config, index
+    def __init__(self, config: TrainConfig, bank: Bank, index: int, place: int, low: int, n: int):
+        self.config, self.index, self.place = config, index, place
         self.low, self.high, self.n = low, low + n, n
         rows = slice(self.low, self.high)
         self.W_enc, self.W_dec = bank.W_enc[rows], bank.W_dec[rows]
         self.m_enc, self.v_enc = bank.m_enc[rows], bank.v_enc[rows]
         self.m_dec, self.v_dec = bank.m_dec[rows], bank.v_dec[rows]
         d, options = bank.d_in, {"device": bank.device, "dtype": bank.dtype}
-        self.vectors: dict[str, Tensor] = {"b_enc": torch.zeros(n, **options), "b_dec": torch.zeros(d, **options)}
+        self.vectors: dict[str, Tensor] = {"b_enc": torch.zeros(n, **options), "b_dec": bank.b_dec[place]}
         if config.pre_bias == "untied":
             self.vectors["b_pre"] = torch.zeros(d, **options)
         if config.architecture == "jumprelu":
@@ -50,8 +50,7 @@ class Cell:
         self.whole_until = 0
         """Tokens until which batches are multiplied whole, and not searched by candidates (see `step`)."""
         self.tokens = 0
-        self.since_fired = torch.zeros(n, dtype=torch.int64, device=bank.device)
-        self.fired_in_epoch = torch.zeros(n, dtype=torch.int64, device=bank.device)
+        self.since_fired, self.fired_in_epoch = bank.since_fired[rows], bank.fired_in_epoch[rows]
         self.tokens_in_epoch = 0
         self.dead_last_epoch = torch.zeros(n, dtype=torch.bool, device=bank.device)
         self.generator = torch.Generator().manual_seed(config.seed)
@@ -80,14 +79,6 @@ class Cell:
         if rule.rule == "frequency":
             return self.dead_last_epoch
         return self.since_fired >= rule.tokens
-
-    def count(self, fired: Tensor, tokens: int) -> None:
-        """Note on how many of `tokens` tokens each latent fired."""
-        self.tokens += tokens
-        self.tokens_in_epoch += tokens
-        self.fired_in_epoch += fired
-        self.since_fired += tokens
-        self.since_fired.masked_fill_(fired > 0, 0)
 
     def end_epoch(self) -> None:
         """Close the books of an epoch: the frequency rule looks at the last whole one."""
@@ -125,6 +116,8 @@ class Cell:
 class Bank:
     """Cells of one width d_in, on one device, fed the same number of tokens per step.
 
+    `numbers` are the cells' places in the run, where it has several banks.
+
     >>> bank = Bank([TrainConfig(d_sae=8, k=2), TrainConfig(d_sae=16, k=2)], d_in=4)
     >>> bank.W_enc.shape, bank.cells[1].W_enc.shape
     (torch.Size([24, 4]), torch.Size([16, 4]))
@@ -138,6 +131,7 @@ class Bank:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         shares: Sequence[tuple[int, int]] | None = None,
+        numbers: Sequence[int] | None = None,
     ):
         self.d_in, self.device, self.dtype = d_in, torch.device(device), dtype
         widths = [config.width(d_in) for config in configs]
@@ -145,13 +139,19 @@ class Bank:
         total = sum(high - low for low, high in held)
         for name in MATRICES:
             setattr(self, name, torch.zeros(total, d_in, device=self.device, dtype=dtype))
+        self.b_dec = torch.zeros(len(configs), d_in, device=self.device, dtype=dtype)
+        self.since_fired = torch.zeros(total, dtype=torch.int64, device=self.device)
+        self.fired_in_epoch = torch.zeros_like(self.since_fired)
         self.cells: list[Cell] = []
         low = 0
-        for index, (config, width, share) in enumerate(zip(configs, widths, held, strict=True)):
-            cell = Cell(config, self, index, low, share[1] - share[0])
+        places = range(len(configs)) if numbers is None else numbers
+        for place, (index, config, width, share) in enumerate(zip(places, configs, widths, held, strict=True)):
+            cell = Cell(config, self, index, place, low, share[1] - share[0])
             cell.offset, cell.total, cell.prefixes = share[0], width, config.prefixes(width)
             self.cells.append(cell)
             low = cell.high
+        self.edges = torch.tensor([*(cell.low for cell in self.cells), low], device=self.device)
+        """[cells + 1] first latent of each cell, and the end."""
         self._stored: tuple[Tensor, Tensor] | None = None
 
     W_enc: Tensor
@@ -170,6 +170,15 @@ class Bank:
     def live(self) -> list[Cell]:
         """Cells that have not failed."""
         return [cell for cell in self.cells if cell.failed is None]
+
+    def count(self, fired: Tensor, tokens: int) -> None:
+        """Note on how many of `tokens` tokens each latent fired [n]."""
+        for cell in self.live:
+            cell.tokens += tokens
+            cell.tokens_in_epoch += tokens
+        self.fired_in_epoch += fired
+        self.since_fired += tokens
+        self.since_fired.masked_fill_(fired > 0, 0)
 
     def stored_gradients(self) -> tuple[Tensor, Tensor]:
         """Buffers for whole gradients of W_enc and W_dec, made when first asked for."""

@@ -17,23 +17,24 @@ gradient is the sum over all prefixes that contain it.
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hubsae.kernels import cpu
+from hubsae.kernels import cpu, entries
 from hubsae.kernels.active import ActiveSet, LatentOrder
 from hubsae.kernels.linear import linear
-from hubsae.kernels.select import halves, largest, nonzero, product_topk, topk
+from hubsae.kernels.select import halves, product_topk, topk
 from hubsae.train import aux
 from hubsae.train.branches import Branch, DenseBranch, GatedBranch
 from hubsae.train.parallel import Solo
 from hubsae.train.state import Bank, Cell
 
-# above this share of active entries the dense products win (measured: even at 20 %)
-DENSE_ABOVE = 0.18
+# above this share of active entries the dense products win (measured: even at 10 %)
+DENSE_ABOVE = 0.10
 # rows encoded at once, where the whole block of pre-activations would not stay in cache
 CHUNK_ROWS = 256
 CHUNK_ELEMENTS = 1 << 21
@@ -71,9 +72,10 @@ class Forward(NamedTuple):
     """First residual row of each live cell."""
     x_rows: Tensor
     """[nnz] rows of `inputs` in latent order; the entries' own rows unless there are matryoshka cells."""
-    losses: list[Tensor]
-    """Reconstruction loss per live cell, in units of the config's `loss`."""
-    mse: list[Tensor]
+    losses: Tensor
+    """[live cells] reconstruction loss, in units of the config's `loss`."""
+    mse: Tensor
+    """[live cells]"""
     batch: Tensor | list[Tensor]
 
 
@@ -82,24 +84,17 @@ def forward(bank: Bank, batch: Tensor | list[Tensor], comm: Solo, rows_in_all: i
     cells = bank.live
     batches = batch if isinstance(batch, list) else [batch] * len(cells)
     B = batches[0].shape[0]
-    inputs = torch.empty(len(cells) * B, bank.d_in, device=bank.device, dtype=bank.dtype)
-    selected = []
-    for i, (cell, x) in enumerate(zip(cells, batches, strict=True)):
-        xc = inputs[i * B : (i + 1) * B]
-        if cell.center is None:
-            xc.copy_(x)
-        else:
-            torch.sub(x, cell.center, out=xc)
-        selected.append(select(cell, xc, comm, rows_in_all))
+    inputs = _centred(bank, batches)
+    parts = inputs.split(B)
+    selected = [select(cell, xc, comm, rows_in_all) for cell, xc in zip(cells, parts, strict=True)]
 
-    base, rows, x_rows, latents, values = [], [], [], [], []
+    base, rows, latents, values = [], [], [], []
     total = 0
-    by_group = False
+    by_group = any(len(cell.prefixes) > 1 for cell in cells)
     for i, (cell, s) in enumerate(zip(cells, selected, strict=True)):
         base.append(total)
         row = s.rows
         if len(cell.prefixes) > 1:
-            by_group = True
             edges = torch.tensor(cell.prefixes[:-1], device=row.device)
             group = torch.bucketize(s.latents + cell.offset, edges, right=True)
             row = group * B + row
@@ -107,7 +102,6 @@ def forward(bank: Bank, batch: Tensor | list[Tensor], comm: Solo, rows_in_all: i
             s = selected[i] = s._replace(rows=s.rows[order], latents=s.latents[order], values=s.values[order])
             row = row[order]
         rows.append(row + total if total else row)
-        x_rows.append(s.rows + i * B if i else s.rows)
         latents.append(s.latents + cell.low if cell.low else s.latents)
         values.append(s.values)
         total += B * len(cell.prefixes)
@@ -118,19 +112,51 @@ def forward(bank: Bank, batch: Tensor | list[Tensor], comm: Solo, rows_in_all: i
     else:
         active = ActiveSet.from_entries(torch.cat(rows), torch.cat(latents), torch.cat(values), total, bank.n)
     out = comm.sum_latents(cpu.decode(active, bank.W_dec))  # [residual rows, d]
-    losses, mse = [], []
-    for cell, s, start, x in zip(cells, selected, base, batches, strict=True):
-        mine = out[start : start + B * len(cell.prefixes)].view(len(cell.prefixes), B, bank.d_in)
-        if s.dense is not None:
-            mine[0] += comm.sum_latents(s.dense.decode(cell))
-        tied = cell.config.pre_bias == "tied"
-        target = inputs[len(losses) * B : (len(losses) + 1) * B] if tied else x - cell.vectors["b_dec"]
-        loss, last = _residuals(cell, mine, x, target, rows_in_all, comm)
-        losses.append(loss)
-        mse.append(last)
-    entries = active.by_latent()
-    order = torch.cat(x_rows).int()[entries.order] if by_group else entries.rows
-    return Forward(inputs, out, selected, entries, base, order, losses, mse, batch)
+    plain = all(c.config.pre_bias == "tied" and c.config.loss != "fvu" for c in cells)
+    if plain and not by_group and all(s.dense is None for s in selected):
+        losses, mse = _residuals_of_all(cells, out, inputs, rows_in_all)
+    else:
+        found = []
+        for i, (cell, s, start, x) in enumerate(zip(cells, selected, base, batches, strict=True)):
+            mine = out[start : start + B * len(cell.prefixes)].view(len(cell.prefixes), B, bank.d_in)
+            if s.dense is not None:
+                mine[0] += comm.sum_latents(s.dense.decode(cell))
+            target = parts[i] if cell.config.pre_bias == "tied" else x - cell.vectors["b_dec"]
+            found.append(_residuals(cell, mine, x, target, rows_in_all, comm))
+        losses, mse = (torch.stack(column) for column in zip(*found, strict=True))
+    ordered = active.by_latent()
+    order = ordered.rows
+    if by_group:
+        x_rows = torch.cat([s.rows + i * B for i, s in enumerate(selected)])
+        order = x_rows.int()[ordered.order]
+    return Forward(inputs, out, selected, ordered, base, order, losses, mse, batch)
+
+
+def _centred(bank: Bank, batches: list[Tensor]) -> Tensor:
+    """x - c of every live cell, one under another. [cells * B, d]"""
+    cells, (B, d) = bank.live, batches[0].shape
+    inputs = torch.empty(len(cells), B, d, device=bank.device, dtype=bank.dtype)
+    shared = all(x is batches[0] for x in batches) and len(cells) == len(bank.cells)
+    if shared and all(cell.config.pre_bias == "tied" for cell in cells):
+        torch.sub(batches[0], bank.b_dec.unsqueeze(1), out=inputs)
+    else:
+        for xc, x, cell in zip(inputs, batches, cells, strict=True):
+            if cell.center is None:
+                xc.copy_(x)
+            else:
+                torch.sub(x, cell.center, out=xc)
+    return inputs.view(-1, d)
+
+
+def _residuals_of_all(cells: list[Cell], out: Tensor, inputs: Tensor, rows_in_all: int) -> tuple[Tensor, Tensor]:
+    """As `_residuals`, for all cells at once: one prefix each, no dense codes, a loss whose scale is fixed."""
+    out -= inputs
+    elements = rows_in_all * out.shape[1]
+    errors = out.view(len(cells), -1)
+    squares = torch.linalg.vector_norm(errors, dim=1).square()
+    scale = squares.new_tensor([(1 if cell.config.loss == "mean" else out.shape[1]) / elements for cell in cells])
+    errors *= (2 * scale).unsqueeze(1)
+    return squares * scale, squares / elements
 
 
 def _residuals(
@@ -195,9 +221,9 @@ def select(cell: Cell, xc: Tensor, comm: Solo, rows_in_all: int) -> Selected:
         if arch in ("jumprelu", "relu"):
             theta = cell.vectors["log_threshold"].exp() if arch == "jumprelu" else None
             edge = theta - cell.config.sparsity.bandwidth / 2 if theta is not None else 0.0
-            mask = pre > edge
+            mask = entries.above(pre, edge)
             if is_dense is None:
-                is_dense = int(torch.count_nonzero(mask)) > DENSE_ABOVE * mask.numel()
+                is_dense = entries.count(mask) > DENSE_ABOVE * mask.numel()
             parts.append(pre if is_dense else _entries(cell, pre, mask, theta, start))
         else:
             parts.append(_topk_entries(cell, *topk(pre, min(cell.config.k or 0, cell.n)), start, comm))
@@ -246,13 +272,14 @@ def _topk_entries(cell: Cell, values: Tensor, latents: Tensor, start: int, comm:
 
 
 def _entries(cell: Cell, pre: Tensor, mask: Tensor, theta: Tensor | None, start: int) -> tuple[Tensor, ...]:
-    rows, latents = nonzero(mask)
-    values = pre.reshape(-1)[rows * pre.shape[1] + latents]
+    rows, latents, values = entries.at(pre, mask)
+    if start:
+        rows += start
     if theta is None:
-        return rows + start, latents, values
-    at = theta[latents]
+        return rows, latents, values
+    at = theta.index_select(0, latents)
     near = ((values - at).abs() < cell.config.sparsity.bandwidth / 2).to(values.dtype)
-    return rows + start, latents, torch.where(values > at, values, 0), near
+    return rows, latents, torch.where(values > at, values, 0), near
 
 
 def _batch_topk(cell: Cell, xc: Tensor, step: int, dead: Tensor | None, comm: Solo, rows_in_all: int) -> Selected:
@@ -268,8 +295,8 @@ def _batch_topk(cell: Cell, xc: Tensor, step: int, dead: Tensor | None, comm: So
             pre = encode(cell, xc[start : start + step])
             if dead is not None:
                 dead_pre.append(pre.index_select(1, dead))
-            rows, latents = nonzero(pre > floor)
-            parts.append((rows + start, latents, pre.view(-1)[rows * pre.shape[1] + latents]))
+            rows, latents, values = entries.at(pre, entries.above(pre, floor))
+            parts.append((rows + start if start else rows, latents, values))
         rows, latents, values, _ = _joined(parts)
         found = comm.sum_latents(comm.sum(torch.tensor(values.numel(), device=values.device)))
         if floor <= 0 or int(found) >= count:
@@ -277,9 +304,11 @@ def _batch_topk(cell: Cell, xc: Tensor, step: int, dead: Tensor | None, comm: So
         floor = 0.0
     keep = comm.batch_threshold(values, count)
     if keep is None and values.numel() > count:
-        keep = largest(values, count)
+        keep = entries.largest(values, count)
+    if keep is not None and keep.dtype is torch.bool:
+        keep = keep.nonzero().view(-1)
     if keep is not None:
-        rows, latents, values = rows[keep], latents[keep], values[keep]
+        rows, latents, values = (column.index_select(0, keep) for column in (rows, latents, values))
     lowest = comm.lowest(values.min() if values.numel() else values.new_tensor(torch.inf))
     cell.last_threshold = 0.0 if lowest == torch.inf else lowest
     return Selected(rows, latents, values, None, torch.cat(dead_pre) if dead_pre else None)
@@ -296,9 +325,10 @@ class Signals(NamedTuple):
     """Gradients of the vectors, per live cell."""
     dense: list[Branch | None]
     aux: list[aux.AuxGradient | None]
-    fired: list[Tensor]
-    """[n] on how many rows each latent fired, per live cell."""
-    l0: list[Tensor]
+    fired: Tensor
+    """[n] int64, on how many rows each latent of the bank fired."""
+    l0: Tensor
+    """[live cells]"""
     aux_loss: list[Tensor | None]
     penalty: list[Tensor | None]
 
@@ -308,49 +338,51 @@ def signals(bank: Bank, f: Forward, comm: Solo, rows_in_all: int) -> Signals:
     cells, e = bank.live, f.entries
     raw = cpu.entry_dots(bank.W_dec, f.residuals, e.rows, e.offsets)  # [nnz]
     dots = cpu.segment_sum(e.values * raw, e.offsets)
-    dz = raw
     on = e.values > 0
-    if not any(cell.signed for cell in cells):
-        dz = raw * on
-    bounds = e.offsets[torch.tensor([[cell.low, cell.high] for cell in cells])].tolist()
-    entries_before = 0
-    vectors, auxes, fired, l0s, aux_losses, penalties = [], [], [], [], [], []
-    B = f.inputs.shape[0] // len(cells)
-    fired_all = cpu.segment_sum((e.values != 0).to(torch.float64), e.offsets)
+    sizes = [s.rows.numel() for s in f.selected]
+    ends = list(itertools.accumulate(sizes))
+    owned = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]  # of each cell, in latent order
+    signed = [cell.signed for cell in cells]
+    dz = raw if all(signed) else raw * on
+    if any(signed) and not all(signed):
+        for mine in itertools.compress(owned, signed):
+            dz[mine] = raw[mine]  # every chosen entry passes its gradient
+    penalties: list[Tensor | None] = [None] * len(cells)
     for i, (cell, s) in enumerate(zip(cells, f.selected, strict=True)):
-        mine = slice(*bounds[i])
-        arch, sparsity = cell.config.architecture, cell.config.sparsity
-        if cell.signed:
-            pass  # every chosen entry passes its gradient
-        elif any(other.signed for other in cells):
-            dz[mine] = raw[mine] * on[mine]
+        if cell.config.architecture == "relu" and cell.config.sparsity.l1 and s.dense is None:
+            rate = cell.sparsity * cell.config.sparsity.l1 / rows_in_all
+            dz[owned[i]] += rate * on[owned[i]]
+            penalties[i] = rate * e.values[owned[i]].sum()
+    fired = cpu.segment_sum((e.values != 0).to(torch.float64), e.offsets)
+    active = cpu.segment_sum(fired, bank.edges)  # [cells] entries of each
+    b_enc = cpu.segment_sum(dz, e.offsets)
+    hits, value_part = _near(f, raw)
+    vectors, auxes, aux_losses = [], [], []
+    B = f.inputs.shape[0] // len(cells)
+    inputs = f.inputs.split(B)
+    one_prefix = all(len(cell.prefixes) == 1 for cell in cells)
+    sums = f.residuals.view(len(cells), B, -1).sum(1) if one_prefix else None  # [cells, d]
+    for i, (cell, s) in enumerate(zip(cells, f.selected, strict=True)):
+        latents = slice(cell.low, cell.high)
+        sparsity = cell.config.sparsity
         grads: dict[str, Tensor] = {}
-        penalty = None
-        counts = fired_all[cell.low : cell.high]
-        xc = f.inputs[i * B : (i + 1) * B]
+        xc = inputs[i]
         residual = f.residuals[f.base[i] : f.base[i] + B]
         if s.dense is not None:
             rate_of = partial(_rate, cell, comm, rows_in_all)
-            counts, penalty = s.dense.backward(cell, xc, residual, rows_in_all, rate_of, grads)
-        elif arch == "relu" and sparsity.l1:
-            rate = cell.sparsity * sparsity.l1 / rows_in_all
-            dz[mine] += rate * on[mine]
-            penalty = rate * e.values[mine].sum()
-        elif arch == "jumprelu" and s.near is not None:
-            order = e.order[mine] - entries_before
-            near = s.near[order]
-            offsets = e.offsets[cell.low : cell.high + 1] - bounds[i][0]
-            hits = cpu.segment_sum(near, offsets)
-            value_part = cpu.segment_sum(near * raw[mine], offsets)
-            penalty, rate = _rate(cell, comm, rows_in_all, counts.sum())
+            fired[latents], penalties[i] = s.dense.backward(cell, xc, residual, rows_in_all, rate_of, grads)
+            active[cell.place] = fired[latents].sum()
+        elif s.near is not None:
+            penalties[i], rate = _rate(cell, comm, rows_in_all, active[cell.place])
             theta = cell.vectors["log_threshold"].exp()
             # d/d log θ = θ d/dθ, with a rectangle of height 1/bandwidth for the step's derivative
-            grads["log_threshold"] = -(theta / sparsity.bandwidth) * (theta * value_part + rate * hits)
+            slope = theta * value_part[latents] + rate * hits[latents]
+            grads["log_threshold"] = -(theta / sparsity.bandwidth) * slope
         if "log_threshold" in grads and not sparsity.train_threshold:
             grads["log_threshold"] = torch.zeros_like(grads["log_threshold"])
         if "b_enc" not in grads:
-            grads["b_enc"] = cpu.segment_sum(dz[mine], e.offsets[cell.low : cell.high + 1] - bounds[i][0])
-        grads["b_dec"] = residual.sum(0)
+            grads["b_enc"] = b_enc[latents]
+        grads["b_dec"] = residual.sum(0) if sums is None else sums[i]
         aux_loss = gradient = None
         if s.dead_pre is not None:
             target = _plain_residual(cell, f, i, B, rows_in_all, comm)
@@ -360,22 +392,30 @@ def signals(bank: Bank, f: Forward, comm: Solo, rows_in_all: int) -> Signals:
                 if gradient.b_dec is not None:
                     grads["b_dec"] += gradient.b_dec
         center = grads.pop("center", None)
-        if cell.config.pre_bias != "none":
+        if cell.config.pre_bias == "tied" and center is None and not comm.splits_latents:
+            grads["b_dec"].addmv_(cell.W_enc.t(), grads["b_enc"], alpha=-1)
+        elif cell.config.pre_bias != "none":
             if center is None:
                 center = -comm.sum_latents(grads["b_enc"] @ cell.W_enc)
             if cell.config.pre_bias == "tied":
                 grads["b_dec"] += center
             else:
                 grads["b_pre"] = center
-        entries_before += s.rows.numel()
         vectors.append(grads)
         auxes.append(gradient)
-        fired.append(counts.to(torch.int64))
-        l0s.append(comm.sum_latents(comm.sum(counts.sum().clone())) / rows_in_all)
         aux_losses.append(aux_loss)
-        penalties.append(penalty)
     branches = [s.dense for s in f.selected]
-    return Signals(dz, dots, vectors, branches, auxes, fired, l0s, aux_losses, penalties)
+    l0 = comm.sum_latents(comm.sum(active))[[cell.place for cell in cells]] / rows_in_all
+    return Signals(dz, dots, vectors, branches, auxes, fired.to(torch.int64), l0, aux_losses, penalties)
+
+
+def _near(f: Forward, raw: Tensor) -> tuple[Tensor, Tensor]:
+    """Per latent, how many of its entries are near their threshold, and the sum of their `raw`; empty without any."""
+    if all(s.near is None for s in f.selected):
+        return raw[:0], raw[:0]
+    near = [s.near if s.near is not None else torch.zeros_like(s.values) for s in f.selected]
+    ordered = torch.cat(near).index_select(0, f.entries.order)
+    return cpu.segment_sum(ordered, f.entries.offsets), cpu.segment_sum(ordered * raw, f.entries.offsets)
 
 
 def _rate(cell: Cell, comm: Solo, rows_in_all: int, active: Tensor) -> tuple[Tensor, Tensor | float]:

@@ -1,4 +1,4 @@
-"""The training loop: one stream of batches through a bank of SAEs, with everything around a step.
+"""The training loop: one stream of batches through one or several banks of SAEs, with everything around a step.
 
 Read `Run.fit` first: it is the whole story. A step itself is `step.forward`, `step.signals`, `update.apply`.
 """
@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,49 +18,22 @@ import torch
 from torch import Tensor
 
 from hubsae import kernels
-from hubsae.core.errors import ConfigError, DataError, HubSAEError, TrainingError, TrainingInterrupted
+from hubsae.core.errors import ConfigError, DataError, TrainingError, TrainingInterrupted
 from hubsae.core.extras import require
 from hubsae.core.files import read_json, write_json_atomic
-from hubsae.core.metadata import Metric
 from hubsae.core.normalizer import Normalizer
-from hubsae.core.sae import HubSAE
 from hubsae.kernels import linear
-from hubsae.train import checkpoint, data, dead, export, init, step, update
+from hubsae.train import checkpoint, data, dead, export, init, step, update, validate
 from hubsae.train.config import TrainConfig
+from hubsae.train.crew import Crew, deal
 from hubsae.train.log import Log
 from hubsae.train.parallel import Solo, connect
+from hubsae.train.result import TrainResult, as_metadata
 from hubsae.train.schedule import learning_rate, sparsity_scale
 from hubsae.train.state import Bank, Cell
 
 # a loss this many times the first one is an explosion, not a fluctuation
 EXPLODED = 1e4
-
-
-@dataclass
-class TrainResult:
-    """What came of one SAE's training."""
-
-    name: str
-    config: TrainConfig
-    sae: HubSAE | None
-    """The SAE on raw activations; None where `error` says why not."""
-    history: list[dict[str, Any]] = field(default_factory=list)
-    """The log lines of this SAE, in order."""
-    steps: int = 0
-    tokens: int = 0
-    out: Path | None = None
-    best: dict[str, Any] | None = None
-    """Step, metric and value of the checkpoint that `sae` is; None where it is the last state."""
-    metrics: dict[str, float] = field(default_factory=dict)
-    """Validation metrics of the SAE that was chosen, or its last training ones."""
-    error: HubSAEError | None = None
-
-    def last(self, name: str, event: str | None = None) -> float:
-        """The newest value of a logged quantity."""
-        for line in reversed(self.history):
-            if name in line and event in (None, line["event"]):
-                return line[name]
-        raise KeyError(f"{name} was not logged; logged: {sorted({k for line in self.history for k in line})}")
 
 
 class Run:
@@ -114,7 +86,9 @@ class Run:
                 )
             if config.architecture == "gated" and self.comm.splits_latents:
                 raise ConfigError(f"{config.name}: gated SAEs cannot be split by latents", hint="use parallel: data")
-        self.bank = Bank(configs, d, device=self.device, shares=self._shares(configs, d))
+        self.crew = Crew(self._threads(configs))
+        self.banks = self._deal(configs, d)
+        self.cells = sorted((cell for bank in self.banks for cell in bank.cells), key=lambda cell: cell.index)
         given = list(starts) if starts is not None else [None] * len(configs)
         self.parents = [init.resolve(start) for start in given]
         self.bests = [checkpoint.Best(None if out is None else out / "best" / c.name, c.keep_best) for c in configs]
@@ -122,9 +96,9 @@ class Run:
             out if self.comm.rank == 0 else None, list(configs), self.total, quiet=quiet or self.comm.rank > 0
         )
         self.step, self.epoch = 0, 0
-        self.sums: dict[int, list[float]] = {cell.index: [0.0, 0.0, 0.0] for cell in self.bank.cells}
+        self.sums: dict[int, list[float]] = {cell.index: [0.0, 0.0, 0.0] for cell in self.cells}
         self.first_loss: dict[int, float] = {}
-        self.resampled = {cell.index: 0 for cell in self.bank.cells}
+        self.resampled = {cell.index: 0 for cell in self.cells}
         self.finished = False
         self.suffix = f".rank{self.comm.rank}" if self.comm.splits_latents else ""
         self._stop = False
@@ -137,6 +111,24 @@ class Run:
             self._start(space)
 
     # ---- starting ---------------------------------------------------------------------------------------
+
+    def _threads(self, configs: Sequence[TrainConfig]) -> int:
+        """How many threads step cells side by side: as many as PyTorch has for its operators."""
+        alone = self.device.type != "cpu" or self.comm.world > 1 or self.first.kernels != "torch"
+        return 1 if alone else min(len(configs), torch.get_num_threads())
+
+    def _deal(self, configs: Sequence[TrainConfig], d: int) -> list[Bank]:
+        shares = self._shares(configs, d)
+        banks = []
+        for hand in deal(configs, d, self.crew.members):
+            mine = None if shares is None else [shares[number] for number in hand]
+            banks.append(Bank([configs[i] for i in hand], d, device=self.device, shares=mine, numbers=hand))
+        return banks
+
+    @property
+    def live(self) -> list[Cell]:
+        """Cells that have not failed."""
+        return [cell for cell in self.cells if cell.failed is None]
 
     def _shares(self, configs: Sequence[TrainConfig], d: int) -> list[tuple[int, int]] | None:
         if not self.comm.splits_latents:
@@ -187,7 +179,7 @@ class Run:
             self.space = data.normalizer(self.first, self.source)
         self.limit = data.norm_limit(self.first, self.source)
         rows: Tensor | None = None
-        for cell, parent in zip(self.bank.cells, self.parents, strict=True):
+        for cell, parent in zip(self.cells, self.parents, strict=True):
             if parent is not None:
                 init.warm(cell, parent, self.space)
             else:
@@ -197,14 +189,14 @@ class Run:
                 init.fresh(cell, rows)
 
     def _restore(self, path: Path) -> None:
-        state = checkpoint.load(path, self.bank)
+        state = checkpoint.load(path, self.cells)
         self.step, self.epoch, self.finished = state["step"], state["epoch"], state["finished"]
         space = state["space"]
         self.space = None
         if space is not None:
             self.space = Normalizer(torch.tensor(space["mean"]), torch.tensor(space["std"]), space["count"])
         self.limit = state["limit"]
-        for cell, best in zip(self.bank.cells, self.bests, strict=True):
+        for cell, best in zip(self.cells, self.bests, strict=True):
             key = str(cell.index)
             self.sums[cell.index] = state["sums"][key]
             self.resampled[cell.index] = state["resampled"][key]
@@ -224,14 +216,14 @@ class Run:
         """Train to the end, from wherever the run stands."""
         if self.first.kernels != "torch":
             require(self.first.kernels, extra="fast")
-        with torch.no_grad(), kernels.using(self.first.kernels), _flushed_denormals(), self._interruptible():
-            while self.step < self.total and self.bank.live and not self.finished:
+        with torch.no_grad(), kernels.using(self.first.kernels), _flushed_denormals(), self.crew, self._interruptible():
+            while self.step < self.total and self.live and not self.finished:
                 for x in self._batches():
                     self._train(x)
                     if self.step % self.first.log_every == 0 or self.step == self.total:
                         self._report(x)
                     self._between(epoch_ended=self.step % self.steps_per_epoch == 0)
-                    if self.step >= self.total or not self.bank.live:
+                    if self.step >= self.total or not self.live:
                         break
                 self.epoch += 1
             results = self._finish()
@@ -256,7 +248,7 @@ class Run:
     def _train(self, x: Tensor) -> None:
         """One optimiser step of every living cell."""
         self._now: dict[int, dict[str, Any]] = {}
-        for cell in self.bank.live:
+        for cell in self.live:
             cell.lr = learning_rate(cell.config, self.step, self.total)
             cell.sparsity = sparsity_scale(cell.config, self.step)
         rows = x.shape[0]
@@ -264,30 +256,37 @@ class Run:
             rows = int(self.comm.sum(torch.tensor(rows, device=x.device)))
         if rows == 0:
             raise DataError("every token of a batch is above max_norm_factor", hint="raise max_norm_factor")
-        if self.first.accumulate == 1 and self.first.clip is None and not self.comm.splits_rows:
-            f = self._forward(x, rows)
-            if f is None:
-                return
-            s = step.signals(self.bank, f, self.comm, rows)
-            update.apply(self.bank, f, s)
-            self._count(f, s, rows)
-        else:
-            self._train_collected(x, rows)
-        self.step += 1
+        before = self.live
+        self.crew.map(lambda bank: self._train_bank(bank, x, rows), self.banks)
+        for cell in before:
+            if cell.failed is not None:
+                self.log.add("failed", self.step, cell.config.name, error=cell.failed.message)
+        if self.live:
+            self.step += 1
 
-    def _train_collected(self, x: Tensor, rows: int) -> None:
+    def _train_bank(self, bank: Bank, x: Tensor, rows: int) -> None:
+        """One step of the cells of a bank; nothing here may write to what banks share."""
+        if self.first.accumulate > 1 or self.first.clip is not None or self.comm.splits_rows:
+            return self._train_collected(bank, x, rows)
+        f = self._forward(bank, x, rows)
+        if f is not None:
+            s = step.signals(bank, f, self.comm, rows)
+            update.apply(bank, f, s)
+            self._count(bank, f, s, rows)
+
+    def _train_collected(self, bank: Bank, x: Tensor, rows: int) -> None:
         """A step that needs whole gradients: clipping, accumulation, data-parallel ranks."""
         vectors: list[dict[str, Tensor]] = []
-        fired = torch.zeros(self.bank.n, dtype=torch.bool, device=x.device)
+        fired = torch.zeros(bank.n, dtype=torch.bool, device=x.device)
         cells: list[Cell] = []
         for part in x.split(math.ceil(x.shape[0] / self.first.accumulate)):
-            f = self._forward(part, rows)
+            f = self._forward(bank, part, rows)
             if f is None:
                 return
-            s = step.signals(self.bank, f, self.comm, rows)
-            update.collect(self.bank, f, s)
-            self._count(f, s, rows)
-            live = self.bank.live
+            s = step.signals(bank, f, self.comm, rows)
+            update.collect(bank, f, s)
+            self._count(bank, f, s, rows)
+            live = bank.live
             if len(live) != len(cells):  # a cell failed in a later part
                 vectors = [v for v, c in zip(vectors, cells, strict=True) if c in live]
                 cells = live
@@ -297,35 +296,35 @@ class Run:
                 for sums, new in zip(vectors, s.vectors, strict=True):
                     for name in sums:
                         sums[name] = sums[name] + new[name]
-            for cell, counts, extra in zip(live, s.fired, s.aux, strict=True):
-                fired[cell.low : cell.high] |= counts > 0
+            fired |= s.fired > 0
+            for cell, extra in zip(live, s.aux, strict=True):
                 if cell.config.architecture in ("jumprelu", "gated"):
                     fired[cell.low : cell.high] = True  # gradients reach latents that did not fire
                 if extra is not None:
                     fired[cell.low + extra.ids] = True
-        update.apply_stored(self.bank, vectors, fired, self.comm)
+        update.apply_stored(bank, vectors, fired, self.comm)
 
-    def _forward(self, x: Tensor, rows: int) -> step.Forward | None:
+    def _forward(self, bank: Bank, x: Tensor, rows: int) -> step.Forward | None:
         """The forward pass; a cell whose loss is not a number is taken out before it moves any weight."""
-        while self.bank.live:
-            f = step.forward(self.bank, x, self.comm, rows)
-            losses = [float(loss) for loss in self._summed(f.losses)]
+        while bank.live:
+            f = step.forward(bank, x, self.comm, rows)
+            losses = self._summed(f.losses).tolist()
             bad = False
-            for cell, loss in zip(self.bank.live, losses, strict=True):
+            for cell, loss in zip(bank.live, losses, strict=True):
                 first = self.first_loss.setdefault(cell.index, loss)
                 if math.isfinite(loss) and loss <= EXPLODED * max(first, 1e-12):
                     continue
                 self._fail(cell, x, loss)
                 bad = True
             if not bad:
-                for cell, loss, mse in zip(self.bank.live, losses, f.mse, strict=True):
+                for cell, loss, mse in zip(bank.live, losses, f.mse.tolist(), strict=True):
                     self.sums[cell.index][0] += loss
                     self._add(cell, loss=loss, mse=mse)
                 return f
         return None
 
-    def _summed(self, values: list[Tensor]) -> list[Tensor]:
-        return [self.comm.sum(v.clone()) for v in values] if self.comm.splits_rows else values
+    def _summed(self, values: Tensor) -> Tensor:
+        return self.comm.sum(values.clone()) if self.comm.splits_rows else values
 
     def _fail(self, cell: Cell, x: Tensor, loss: float) -> None:
         broken = (~torch.isfinite(x)).any(1)
@@ -340,7 +339,6 @@ class Run:
             f"(it was {self.first_loss[cell.index]:.4g} at the start)",
             hint="lower lr, add a warm-up (schedule.warmup_steps) or clip; " + self._last_good(),
         )
-        self.log.add("failed", self.step, cell.config.name, error=cell.failed.message)
 
     def _last_good(self) -> str:
         good = checkpoint.latest(self.out, suffix=self.suffix) if self.out is not None else None
@@ -353,12 +351,11 @@ class Run:
             if value is not None:
                 now[name] = now.get(name, 0.0) + value
 
-    def _count(self, f: step.Forward, s: step.Signals, rows: int) -> None:
-        for i, cell in enumerate(self.bank.live):
-            counts = self.comm.sum(s.fired[i]) if self.comm.splits_rows else s.fired[i]
-            cell.count(counts, rows // self.first.accumulate)
-            self._add(cell, l0=s.l0[i], aux_loss=s.aux_loss[i], sparsity_loss=s.penalty[i])
-            self.sums[cell.index][1] += float(s.l0[i])
+    def _count(self, bank: Bank, f: step.Forward, s: step.Signals, rows: int) -> None:
+        bank.count(self._summed(s.fired), rows // self.first.accumulate)
+        for i, (cell, l0) in enumerate(zip(bank.live, s.l0.tolist(), strict=True)):
+            self._add(cell, l0=l0, aux_loss=s.aux_loss[i], sparsity_loss=s.penalty[i])
+            self.sums[cell.index][1] += l0
             self.sums[cell.index][2] += 1 / self.first.accumulate
             if cell.config.architecture == "batch_topk" and cell.last_threshold:
                 rate, old = cell.config.threshold_lr, cell.threshold
@@ -372,14 +369,14 @@ class Run:
         clock = time.perf_counter()
         speed = (self.step - at) * self.first.batch_size / max(clock - then, 1e-9)
         self._timed = (clock, self.step)
-        if not self.bank.live:
+        if not self.live:
             return
         rows = int(self.comm.sum(torch.tensor(x.shape[0], device=x.device)))
         variance = float(self.comm.sum((x - self.comm.sum(x.sum(0)) / rows).square().sum()))
         text = []
-        for cell in self.bank.live:
+        for cell in self.live:
             now = self._now[cell.index]
-            mse = float(self._summed([torch.as_tensor(now["mse"])])[0])
+            mse = float(self._summed(torch.as_tensor(now["mse"])))
             values = {
                 "tokens": cell.tokens,
                 "loss": float(now["loss"]),
@@ -403,7 +400,7 @@ class Run:
 
     def _between(self, epoch_ended: bool) -> None:
         if epoch_ended:
-            for cell in self.bank.live:
+            for cell in self.live:
                 cell.end_epoch()
         last = self.step >= self.total
         every = self.first.eval_every
@@ -412,7 +409,7 @@ class Run:
         if not last:
             # after the evaluation: resampling makes an SAE worse at first, and the state before it may be the best
             epoch = self.step // self.steps_per_epoch if epoch_ended else 0
-            for cell in self.bank.live:
+            for cell in self.live:
                 settings = cell.config.dead.resample
                 if settings is not None and settings.due(self.step, epoch):
                     self._resample(cell)
@@ -443,11 +440,12 @@ class Run:
 
     def _evaluate(self) -> None:
         """Validate, and offer the weights to the best ones."""
-        for cell, best in [(c, self.bests[c.index]) for c in self.bank.live]:
+        groups = [bank.live for bank in self.banks if bank.live]
+        validated = {} if self.val is None else self._validate(groups, self.val)
+        for cell, best in [(c, self.bests[c.index]) for c in self.live]:
             total_loss, l0, steps = self.sums[cell.index]
             values = {"train_loss": total_loss / max(steps, 1e-9), "train_l0": l0 / max(steps, 1e-9)}
-            if self.val is not None:
-                values |= self._validate(cell)
+            values |= validated.get(cell.index, {})
             self.sums[cell.index] = [0.0, 0.0, 0.0]
             self.log.add("eval", self.step, cell.config.name, tokens=cell.tokens, **values)
             metric = cell.config.metric or ("val_mse" if self.val is not None else "train_loss")
@@ -461,43 +459,15 @@ class Run:
 
     def validate_now(self) -> dict[str, float]:
         """Metrics of the first cell as it stands, on the validation data, or on training rows where there is none."""
-        return self._validate(self.bank.cells[0])
-
-    def _validate(self, cell: Cell) -> dict[str, float]:
-        """Metrics on raw activations over the validation rows."""
         val = self.val
         if val is None:
             val = data.TensorSource(data.sample(self.source, self.first.eval_rows, self.first.data_seed))
-        d, scale = self.source.d, None if self.space is None else self.space.std.to(self.device)
-        rows, squares, total = 0, 0.0, torch.zeros(d, dtype=torch.float64, device=self.device)
-        spread = torch.zeros(d, dtype=torch.float64, device=self.device)
-        shift: Tensor | None = None
-        fired = torch.zeros(cell.n, dtype=torch.int64, device=self.device)
-        size = min(self.first.batch_size, val.n_rows)
-        guess = cell.last_threshold
-        for raw in data.every_row(val, size):
-            x = self._prepare(raw)
-            out, counts = dead.reconstruct(cell, x, self.same_rows)
-            error = out - x if scale is None else (out - x) * scale
-            squares += float(error.double().square().sum())
-            raw = raw.to(self.device, torch.float64)
-            shift = raw.mean(0) if shift is None else shift  # deviations from a near mean keep their digits
-            total += (raw - shift).sum(0)
-            spread += (raw - shift).square().sum(0)
-            fired += counts
-            rows += x.shape[0]
-            if rows >= self.first.eval_rows:
-                break
-        cell.last_threshold = guess
-        variance = float((spread - total.square() / rows).sum())
-        fired_anywhere = self.comm.sum_latents((fired > 0).sum())
-        return {
-            "val_mse": squares / (rows * d),
-            "val_fvu": squares / max(variance, 1e-30),
-            "val_l0": float(self.comm.sum_latents(fired.sum())) / rows,
-            "val_dead": 1 - float(fired_anywhere) / cell.total,
-            "val_rows": rows,
-        }
+        return self._validate([[self.cells[0]]], val)[0]
+
+    def _validate(self, groups: list[list[Cell]], val: data.Source) -> dict[int, dict[str, float]]:
+        size, limit = self.first.batch_size, self.first.eval_rows
+        options = {"batch": size, "limit": limit}
+        return validate.measure(groups, val, self._prepare, self.space, self.same_rows, self.crew, **options)
 
     def _gathered(self, cell: Cell) -> dict[str, Tensor]:
         """The weights of a cell, over all ranks that hold a share of its latents."""
@@ -521,12 +491,12 @@ class Run:
             "sums": self.sums,
             "resampled": self.resampled,
             "first_loss": self.first_loss,
-            "failed": {c.index: c.failed.message for c in self.bank.cells if c.failed is not None},
+            "failed": {c.index: c.failed.message for c in self.cells if c.failed is not None},
             "best": [best.kept for best in self.bests],
             "linear": linear.decisions(),
             "source": None if self.step % self.steps_per_epoch == 0 else self.source.state_dict(),
         }
-        checkpoint.save(self.out, self.bank, self.step, state, suffix=self.suffix)
+        checkpoint.save(self.out, self.cells, self.step, state, suffix=self.suffix)
         if self.comm.rank == 0:
             self.log.add("checkpoint", self.step, "")
         self.comm.barrier()
@@ -535,7 +505,7 @@ class Run:
 
     def _finish(self) -> list[TrainResult]:
         results = []
-        for cell, best, parent in zip(self.bank.cells, self.bests, self.parents, strict=True):
+        for cell, best, parent in zip(self.cells, self.bests, self.parents, strict=True):
             history = [line for line in self.log.lines if line["cell"] == cell.config.name]
             result = TrainResult(cell.config.name, cell.config, None, history, self.step, cell.tokens, self.out)
             results.append(result)
@@ -558,7 +528,7 @@ class Run:
                 weights,
                 steps=steps,
                 epochs=steps / self.steps_per_epoch,
-                metrics=_metrics(result.metrics),
+                metrics=as_metadata(result.metrics),
                 parent=None
                 if parent is None
                 else {"id": parent.metadata.id, "sha256": parent.metadata.provenance.weights_sha256},
@@ -568,29 +538,14 @@ class Run:
                 **facts,
             )
             if self.out is not None and self.comm.rank == 0 and not self.finished:
-                self._write(
-                    result, self.out / "sae" if len(self.bank.cells) == 1 else self.out / "sae" / cell.config.name
-                )
+                result.write(self.out / "sae" if len(self.cells) == 1 else self.out / "sae" / cell.config.name)
         if not self.finished:
             self.finished = True
-            for cell in self.bank.live:
+            for cell in self.live:
                 self.log.add("done", self.step, cell.config.name, tokens=cell.tokens)
             self._save()
         self.log.close()
         return results
-
-    def _write(self, result: TrainResult, folder: Path) -> None:
-        from hubsae.formats.registry import write, write_also
-
-        assert result.sae is not None
-        try:
-            write(result.sae, folder, "native")
-            write_also(result.sae, folder, [kind for kind in result.config.exports if kind != "safetensors"])
-        except OSError as error:
-            raise TrainingError(
-                f"cannot write {folder}: {error}",
-                hint="free some space and start the same command again; training itself is done",
-            ) from error
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:
@@ -620,19 +575,3 @@ def _flushed_denormals() -> Iterator[None]:
     finally:
         if flushed:
             torch.set_flush_denormal(False)
-
-
-def _metrics(values: dict[str, float]) -> list[Metric]:
-    """Validation numbers as metadata metrics."""
-    named = {
-        "val_mse": ("mse", "mean over tokens and dimensions of (x - x̂)², raw activations"),
-        "val_fvu": ("fvu", "Σ|x - x̂|² / Σ|x - mean(x)|², mean per dimension"),
-        "val_l0": ("l0", "mean number of active latents per token"),
-        "val_dead": ("dead_fraction", "share of latents that never fired on these tokens"),
-    }
-    rows = int(values.get("val_rows", 0))
-    return [
-        Metric(name=name, value=values[key], definition=text, n_tokens=rows, scope="validation", source="hubsae")
-        for key, (name, text) in named.items()
-        if key in values
-    ]

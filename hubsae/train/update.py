@@ -8,10 +8,13 @@ the same tiles.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from hubsae.kernels import cpu
+from hubsae.train.config import TrainConfig
 from hubsae.train.parallel import Solo
 from hubsae.train.state import Bank, Cell
 from hubsae.train.step import Forward, Signals
@@ -27,12 +30,11 @@ def apply(bank: Bank, f: Forward, s: Signals) -> None:
     for run in _runs(cells, s):
         low, high = run[0].low, run[-1].high
         tiles = _tiles(low, high, bank.d_in)
-        starts = f.entries.offsets[torch.tensor([t[0] for t in tiles] + [high])].tolist()
+        starts = _starts(f, [*(a for a, _ in tiles), high])
         for i, (a, b) in enumerate(tiles):
             gW_enc, gW_dec, dots = _tile(bank, f, s, run, a, b, starts[i], starts[i + 1])
             _step_matrices(bank, run[0], a, b, gW_enc, gW_dec, dots)
-    for cell, grads in zip(cells, s.vectors, strict=True):
-        _step_vectors(cell, grads)
+    _step_vectors(cells, s.vectors)
 
 
 def collect(bank: Bank, f: Forward, s: Signals) -> None:
@@ -41,7 +43,7 @@ def collect(bank: Bank, f: Forward, s: Signals) -> None:
     for run in _runs(bank.live, s):
         low, high = run[0].low, run[-1].high
         tiles = _tiles(low, high, bank.d_in)
-        starts = f.entries.offsets[torch.tensor([t[0] for t in tiles] + [high])].tolist()
+        starts = _starts(f, [*(a for a, _ in tiles), high])
         for i, (a, b) in enumerate(tiles):
             gW_enc, gW_dec, _ = _tile(bank, f, s, run, a, b, starts[i], starts[i + 1])
             g_enc[a:b] += gW_enc
@@ -75,10 +77,15 @@ def apply_stored(bank: Bank, vectors: list[dict[str, Tensor]], fired: Tensor, co
         norms.append(norm)
         for a, b in _tiles(cell.low, cell.high, bank.d_in):
             _step_matrices(bank, cell, a, b, g_enc[a:b], g_dec[a:b], None)
-        _step_vectors(cell, grads)
+    _step_vectors(bank.live, vectors)
     g_enc.zero_()
     g_dec.zero_()
     return norms
+
+
+def _starts(f: Forward, latents: list[int]) -> list[int]:
+    """Where latents begin among the entries in latent order."""
+    return f.entries.offsets.index_select(0, torch.tensor(latents, device=f.entries.offsets.device)).tolist()
 
 
 def _square(matrix: Tensor) -> Tensor:
@@ -135,11 +142,12 @@ def _tile(
 def _step_matrices(bank: Bank, cell: Cell, a: int, b: int, gW_enc: Tensor, gW_dec: Tensor, dots: Tensor | None) -> None:
     W_dec = bank.W_dec[a:b]
     if cell.config.project:
-        dots = torch.linalg.vecdot(gW_dec, W_dec) if dots is None else dots
-        gW_dec.addcmul_(W_dec, dots.unsqueeze(1), value=-1.0)
+        along = torch.linalg.vecdot(gW_dec, W_dec) if dots is None else dots
+        gW_dec.addcmul_(W_dec, along.unsqueeze(1), value=-1.0)
     step = cell.step + 1
     _adam(
-        cell,
+        cell.config,
+        cell.lr,
         [bank.W_enc[a:b], W_dec],
         [gW_enc, gW_dec],
         [bank.m_enc[a:b], bank.m_dec[a:b]],
@@ -150,34 +158,38 @@ def _step_matrices(bank: Bank, cell: Cell, a: int, b: int, gW_enc: Tensor, gW_de
         W_dec /= torch.linalg.vector_norm(W_dec, dim=1, keepdim=True).clamp_min_(1e-12)
 
 
-def _step_vectors(cell: Cell, grads: dict[str, Tensor]) -> None:
-    cell.step += 1
-    factor = cell.config.sparsity.threshold_lr
-    own = [n for n in ("log_threshold",) if n in grads and factor != 1]
-    for names, scale in (([n for n in sorted(grads) if n not in own], 1.0), (own, factor)):
-        if names:
-            _adam(
-                cell,
-                [cell.vectors[n] for n in names],
-                [grads[n] for n in names],
-                [cell.m[n] for n in names],
-                [cell.v[n] for n in names],
-                cell.step,
-                scale,
-            )
+def _step_vectors(cells: list[Cell], vectors: list[dict[str, Tensor]]) -> None:
+    """Adam on the biases and thresholds; one call for all cells of the same settings."""
+    groups: dict[tuple[Any, ...], list[tuple[Cell, str, Tensor]]] = {}
+    for cell, grads in zip(cells, vectors, strict=True):
+        cell.step += 1
+        c = cell.config
+        for name in sorted(grads):
+            scale = c.sparsity.threshold_lr if name == "log_threshold" else 1.0
+            groups.setdefault((cell.lr * scale, c.betas, c.eps, float(cell.step)), []).append((cell, name, grads[name]))
+    for (lr, *_), members in groups.items():
+        first = members[0][0]
+        _adam(
+            first.config,
+            lr,
+            [cell.vectors[name] for cell, name, _ in members],
+            [gradient for *_, gradient in members],
+            [cell.m[name] for cell, name, _ in members],
+            [cell.v[name] for cell, name, _ in members],
+            first.step,
+        )
 
 
 def _adam(
-    cell: Cell,
+    c: TrainConfig,
+    lr: float,
     params: list[Tensor],
     grads: list[Tensor],
     m: list[Tensor],
     v: list[Tensor],
     step: Tensor,
-    scale: float = 1.0,
 ) -> None:
-    """Fused Adam in place; `step` counts this step already, `scale` multiplies the learning rate."""
-    c = cell.config
+    """Fused Adam in place; `step` counts this step already."""
     torch._fused_adam_(
         params,
         grads,
@@ -185,7 +197,7 @@ def _adam(
         v,
         [],
         [step] * len(params),
-        lr=cell.lr * scale,
+        lr=lr,
         beta1=c.betas[0],
         beta2=c.betas[1],
         weight_decay=0.0,

@@ -93,7 +93,7 @@ def test_2000_steps_reach_the_dense_reference_on_known_features():
     data = tokens_for_parity()
     c = config(d_sae=128, epochs=125, lr=1e-3, batch_size=256, log_every=10**6)
     run = Run([c], data)
-    other = dense.DenseTrainer(run.bank.cells[0])
+    other = dense.DenseTrainer(run.cells[0])
     order = [x for epoch in range(125) for x in run.source.batches(256, seed=0, epoch=epoch)]
     (result,) = run.fit()
     assert result.steps == 2000 and result.sae is not None
@@ -203,7 +203,7 @@ def test_frequency_rule_marks_latents_of_the_last_epoch_and_resampling_revives_t
 def test_resampling_does_what_its_description_says(method, tokens):
     c = config(dead=DeadConfig(tokens=100, resample=ResampleConfig(method=method, tokens=256)))
     run = Run([c], tokens)
-    cell = run.bank.cells[0]
+    cell = run.cells[0]
     with torch.no_grad():
         cell.vectors["b_enc"].fill_(0.3)
         cell.since_fired[:10] = 1000
@@ -226,15 +226,15 @@ def test_resampling_does_what_its_description_says(method, tokens):
 @pytest.mark.parametrize("aux", [None, AuxConfig(k=32)])
 def test_dead_latents_move_only_with_auxk(aux, tokens):
     run = Run([config(d_sae=512, k=2, dead=DeadConfig(tokens=1000), aux=aux)], tokens)
-    cell = run.bank.cells[0]
+    cell = run.cells[0]
     cell.since_fired[:100] = 10**6
     before = cell.W_dec[:100].clone()
     x = next(iter(run.source.batches(128)))
     with torch.no_grad():
         cell.vectors["b_enc"][:100] = -0.2
-        f = step.forward(run.bank, x, Solo(), 128)
+        f = step.forward(run.banks[0], x, Solo(), 128)
         chosen = f.entries.counts[:100] > 0
-        update.apply(run.bank, f, step.signals(run.bank, f, Solo(), 128))
+        update.apply(run.banks[0], f, step.signals(run.banks[0], f, Solo(), 128))
     moved = ((cell.W_dec[:100] - before).abs() > 1e-5).any(1)  # norming a unit row again moves its last bit
     assert bool((moved & ~chosen).any()) == (aux is not None)
 
@@ -273,7 +273,7 @@ def test_warm_start_begins_as_the_same_function(architecture, normalize, tokens,
         with torch.no_grad():
             now = run.validate_now()
         assert now["val_mse"] == pytest.approx(parent.metadata.metric("mse"), rel=2e-3)
-        assert float(run.bank.m_enc.abs().max()) == 0  # a fresh optimiser
+        assert float(run.banks[0].m_enc.abs().max()) == 0  # a fresh optimiser
 
 
 def test_warm_start_from_a_pt_file_of_the_chain_layout(tmp_path, tokens, held_out):

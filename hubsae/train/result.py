@@ -1,0 +1,69 @@
+"""What comes out of a run: the SAE, its history, its metrics, and the files of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hubsae.core.errors import HubSAEError, TrainingError
+from hubsae.core.metadata import Metric
+from hubsae.core.sae import HubSAE
+from hubsae.train.config import TrainConfig
+
+
+@dataclass
+class TrainResult:
+    """What came of one SAE's training."""
+
+    name: str
+    config: TrainConfig
+    sae: HubSAE | None
+    """The SAE on raw activations; None where `error` says why not."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """The log lines of this SAE, in order."""
+    steps: int = 0
+    tokens: int = 0
+    out: Path | None = None
+    best: dict[str, Any] | None = None
+    """Step, metric and value of the checkpoint that `sae` is; None where it is the last state."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Validation metrics of the SAE that was chosen, or its last training ones."""
+    error: HubSAEError | None = None
+
+    def last(self, name: str, event: str | None = None) -> float:
+        """The newest value of a logged quantity."""
+        for line in reversed(self.history):
+            if name in line and event in (None, line["event"]):
+                return line[name]
+        raise KeyError(f"{name} was not logged; logged: {sorted({k for line in self.history for k in line})}")
+
+    def write(self, folder: Path) -> None:
+        """The SAE in our layout, and in those that its config asks for."""
+        from hubsae.formats.registry import write, write_also
+
+        assert self.sae is not None
+        try:
+            write(self.sae, folder, "native")
+            write_also(self.sae, folder, [kind for kind in self.config.exports if kind != "safetensors"])
+        except OSError as error:
+            raise TrainingError(
+                f"cannot write {folder}: {error}",
+                hint="free some space and start the same command again; training itself is done",
+            ) from error
+
+
+def as_metadata(values: dict[str, float]) -> list[Metric]:
+    """Validation numbers as metadata metrics."""
+    named = {
+        "val_mse": ("mse", "mean over tokens and dimensions of (x - x̂)², raw activations"),
+        "val_fvu": ("fvu", "Σ|x - x̂|² / Σ|x - mean(x)|², mean per dimension"),
+        "val_l0": ("l0", "mean number of active latents per token"),
+        "val_dead": ("dead_fraction", "share of latents that never fired on these tokens"),
+    }
+    rows = int(values.get("val_rows", 0))
+    return [
+        Metric(name=name, value=values[key], definition=text, n_tokens=rows, scope="validation", source="hubsae")
+        for key, (name, text) in named.items()
+        if key in values
+    ]
