@@ -26,8 +26,8 @@ ROW_STATS = ("sse", "cosine", "l2_ratio", "dot", "norm2_hat", "l0", "l1")
 BINS_PER_OCTAVE = 64
 # An SAE sees at most this many pre-activations at once; a power of two of rows, so blocks divide evenly.
 PRE_ACTIVATIONS = 1 << 25
-# Float64 copies of this many rows of x̂ and of the error stay in cache; of a whole block they would not.
-CACHED_ROWS = 64
+# Float64 copies of this many numbers of x̂ and of the error (2 MB each) stay in cache; of a whole block they would not.
+CACHED = 1 << 18
 
 
 def rows_at_once(d_sae: int, block_rows: int) -> int:
@@ -275,7 +275,7 @@ class _Rows:
 def _add_errors(rows: _Rows, part: slice, x_hat: Tensor, stats: Tensor, error: Tensor) -> None:
     """Write ‖x − x̂‖² and ‖x̂‖² of the rows of a part into `stats`, and add x − x̂ up by cell. All in float64."""
     x, cell = rows.x[part], rows.cell[part]
-    few = CACHED_ROWS if x.device.type == "cpu" else x.shape[0]
+    few = max(1, CACHED // x.shape[1]) if x.device.type == "cpu" else x.shape[0]
     wide, e = (torch.empty(few, x.shape[1], dtype=torch.float64, device=x.device) for _ in range(2))
     for start in range(0, x.shape[0], few):
         here = slice(start, start + few)

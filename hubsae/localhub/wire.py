@@ -137,10 +137,12 @@ class FileAnswer(Response):
             else:
                 loop = asyncio.get_running_loop()
                 try:
-                    await loop.sendfile(cycle.transport, handle, self.start, self.end - self.start, fallback=False)
-                except (ConnectionError, RuntimeError):
-                    if not cycle.transport.is_closing():
+                    await loop.sendfile(cycle.transport, handle, self.start, self.end - self.start)
+                except (ConnectionError, RuntimeError) as why:
+                    if isinstance(why, RuntimeError) and not cycle.transport.is_closing():
                         raise
-                    return  # the client went away
+                    cycle.transport.abort()  # the client went away
+                    await asyncio.sleep(0)  # uvicorn hears of it before this answer ends
+                    return
                 cycle.expected_content_length = 0
             await send({"type": "http.response.body", "body": b"", "more_body": False})
