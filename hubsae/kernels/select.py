@@ -80,6 +80,19 @@ def _largest(block: Tensor, k: int) -> Tensor:
     return torch.topk(block, k, dim=1, sorted=False).indices
 
 
+def largest(values: Tensor, count: int) -> Tensor:
+    """Positions, rising, of the `count` largest of a vector.
+
+    >>> largest(torch.tensor([1.0, 4.0, 2.0, 3.0]), 2).tolist()
+    [1, 3]
+    """
+    if values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64) and count < values.numel():
+        found = _reach(values.detach().unsqueeze(0).numpy(), count)
+        if found.size == count:
+            return torch.from_numpy(found)
+    return torch.topk(values, count, sorted=False).indices.sort().values
+
+
 def _reach(values: np.ndarray, k: int) -> np.ndarray:
     """Flat positions, rising, of the entries that are not below the k-th largest of their row."""
     at = values.shape[1] - k
@@ -148,6 +161,6 @@ def batch_topk(pre: Tensor, count: int, guess: float | None = None) -> tuple[Ten
     row, column = found
     values = pre.view(-1)[row * n + column] if pre.is_contiguous() else pre[row, column]
     if values.numel() > count:
-        kept = torch.topk(values, count, sorted=False).indices.sort().values
+        kept = largest(values, count)
         row, column, values = row[kept], column[kept], values[kept]
     return row, column, values

@@ -1,6 +1,6 @@
 """Cells whose codes are a matrix and not a list of entries: JumpReLU and ReLU while dense, and gated SAEs.
 
-Around 10 % density a product over all latents costs what the gathers cost; above, it wins. A branch answers the same
+Around 20 % density a product over all latents costs what the gathers cost; above, it wins. A branch answers the same
 three questions as the sparse path: the reconstruction, the gradients of the vectors, and the weight gradients
 of a tile of latents. Products run on the encoder's backend.
 """

@@ -27,7 +27,7 @@ from torch import Tensor
 from hubsae.kernels import cpu, entries
 from hubsae.kernels.active import ActiveSet, LatentOrder
 from hubsae.kernels.linear import linear
-from hubsae.kernels.select import halves, product_topk, topk
+from hubsae.kernels.select import halves, largest, product_topk, topk
 from hubsae.train import aux
 from hubsae.train.branches import Branch, DenseBranch, GatedBranch
 from hubsae.train.parallel import Solo
@@ -304,7 +304,7 @@ def _batch_topk(cell: Cell, xc: Tensor, step: int, dead: Tensor | None, comm: So
         floor = 0.0
     keep = comm.batch_threshold(values, count)
     if keep is None and values.numel() > count:
-        keep = entries.largest(values, count)
+        keep = largest(values, count)
     if keep is not None and keep.dtype is torch.bool:
         keep = keep.nonzero().view(-1)
     if keep is not None:
