@@ -15,6 +15,7 @@ and multiplies in float32.
 
 from __future__ import annotations
 
+import threading
 from typing import NamedTuple
 
 import numba
@@ -42,6 +43,8 @@ OUTPUT = np.float32(0.00395)
 SLACK = np.float32(2.02)
 """Twice the bound, and a little more for the rounding of the bound itself."""
 
+_alone = threading.Lock()
+"""numba's own pool of threads, its default where OpenMP is missing, ends the process when two threads enter it."""
 # Python's error model checks each division and index; without it the loops become vector code
 _jit = numba.njit(cache=True, error_model="numpy")
 _sums = {"reassoc", "contract", "nsz"}
@@ -297,7 +300,8 @@ class _Rounded(NamedTuple):
     def of(source: Tensor) -> _Rounded:
         target = torch.empty(source.shape, dtype=torch.bfloat16)
         sizes, errors = np.empty(len(source), np.float32), np.empty(len(source), np.float32)
-        _round(source.numpy(), target.view(torch.int16).numpy().view(np.uint16), sizes, errors)
+        with _alone:
+            _round(source.numpy(), target.view(torch.int16).numpy().view(np.uint16), sizes, errors)
         return _Rounded(target, sizes, errors)
 
 
@@ -354,16 +358,19 @@ def encode_topk(x: Tensor, W: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor
         shares = 1.01 * (rows.errors + (rows.sizes + rows.errors) * share + 4 * d * 2.0**-24 * rows.sizes)
         flats = np.full(len(shares), flat)
         codes = approx.view(torch.int16).numpy()
-        _find(codes, k, m1, m2, shares, flats, weights.sizes, counts[part], latents[part], near[part], bound[part])
+        with _alone:
+            _find(codes, k, m1, m2, shares, flats, weights.sizes, counts[part], latents[part], near[part], bound[part])
         if (counts[part] < 0).mean() > SHARE:
             return None
     offsets, owners, places = _tiled(counts, latents, n)
     exact = np.empty_like(near)
-    _rescore(x.numpy(), W.numpy(), b.numpy(), latents, offsets, owners, places, exact)
+    with _alone:
+        _rescore(x.numpy(), W.numpy(), b.numpy(), latents, offsets, owners, places, exact)
     values = torch.empty(x.shape[0], k)
     indices = torch.empty(x.shape[0], k, dtype=torch.int64)
     wrong = np.empty(x.shape[0], np.bool_)
-    _choose(counts, latents, near, bound, exact, k, values.numpy(), indices.numpy(), wrong)
+    with _alone:
+        _choose(counts, latents, near, bound, exact, k, values.numpy(), indices.numpy(), wrong)
     if wrong.any():
         again = torch.from_numpy(wrong.nonzero()[0])
         values[again], indices[again] = topk(products.linear(x[again], W, b), k)

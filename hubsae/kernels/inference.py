@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hubsae.kernels import select
+from hubsae.kernels import entries, select
 from hubsae.kernels.linear import linear
 
 # rows encoded at once; 512 x 7168 float32 are 15 MB
@@ -55,13 +55,13 @@ def select_ragged(active: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     """Compact the active entries of z [tokens, d_sae] to [tokens, widest row]; padding is value 0 at index 0."""
     counts = active.sum(-1)
     width = max(int(counts.max()) if active.shape[0] else 0, 1)
-    rows, columns = select.nonzero(active)
+    rows, columns, found = entries.at(z, active)
     place = torch.arange(rows.numel(), device=rows.device) - (counts.cumsum(0) - counts)[rows]
     indices = torch.zeros(active.shape[0], width, dtype=torch.int64, device=active.device)
     indices[rows, place] = columns
     values = torch.zeros(active.shape[0], width, dtype=z.dtype, device=z.device)
     # written by index, so that gradients reach z
-    return values.index_put((rows, place), z[rows, columns]), indices
+    return values.index_put((rows, place), found), indices
 
 
 def decode_rows(indices: Tensor, values: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:

@@ -60,25 +60,3 @@ def test_sorted_topk_comes_largest_first():
     pre = torch.randn(5, 7168)
     values, indices = select.topk(pre, 32, sorted=True)
     assert torch.equal(values, pre.topk(32).values) and torch.equal(indices, pre.topk(32).indices)
-
-
-@pytest.mark.parametrize("guess", [None, 0.0, 0.5, 2.0, 100.0])
-def test_batch_topk_does_not_depend_on_the_guess(guess):
-    pre = torch.randn(16, 300, generator=torch.Generator().manual_seed(1))
-    rows, columns, values = select.batch_topk(pre, 80, guess)
-    expected = pre.relu().flatten().topk(80)
-    assert torch.equal(values.sort(descending=True).values, expected.values)
-    assert torch.equal((rows * 300 + columns).sort().values, expected.indices.sort().values)
-
-
-def test_batch_topk_takes_only_positive_entries_when_they_are_few():
-    pre = torch.full((2, 8), -1.0)
-    pre[1, 3] = 2.0
-    rows, columns, values = select.batch_topk(pre, 5, 0.7)
-    assert (rows.tolist(), columns.tolist(), values.tolist()) == ([1], [3], [2.0])
-
-
-def test_above_lists_entries_row_by_row():
-    pre = torch.tensor([[0.1, 0.9, 0.5], [0.6, 0.0, 0.7]])
-    rows, columns = select.above(pre, torch.tensor([0.0, 0.5, 0.6]))
-    assert list(zip(rows.tolist(), columns.tolist(), strict=True)) == [(0, 0), (0, 1), (1, 0), (1, 2)]
