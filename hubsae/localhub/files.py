@@ -6,20 +6,17 @@ keeps every git repo free of stray files after a crash.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from .errors import HubError
 
-_PORTION = 8 << 20  # bytes between two hints to the disk
-_WRITE = 2  # SYNC_FILE_RANGE_WRITE: start writing the dirty pages of a range (0, 0: the file), wait for nothing
 _GONE = "The repository was moved or deleted meanwhile; try again"
 
 
@@ -46,25 +43,6 @@ class Disk:
                 yield path, handle
             finally:
                 path.unlink(missing_ok=True)
-
-    def appender(self, handle: IO[bytes]) -> Callable[[Any], Any]:
-        """A function that appends to `handle`. Where `publish` will call fsync, the disk gets the content as it comes,
-        so that there is little left to wait for at the end."""
-        start_writing = getattr(ctypes.CDLL(None), "sync_file_range", None) if self.fsync else None
-        if start_writing is None:
-            return handle.write
-        fresh = 0
-
-        def append(block: Any) -> None:
-            nonlocal fresh
-            handle.write(block)
-            fresh += len(block)
-            if fresh >= _PORTION:
-                handle.flush()
-                start_writing(handle.fileno(), ctypes.c_int64(0), ctypes.c_int64(0), _WRITE)
-                fresh = 0
-
-        return append
 
     def publish(self, temp: Path, target: Path, handle: IO[bytes] | None = None) -> None:
         """Move a finished temporary file to its place."""

@@ -131,12 +131,11 @@ async def _to_disk(call: Call, path: Path, size: int) -> tuple[str, int]:
 
     def put(block: memoryview | bytearray) -> None:
         nonlocal length
-        append(block)
+        handle.write(block)
         digest.update(block)
         length += len(block)
 
     with open(path, "wb") as handle:
-        append = call.hub.disk.appender(handle)
         await call.drain(size, put)
     return digest.hexdigest(), length
 

@@ -87,7 +87,7 @@ async def upload_xorb(call: Call) -> Response:
     _scoped(call, "write")
     name = _hash(call)
     with call.hub.disk.temp_file("xorb") as (path, handle):
-        await call.drain(call.hub.settings.max_xorb, call.hub.disk.appender(handle))
+        await call.drain(call.hub.settings.max_xorb, handle.write)
         handle.flush()
         inserted = await run_in_threadpool(call.hub.cas.add_xorb, name, path)
     return answer({"was_inserted": inserted})
