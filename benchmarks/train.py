@@ -382,7 +382,7 @@ def compare(case: Case, peers: list[str], rounds: int, steps: int) -> None:
 
 
 def peak(peer: str, case: Case) -> float | None:
-    """MB at the peak of eight steps above imports and data; run in a process of its own."""
+    """MB at the peak of four steps above imports and data; run in a process of its own."""
     import torch
 
     modules = {"sparsify": "sparsify", "dictionary_learning": "dictionary_learning.trainers.top_k"}
@@ -397,7 +397,7 @@ def peak(peer: str, case: Case) -> float | None:
     run = make(peer, case, s)
     if run is None:
         return None
-    for i in range(8):
+    for i in range(4):
         run(i)
     return _high_water("VmHWM") - before
 
