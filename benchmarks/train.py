@@ -383,8 +383,6 @@ def compare(case: Case, peers: list[str], rounds: int, steps: int) -> None:
 
 def peak(peer: str, case: Case) -> float | None:
     """MB at the peak of four steps above imports and data; run in a process of its own."""
-    import torch
-
     modules = {"sparsify": "sparsify", "dictionary_learning": "dictionary_learning.trainers.top_k"}
     modules |= {"saelens": "sae_lens.saes.topk_sae", "saelens-sparse": "sae_lens.saes.topk_sae"}
     importlib.import_module(modules.get(peer, "hubsae.train"))
