@@ -253,7 +253,7 @@ class ActivationDataset:
 
     def _units(self, window_rows: int) -> list[Unit]:
         """What is read at once. It does not follow the cut into files, so that rows come in the same order after a
-        harvest that was stopped and went on; except where reading from anywhere is dear."""
+        harvest that was stopped and went on, and streamed as from disk; except where reading from anywhere is dear."""
         if any(source.whole_blocks for source in self.sources):
             return self._blocks()
         rows = max(1, window_rows // UNITS_PER_WINDOW)

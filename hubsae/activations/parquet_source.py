@@ -120,7 +120,7 @@ class ParquetSource(Source):
             self.blocks = _joined(self.pages, REMOTE_PAGES if self.remote else 1)
         else:
             self.blocks = [(s, n) for s, n in zip(self.group_starts, self.footer.row_groups, strict=False) if n]
-        self.whole_blocks = self.remote or self.pages is None
+        self.whole_blocks = self.pages is None
         self._checked: set[int] = set()
         self._groups: dict[tuple[int, tuple[str, ...]], Any] = {}
 

@@ -564,6 +564,9 @@ class Run:
             yield
         finally:
             signal.signal(signal.SIGINT, before)
+        if self._stop:  # it came behind the last step
+            where = f"everything is in {self.out}" if self.out else "its result is lost, there is no run folder (out=)"
+            raise TrainingInterrupted(f"interrupted when training was done: {where}")
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from hubsae.activations import ActivationDataset
+from hubsae.core.errors import TrainingInterrupted
 from hubsae.train import AuxConfig, DeadConfig, ResampleConfig, TrainConfig, checkpoint, train
 from hubsae.train.trainer import Run
 
@@ -161,6 +162,22 @@ def test_ctrl_c_saves_and_tells_how_to_go_on(tmp_path, whole, monkeypatch):
     train(CONFIG, tokens(), out=tmp_path)
     final = [name for name in bytes_of(whole) if name.startswith(("sae/", "best/"))]
     assert [bytes_of(tmp_path)[n] for n in final] == [bytes_of(whole)[n] for n in final]
+
+
+def test_ctrl_c_behind_the_last_step_is_not_swallowed(tmp_path, whole, monkeypatch):
+    real = Run._finish
+
+    def interrupted(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_finish", interrupted)
+        with pytest.raises(TrainingInterrupted, match="when training was done"):
+            train(CONFIG, tokens(), out=tmp_path)
+    final = [name for name in bytes_of(whole) if name.startswith(("sae/", "best/"))]
+    assert final and [bytes_of(tmp_path)[n] for n in final] == [bytes_of(whole)[n] for n in final]
+    assert train(CONFIG, tokens(), out=tmp_path).sae is not None
 
 
 @pytest.mark.slow
