@@ -27,22 +27,6 @@ from hubsae.core.extras import require
 
 TAIL_BYTES = 256 << 10
 """First read of a file: its footer, page index and statistics are usually in it."""
-REMOTE_PAGES = 4
-"""Pages fetched together from the Hub: 32 MB ranges waste little time waiting."""
-
-
-def _joined(pages: Sequence[Page], count: int) -> list[tuple[int, int]]:
-    """Blocks of up to `count` neighbouring pages of one row group."""
-    blocks: list[tuple[int, int]] = []
-    held, group = 0, -1
-    for page in pages:
-        if page.row_group == group and held < count:
-            blocks[-1] = (blocks[-1][0], blocks[-1][1] + page.n_rows)
-            held += 1
-        else:
-            blocks.append((page.first_row, page.n_rows))
-            held, group = 1, page.row_group
-    return blocks
 
 
 class _Run:
@@ -117,7 +101,7 @@ class ParquetSource(Source):
         group_starts = np.concatenate([[0], np.cumsum(self.footer.row_groups)]).tolist()
         self.group_starts: list[int] = [int(s) for s in group_starts]
         if self.pages is not None:
-            self.blocks = _joined(self.pages, REMOTE_PAGES if self.remote else 1)
+            self.blocks = [(page.first_row, page.n_rows) for page in self.pages]
         else:
             self.blocks = [(s, n) for s, n in zip(self.group_starts, self.footer.row_groups, strict=False) if n]
         self.whole_blocks = self.pages is None

@@ -32,7 +32,7 @@ GROUP = 16
 ROWS = 512
 """Rows multiplied at once."""
 SHARE = 1 / 24
-"""Of a row's entries may be candidates before the product in float32 is cheaper."""
+"""Of a row's entries may be candidates, and of the rows may have more, before the product in float32 is cheaper."""
 SMALLEST = (256, 2048)
 """d_in and latents below which halving the product does not pay."""
 
