@@ -67,7 +67,6 @@ def main() -> None:
     parser.add_argument("--d", type=int, default=896)
     parser.add_argument("--d-sae", type=int, default=7168)
     parser.add_argument("--k", type=int, default=64)
-    parser.add_argument("--kernels", default=None, help="numba: the compiled selection of the extra 'fast'")
     parser.add_argument("--quick", action="store_true", help="4 SAEs, 4,096 tokens, 1 round")
     options = parser.parse_args()
     if options.quick:
@@ -76,7 +75,6 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(options.threads)
-    from hubsae import kernels
     from hubsae.activations import ActivationDataset, ActivationWriter
     from hubsae.core.config import SAEConfig
     from hubsae.core.sae import HubSAE
@@ -85,8 +83,6 @@ def main() -> None:
     from hubsae.evals.reconstruction import accumulate, read_off
     from hubsae.kernels import inference
 
-    if options.kernels:
-        kernels.use(options.kernels)
     config = SAEConfig(architecture="topk", d_in=options.d, d_sae=options.d_sae, k=options.k)
     saes = {f"sae{i}": HubSAE.random(config, seed=i) for i in range(options.saes)}
     rounds: list[tuple[float, float, float, float]] = []
@@ -144,7 +140,7 @@ def main() -> None:
             for _ in data.batches(BLOCK_ROWS, shuffle=False):
                 pass
 
-    print(f"{cpu_model()}, {options.threads} thread(s), torch {torch.__version__}, kernels {kernels.chosen()}")
+    print(f"{cpu_model()}, {options.threads} thread(s), torch {torch.__version__}")
     print(f"{options.saes} SAEs {options.d} x {options.d_sae}, k {options.k}, {options.tokens:,} tokens")
     for number, (floor_cpu, floor_wall, cpu, wall) in enumerate(rounds):
         print(

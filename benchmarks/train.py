@@ -56,8 +56,8 @@ CASES = {
     "auxk": Case("topk", 896, 7168, 64, 512, dead=True),
     "tiny": Case("topk", 16, 128, 4, 64),
 }
-PEERS = ("hubsae", "hubsae-numba", "textbook", "saelens", "saelens-sparse", "sparsify", "dictionary_learning")
-OURS = ("hubsae", "hubsae-numba")
+PEERS = ("hubsae", "textbook", "saelens", "saelens-sparse", "sparsify", "dictionary_learning")
+OURS = ("hubsae",)
 HEAD = f"  {'trainer':20s} {'tokens/s':>10s} {'ms wall':>9s} {'ms CPU':>9s}   times the first, by wall / by CPU"
 LR = 1e-4
 BANDWIDTH = 0.02
@@ -102,7 +102,6 @@ def make(peer: str, case: Case, s: Start) -> Callable[[int], None] | None:
     """A function that takes training step i, or None where the peer has no such architecture."""
     builder = {
         "hubsae": hubsae,
-        "hubsae-numba": lambda c, t: hubsae(c, t, "numba"),
         "textbook": textbook,
         "saelens": saelens,
         "saelens-sparse": lambda c, t: saelens(c, t, sparse=True),
@@ -112,8 +111,7 @@ def make(peer: str, case: Case, s: Start) -> Callable[[int], None] | None:
     return builder(case, s)
 
 
-def hubsae(case: Case, s: Start, kernels: str = "torch"):
-    from hubsae import kernels as K
+def hubsae(case: Case, s: Start):
     from hubsae.train import step as S
     from hubsae.train import update as U
     from hubsae.train.config import AuxConfig, DeadConfig, SparsityConfig, TrainConfig
@@ -146,7 +144,6 @@ def hubsae(case: Case, s: Start, kernels: str = "torch"):
     solo = Solo()
 
     def step(i: int) -> None:
-        K.use(kernels)
         x = s.data[i % len(s.data)]
         f = S.forward(bank, x, solo, case.batch)
         signals = S.signals(bank, f, solo, case.batch)

@@ -21,10 +21,6 @@ HEAVY = {
 }  # fmt: skip
 
 
-# made of nothing but the optional package, and imported only once that is known to be there
-OPTIONAL = {"kernels/candidates.py": {"numba"}}
-
-
 def top_level_imports(path: Path) -> set[str]:
     """Modules imported when the file is imported: not inside functions, not under TYPE_CHECKING."""
     found: set[str] = set()
@@ -58,8 +54,7 @@ def test_a_room_imports_only_rooms_below_it(path):
             assert ROOMS.index(parts[1]) >= ROOMS.index(room), f"{room} imports {module}, which is above it"
         assert room == "hub" or parts[0] != "huggingface_hub", f"only hub talks to the Hub; {path} imports {module}"
         if room != "localhub":
-            optional = OPTIONAL.get(path.relative_to(ROOT).as_posix(), set())
-            assert parts[0] not in HEAVY - optional, f"{path} imports {module} when it is imported itself"
+            assert parts[0] not in HEAVY, f"{path} imports {module} when it is imported itself"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -20,7 +20,6 @@ EXTRAS = {
     "hub": ("starlette", "uvicorn", "pathspec", "lz4", "blake3", "markdown-it-py"),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "plots": ("matplotlib",),
-    "fast": ("numba",),
 }
 CORE = ("torch", "safetensors", "numpy", "huggingface_hub", "pydantic")
 

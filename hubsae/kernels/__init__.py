@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 
-IMPLEMENTATIONS = ("torch", "numba", "triton")
+IMPLEMENTATIONS = ("torch", "triton")
 _chosen = "torch"
 
 
 def use(name: str) -> None:
-    """Choose the implementation of the compute kernels: `torch` (always there), `numba`, or `triton` on CUDA."""
+    """Choose the implementation of the compute kernels: `torch` (always there), or `triton` on CUDA."""
     global _chosen
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"kernels {name!r} are unknown; choose one of {', '.join(IMPLEMENTATIONS)}")

@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hubsae.kernels import chosen
-
 GROUPS = (8, 4)
 """Sizes of the groups whose maxima are looked at first, the better one first."""
 MARGIN = 2
@@ -103,22 +101,3 @@ def _reach(values: np.ndarray, k: int) -> np.ndarray:
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="hubsae-select")
-
-
-def halves(x: Tensor, weight: Tensor, k: int) -> bool:
-    """Whether `product_topk` is at hand for x [rows, d] and weight [n, d] and pays on this machine."""
-    if chosen() != "numba" or x.device.type != "cpu" or x.dtype is not torch.float32:
-        return False
-    from hubsae.kernels import candidates
-
-    return candidates.pays(x, weight, k)
-
-
-def product_topk(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
-    """`topk(linear(x, weight, bias), k)` without the float32 product, exact too (see `candidates`).
-
-    Ask `halves` first. None where these numbers do not allow it.
-    """
-    from hubsae.kernels import candidates
-
-    return candidates.encode_topk(x, weight, bias, k)

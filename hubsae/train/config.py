@@ -174,7 +174,7 @@ class TrainConfig(Part):
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32", description="bf16: the encoder product under autocast; approximate selection."
     )
-    kernels: Literal["torch", "numba", "triton"] = Field(
+    kernels: Literal["torch", "triton"] = Field(
         default="torch", description="Implementation of the selection and the sparse sums; the same numbers."
     )
     unit_norm: bool = Field(default=True, description="Decoder rows are rescaled to norm one after each step.")

@@ -47,8 +47,6 @@ class Cell:
         self.threshold: float | None = None
         self.last_threshold = 0.0
         """Smallest value of the last batch's selection; speeds up the next one, changes nothing."""
-        self.whole_until = 0
-        """Tokens until which batches are multiplied whole, and not searched by candidates (see `step`)."""
         self.tokens = 0
         self.since_fired, self.fired_in_epoch = bank.since_fired[rows], bank.fired_in_epoch[rows]
         self.tokens_in_epoch = 0
@@ -98,7 +96,7 @@ class Cell:
 
     def scalars(self) -> dict[str, Any]:
         """The rest of the state, JSON."""
-        names = ("threshold", "tokens", "tokens_in_epoch", "whole_until")
+        names = ("threshold", "tokens", "tokens_in_epoch")
         return {name: getattr(self, name) for name in names}
 
     def load(self, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
@@ -110,7 +108,6 @@ class Cell:
                 mine.copy_(tensors[name])
         self.threshold = scalars["threshold"]
         self.tokens, self.tokens_in_epoch = scalars["tokens"], scalars["tokens_in_epoch"]
-        self.whole_until = scalars["whole_until"]
 
 
 class Bank:

@@ -27,7 +27,7 @@ from torch import Tensor
 from hubsae.kernels import cpu, entries
 from hubsae.kernels.active import ActiveSet, LatentOrder
 from hubsae.kernels.linear import linear
-from hubsae.kernels.select import halves, largest, product_topk, topk
+from hubsae.kernels.select import largest, topk
 from hubsae.train import aux
 from hubsae.train.branches import Branch, DenseBranch, GatedBranch
 from hubsae.train.parallel import Solo
@@ -38,8 +38,6 @@ DENSE_ABOVE = 0.18
 # rows encoded at once, where the whole block of pre-activations would not stay in cache
 CHUNK_ROWS = 256
 CHUNK_ELEMENTS = 1 << 21
-# batches multiplied whole after the search by candidates found too many
-WHOLE_BATCHES = 1000
 
 
 class Selected(NamedTuple):
@@ -208,9 +206,6 @@ def select(cell: Cell, xc: Tensor, comm: Solo, rows_in_all: int) -> Selected:
         return Selected(*_none(xc), dense=GatedBranch(cell, xc))
     dead = aux.dead_ids(cell, comm)
     step = B if B * cell.n <= CHUNK_ELEMENTS else CHUNK_ROWS
-    if arch == "topk" and dead is None and (found := _by_candidates(cell, xc)) is not None:
-        rows, latents, values = _topk_entries(cell, *found, 0, comm)
-        return Selected(rows, latents, values)
     if arch == "batch_topk":
         return _batch_topk(cell, xc, step, dead, comm, rows_in_all)
     parts, dead_pre, is_dense = [], [], None
@@ -248,17 +243,6 @@ def _joined(parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor, Tensor, Te
     else:
         joined = tuple(torch.cat(column) for column in zip(*parts, strict=True))
     return joined[0], joined[1], joined[2], joined[3] if len(joined) > 3 else None
-
-
-def _by_candidates(cell: Cell, xc: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The k largest of each row without a product in float32, where that pays and the data let it."""
-    k = min(cell.config.k or 0, cell.n)
-    if cell.config.precision != "fp32" or cell.tokens < cell.whole_until or not halves(xc, cell.W_enc, k):
-        return None
-    found = product_topk(xc, cell.W_enc, cell.vectors["b_enc"], k)
-    if found is None:
-        cell.whole_until = cell.tokens + WHOLE_BATCHES * xc.shape[0]
-    return found
 
 
 def _topk_entries(cell: Cell, values: Tensor, latents: Tensor, start: int, comm: Solo) -> tuple[Tensor, ...]:

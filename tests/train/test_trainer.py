@@ -131,38 +131,6 @@ def test_bf16_autocast_trains(tokens, held_out):
     assert result.metrics["val_fvu"] < 0.6
 
 
-def test_numba_kernels_give_the_same_sae(monkeypatch):
-    pytest.importorskip("numba")
-    from hubsae.kernels import candidates
-
-    asked = []
-
-    def always(x, W, k):  # on a CPU without bf16 instructions the trial would say no
-        asked.append(len(x))
-        return True
-
-    monkeypatch.setattr(candidates, "pays", always)
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(2048, 300, generator=g).relu() @ torch.randn(300, 256, generator=g)
-    plain, compiled = (train(config(d_sae=2048, k=16, kernels=kind), x).sae for kind in ("torch", "numba"))
-    assert plain is not None and compiled is not None and len(asked) == 32
-    # where two entries are equal up to rounding either may be chosen, and Adam makes a small step of any gradient
-    assert float((plain.W_dec - compiled.W_dec).norm() / plain.W_dec.norm()) < 1e-5
-
-
-def test_data_that_candidates_do_not_suit_are_multiplied_whole(monkeypatch):
-    pytest.importorskip("numba")
-    from hubsae.kernels import candidates
-
-    monkeypatch.setattr(candidates, "pays", lambda x, W, k: True)
-    tries = []
-    monkeypatch.setattr(candidates, "encode_topk", lambda *args: tries.append(1))  # "too many", which is None
-    x = torch.randn(2048, 256, generator=torch.Generator().manual_seed(0))
-    plain, compiled = (train(config(d_sae=2048, k=16, kernels=kind), x).sae for kind in ("torch", "numba"))
-    assert plain is not None and compiled is not None and len(tries) == 1
-    assert torch.equal(plain.W_dec, compiled.W_dec)
-
-
 def test_tokens_of_massive_norm_are_left_out(tokens, held_out):
     spiked = tokens.clone()
     spiked[::16] *= 500
