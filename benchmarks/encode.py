@@ -24,7 +24,7 @@ def encoders(d: int, n: int, k: int):
     import torch
 
     from hubsae.core.config import SAEConfig
-    from hubsae.core.sae import HubSAE
+    from hubsae.hub.sae import HubSAE
 
     sae = HubSAE.random(SAEConfig(architecture="topk", d_in=d, d_sae=n, k=k))
     with torch.no_grad():

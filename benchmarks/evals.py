@@ -77,10 +77,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     from hubsae.activations import ActivationDataset, ActivationWriter
     from hubsae.core.config import SAEConfig
-    from hubsae.core.sae import HubSAE
     from hubsae.evals import accumulate as parts
     from hubsae.evals.blocks import BLOCK_ROWS
     from hubsae.evals.reconstruction import accumulate, read_off
+    from hubsae.hub.sae import HubSAE
     from hubsae.kernels import inference
 
     config = SAEConfig(architecture="topk", d_in=options.d, d_sae=options.d_sae, k=options.k)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from hubsae.core import factory
 from hubsae.version import __version__
 
 if TYPE_CHECKING:
@@ -18,14 +19,14 @@ if TYPE_CHECKING:
     from hubsae.core.hooks import HookPoint
     from hubsae.core.metadata import Metadata
     from hubsae.core.normalizer import Normalizer
-    from hubsae.core.sae import HubSAE
-    from hubsae.formats.converter import saelens_converter
     from hubsae.formats.package import package
     from hubsae.formats.registry import convert
     from hubsae.formats.release import Release
+    from hubsae.hub.converter import saelens_converter
     from hubsae.hub.listing import list_saes
     from hubsae.hub.load import pull
     from hubsae.hub.push import push
+    from hubsae.hub.sae import HubSAE
     from hubsae.train.config import TrainConfig
 
 __all__ = [
@@ -53,7 +54,7 @@ __all__ = [
 _HOME = {
     "ActivationDataset": "hubsae.activations.dataset",
     "HookPoint": "hubsae.core.hooks",
-    "HubSAE": "hubsae.core.sae",
+    "HubSAE": "hubsae.hub.sae",
     "HubSAEError": "hubsae.core.errors",
     "Metadata": "hubsae.core.metadata",
     "Normalizer": "hubsae.core.normalizer",
@@ -67,7 +68,7 @@ _HOME = {
     "package": "hubsae.formats.package",
     "pull": "hubsae.hub.load",
     "push": "hubsae.hub.push",
-    "saelens_converter": "hubsae.formats.converter",
+    "saelens_converter": "hubsae.hub.converter",
 }
 
 
@@ -84,6 +85,9 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(_HOME[name]), name)
     globals()[name] = value
     return value
+
+
+factory.provide(lambda: __getattr__("HubSAE"))
 
 
 def __dir__() -> list[str]:

@@ -94,13 +94,13 @@ def _chains(
     from hubsae.cli._common import err, print_json, print_table, progress
     from hubsae.core.errors import ConfigError
     from hubsae.core.files import write_csv_atomic
-    from hubsae.core.sae import HubSAE
     from hubsae.evals.comparison import compare
     from hubsae.evals.drift import drift
     from hubsae.evals.record import activation_reader, record_drift
     from hubsae.evals.report import summary
     from hubsae.formats.manifest import MANIFEST_NAME
     from hubsae.formats.release import Release
+    from hubsae.hub.sae import HubSAE
 
     is_release = (Path(chain_a) / MANIFEST_NAME).is_file()
     if not is_release and out is None:

@@ -10,7 +10,7 @@ import typer
 from hubsae.cli._common import JsonOption
 
 if TYPE_CHECKING:
-    from hubsae.core.sae import HubSAE
+    from hubsae.hub.sae import HubSAE
 
 PANEL = "Train and measure"
 
@@ -89,7 +89,7 @@ def _release(target: str) -> Any:
 
 def _load(target: str, device: str, **filters: Any) -> dict[str, HubSAE]:
     from hubsae.cli._common import progress
-    from hubsae.core.sae import HubSAE
+    from hubsae.hub.sae import HubSAE
 
     chosen = {name: value for name, value in filters.items() if value is not None}
     saes: dict[str, HubSAE] = {}

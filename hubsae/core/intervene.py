@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,7 @@ from torch import Tensor, nn
 from hubsae.core.codes import SparseCodes
 from hubsae.core.errors import HookError
 from hubsae.core.hooks import HookPoint, edit_hook
-
-if TYPE_CHECKING:
-    from hubsae.core.sae import HubSAE
+from hubsae.core.sae import SAE
 
 
 class Recorded:
@@ -41,7 +39,7 @@ class Recorded:
         return self.codes.dense()
 
 
-def hook_of(sae: HubSAE, hook: Any = None) -> HookPoint:
+def hook_of(sae: SAE, hook: Any = None) -> HookPoint:
     """The hook point asked for, or the one the SAE's metadata names."""
     if hook is not None:
         return HookPoint.parse(hook)
@@ -54,7 +52,7 @@ def hook_of(sae: HubSAE, hook: Any = None) -> HookPoint:
     raise HookError("this SAE's metadata names no hook point", hint="pass hook=, for example hook='model.layers.18'")
 
 
-def _check_width(sae: HubSAE, hidden: Tensor) -> None:
+def _check_width(sae: SAE, hidden: Tensor) -> None:
     if hidden.shape[-1] != sae.d_in:
         raise HookError(
             f"the model's activations have width {hidden.shape[-1]}, the SAE takes {sae.d_in}",
@@ -64,7 +62,7 @@ def _check_width(sae: HubSAE, hidden: Tensor) -> None:
 
 
 @contextmanager
-def attach(sae: HubSAE, model: nn.Module, hook: Any = None) -> Iterator[Recorded]:
+def attach(sae: SAE, model: nn.Module, hook: Any = None) -> Iterator[Recorded]:
     """Record the codes at the hook point on every forward; the model is not changed."""
     seen = Recorded()
 
@@ -78,7 +76,7 @@ def attach(sae: HubSAE, model: nn.Module, hook: Any = None) -> Iterator[Recorded
 
 
 @contextmanager
-def splice(sae: HubSAE, model: nn.Module, hook: Any = None, *, mask: Tensor | None = None) -> Iterator[None]:
+def splice(sae: SAE, model: nn.Module, hook: Any = None, *, mask: Tensor | None = None) -> Iterator[None]:
     """Replace the activations by their reconstruction, where `mask` [batch, seq] is true (everywhere without one).
 
     The SAE computes in its own dtype; the result is cast back to the model's.
@@ -99,7 +97,7 @@ def splice(sae: HubSAE, model: nn.Module, hook: Any = None, *, mask: Tensor | No
 
 @contextmanager
 def steer(
-    sae: HubSAE, model: nn.Module, feature: int, strength: float, hook: Any = None, *, unit: bool = False
+    sae: SAE, model: nn.Module, feature: int, strength: float, hook: Any = None, *, unit: bool = False
 ) -> Iterator[None]:
     """Add `strength` × the decoder row of `feature` to the activations at every position.
 

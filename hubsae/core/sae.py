@@ -1,15 +1,18 @@
-"""HubSAE: one SAE, ready to run. Parameters are named and oriented as in SAELens."""
+"""One SAE, ready to run: the maths. Parameters are named and oriented as in SAELens.
+
+Users get a `hubsae.HubSAE` (`hub/sae.py`), which adds what needs a model or the Hub; the rooms below the Hub make
+theirs with `SAE.build`, which gives that class whoever calls it.
+"""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from hubsae.core import factory
 from hubsae.core.codes import SparseCodes
 from hubsae.core.config import SAEConfig
 from hubsae.core.errors import ConfigError
@@ -17,15 +20,12 @@ from hubsae.core.metadata import Metadata
 from hubsae.core.normalizer import Normalizer
 from hubsae.kernels import inference
 
-if TYPE_CHECKING:
-    from hubsae.core.intervene import Recorded
-
 # Norms below this are treated as this, so that an all-zero token does not divide by zero.
 NORM_FLOOR = 1e-8
 LAYER_NORM_EPS = 1e-5
 
 
-class HubSAE(nn.Module):
+class SAE(nn.Module):
     """A sparse autoencoder in the canonical form.
 
         c    = b_dec if config.apply_b_dec_to_input else 0
@@ -33,7 +33,7 @@ class HubSAE(nn.Module):
         x̂    = select(pre) @ W_dec + b_dec
 
     >>> config = SAEConfig(architecture="topk", d_in=4, d_sae=8, k=2)
-    >>> sae = HubSAE.random(config, seed=0)
+    >>> sae = SAE.random(config, seed=0)
     >>> codes = sae.encode_sparse(torch.randn(3, 4))
     >>> codes.indices.shape, sae(torch.randn(3, 4)).shape
     (torch.Size([3, 2]), torch.Size([3, 4]))
@@ -205,77 +205,15 @@ class HubSAE(nn.Module):
             active = inference.batch_topk_mask(pre, config.k or 0)
         return inference.select_ragged(active, pre)
 
-    # ---- in a model -------------------------------------------------------------------------------------
-
-    def attach(self, model: nn.Module, hook: Any = None) -> AbstractContextManager[Recorded]:
-        """Read the codes at the SAE's hook point during forwards: `with sae.attach(model) as acts: ...`."""
-        from hubsae.core.intervene import attach
-
-        return attach(self, model, hook)
-
-    def splice(self, model: nn.Module, hook: Any = None, **options: Any) -> AbstractContextManager[None]:
-        """Replace the activations by their reconstruction while the context lasts."""
-        from hubsae.core.intervene import splice
-
-        return splice(self, model, hook, **options)
-
-    def steer(
-        self, model: nn.Module, feature: int, strength: float, hook: Any = None, **options: Any
-    ) -> AbstractContextManager[None]:
-        """Add `strength` times a feature's decoder direction to the activations."""
-        from hubsae.core.intervene import steer
-
-        return steer(self, model, feature, strength, hook, **options)
-
-    # ---- elsewhere: the rooms above do the work ---------------------------------------------------------
-
-    @classmethod
-    def from_pretrained(cls, repo_or_path: str | os.PathLike[str], id: str | None = None, **options: Any) -> HubSAE:
-        """Load one SAE from the Hub or a local folder.
-
-        `revision, token, cache_dir, local_files_only, force_download, subfolder, device, dtype, features` as
-        usual; `layer=`, `stage=`, `k=` and other fields of the release choose where no id is given.
-        """
-        from hubsae.hub.load import load_pretrained
-
-        return load_pretrained(repo_or_path, id, **options)
-
-    @classmethod
-    def iter_pretrained(cls, repo_or_path: str | os.PathLike[str], **options: Any) -> Iterator[tuple[str, HubSAE]]:
-        """Every SAE of a release that fits the filters, one at a time, with its id."""
-        from hubsae.hub.load import iter_pretrained
-
-        return iter_pretrained(repo_or_path, **options)
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write this SAE as a folder that hubsae and SAELens load."""
-        from hubsae.formats.native import write
-
-        write(self, folder)
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
-        """Publish this SAE as a release of its own."""
-        from hubsae.hub.push import push_sae
-
-        return push_sae(self, repo_id, **options)
-
-    def to_saelens(self) -> Any:
-        """The same SAE as a SAELens object, where SAELens can express it."""
-        from hubsae.formats.saelens import to_saelens
-
-        return to_saelens(self)
-
-    @classmethod
-    def from_saelens(cls, sae: Any) -> HubSAE:
-        """A SAELens SAE (inference or training class) as a HubSAE."""
-        from hubsae.formats.saelens import from_saelens
-
-        return from_saelens(sae)
-
     # ---- making one -------------------------------------------------------------------------------------
 
     @classmethod
-    def random(cls, config: SAEConfig, *, seed: int = 0) -> HubSAE:
+    def build(cls, config: SAEConfig, tensors: dict[str, Tensor], **parts: Any) -> Self:
+        """An SAE of the class that users get, with `from_pretrained`, `push_to_hub` and the rest; as `SAE(...)`."""
+        return factory.sae_class(cls)(config, tensors, **parts)
+
+    @classmethod
+    def random(cls, config: SAEConfig, *, seed: int = 0) -> Self:
         """An untrained SAE with unit-norm decoder rows and a tied encoder, for tests and as a start."""
         generator = torch.Generator().manual_seed(seed)
         W_dec = torch.randn(config.d_sae, config.d_in, generator=generator)
@@ -285,4 +223,4 @@ class HubSAE(nn.Module):
         if "threshold" in tensors:
             tensors["threshold"] += 0.1
         dtype = getattr(torch, config.dtype)
-        return cls(config, {name: tensor.to(dtype) for name, tensor in tensors.items()})
+        return cls.build(config, {name: tensor.to(dtype) for name, tensor in tensors.items()})

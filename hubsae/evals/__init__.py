@@ -2,8 +2,7 @@
 
 >>> import torch
 >>> from hubsae import evals
->>> from hubsae.core.config import SAEConfig
->>> from hubsae.core.sae import HubSAE
+>>> from hubsae import HubSAE, SAEConfig
 >>> sae = HubSAE.random(SAEConfig(architecture="topk", d_in=4, d_sae=8, k=2))
 >>> result = evals.reconstruction({"mine": sae}, torch.randn(50, 4))
 >>> result["mine"].get("fvu").n_tokens

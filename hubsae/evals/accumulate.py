@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hubsae.core.codes import SparseCodes
 from hubsae.core.errors import DataError
-from hubsae.core.sae import HubSAE
+from hubsae.core.sae import SAE
 from hubsae.evals.blocks import BLOCK_ROWS, CELLS, GROUPS, SCOPE_CELLS, Block, Labels
 from hubsae.evals.sums import CompensatedSum, FixedPointSum
 
@@ -120,7 +120,7 @@ class SAESums:
 class Sums:
     """The state of a pass: add blocks, merge with other ranks or shards, read the result.
 
-    >>> from hubsae.core.config import SAEConfig
+    >>> from hubsae import HubSAE, SAEConfig
     >>> from hubsae.evals.blocks import iter_blocks, read_pieces
     >>> sae = HubSAE.random(SAEConfig(architecture="topk", d_in=4, d_sae=8, k=2))
     >>> pieces, labels, d = read_pieces(torch.randn(100, 4))
@@ -131,7 +131,7 @@ class Sums:
     100
     """
 
-    def __init__(self, saes: Mapping[str, HubSAE], d: int, labels: Labels):
+    def __init__(self, saes: Mapping[str, SAE], d: int, labels: Labels):
         for name, sae in saes.items():
             if sae.d_in != d:
                 raise DataError(
@@ -144,7 +144,7 @@ class Sums:
         self.saes = {name: SAESums(d, sae.d_sae) for name, sae in saes.items()}
 
     @torch.no_grad()
-    def add(self, block: Block, saes: Mapping[str, HubSAE]) -> None:
+    def add(self, block: Block, saes: Mapping[str, SAE]) -> None:
         """Add one block of rows, encoded by every SAE."""
         key = block.group * CELLS + block.cell
         keys, where = torch.unique(key, return_inverse=True)
@@ -188,7 +188,7 @@ class Sums:
         return inverse
 
     def _add_sae(
-        self, sums: SAESums, sae: HubSAE, name: str, rows: _Rows, block: Block, keys: Tensor, bins: Tensor
+        self, sums: SAESums, sae: SAE, name: str, rows: _Rows, block: Block, keys: Tensor, bins: Tensor
     ) -> None:
         device = rows.x.device
         n = rows.x.shape[0]

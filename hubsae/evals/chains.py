@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from hubsae.core.errors import DataError, NotFoundError, nearest
-from hubsae.core.sae import HubSAE
+from hubsae.core.sae import SAE
 from hubsae.evals.rates import step_of
 
 
@@ -20,7 +20,7 @@ class Link(NamedTuple):
     """Its training step; None where neither the metadata nor the name says"""
     layer: int | None
     k: int | None
-    sae: HubSAE
+    sae: SAE
 
 
 class Group(NamedTuple):
@@ -42,7 +42,7 @@ class Group(NamedTuple):
         return "_".join(parts) or "sae"
 
 
-def make_link(sae: HubSAE, stage: str | None = None, step: int | None = None) -> Link:
+def make_link(sae: SAE, stage: str | None = None, step: int | None = None) -> Link:
     """A link from what the SAE's metadata says, or what is given."""
     info = sae.metadata.base_model
     name = stage or info.stage

@@ -169,8 +169,7 @@ def drift(
     `control_activations` each of its stages is measured on the base stage's activations. With
     `activations=None` only the weights are compared.
 
-    >>> from hubsae.core.config import SAEConfig
-    >>> from hubsae.core.sae import HubSAE
+    >>> from hubsae import HubSAE, SAEConfig
     >>> saes = {f"ppo_step{s}": HubSAE.random(SAEConfig(architecture="topk", d_in=8, d_sae=16, k=2)) for s in (0, 10)}
     >>> report = drift(saes, torch.randn(300, 8, generator=torch.manual_seed(0)))
     >>> report.group().matrix().shape, report.group().moves[0].matching

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hubsae.core.errors import DataError
-from hubsae.core.sae import HubSAE
+from hubsae.core.sae import SAE
 from hubsae.evals import bootstrap
 from hubsae.evals.accumulate import BINS_PER_OCTAVE, ROW_STATS, Sums, rows_at_once
 from hubsae.evals.blocks import BLOCK_ROWS, CELLS, GROUPS, RUN_ROWS, SCOPE_CELLS
@@ -60,7 +60,7 @@ class _Decile(NamedTuple):
     """Σ‖x − mean‖²; None where it is rounding."""
 
 
-def read_off(sums: Sums, saes: Mapping[str, HubSAE]) -> ReconstructionResult:
+def read_off(sums: Sums, saes: Mapping[str, SAE]) -> ReconstructionResult:
     """Measures of finished sums."""
     n_tokens = int(sums.inputs.n.sum())
     if not n_tokens:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from hubsae.core.errors import DataError
-from hubsae.core.sae import HubSAE
+from hubsae.core.sae import SAE
 from hubsae.evals.accumulate import Sums, rows_at_once
 from hubsae.evals.blocks import BLOCK_ROWS, iter_blocks, read_pieces
 from hubsae.evals.read_off import read_off
@@ -22,9 +22,9 @@ from hubsae.evals.results import ReconstructionResult
 __all__ = ["accumulate", "name_saes", "read_off", "reconstruction"]
 
 
-def name_saes(saes: Mapping[str, HubSAE] | Sequence[HubSAE] | HubSAE) -> dict[str, HubSAE]:
+def name_saes(saes: Mapping[str, SAE] | Sequence[SAE] | SAE) -> dict[str, SAE]:
     """SAEs by name: the keys given, or their ids, or sae0, sae1, ..."""
-    if isinstance(saes, HubSAE):
+    if isinstance(saes, SAE):
         saes = [saes]
     if isinstance(saes, Mapping):
         named = dict(saes)
@@ -39,7 +39,7 @@ def name_saes(saes: Mapping[str, HubSAE] | Sequence[HubSAE] | HubSAE) -> dict[st
 
 
 def accumulate(
-    saes: Mapping[str, HubSAE] | Sequence[HubSAE] | HubSAE,
+    saes: Mapping[str, SAE] | Sequence[SAE] | SAE,
     activations: Any,
     *,
     batch_size: int | None = None,
@@ -63,7 +63,7 @@ def accumulate(
 
 
 def reconstruction(
-    saes: Mapping[str, HubSAE] | Sequence[HubSAE] | HubSAE,
+    saes: Mapping[str, SAE] | Sequence[SAE] | SAE,
     activations: Any,
     *,
     batch_size: int | None = None,
@@ -79,7 +79,7 @@ def reconstruction(
     intervals those of whole samples. `batch_size` only says how to read; it changes no number. Under torchrun
     ranks share the work and all get the whole result.
 
-    >>> from hubsae.core.config import SAEConfig
+    >>> from hubsae import HubSAE, SAEConfig
     >>> sae = HubSAE.random(SAEConfig(architecture="topk", d_in=4, d_sae=8, k=2))
     >>> x = torch.randn(64, 4, generator=torch.manual_seed(0))
     >>> result = reconstruction(sae, x)
@@ -114,7 +114,7 @@ def _ranks() -> tuple[int, int]:
     return 0, 1
 
 
-def _agree_on_products(saes: Mapping[str, HubSAE], rank: int) -> None:
+def _agree_on_products(saes: Mapping[str, SAE], rank: int) -> None:
     """Which backend multiplies is decided by a timed trial; ranks that decided differently would round differently."""
     import torch.distributed as dist
 

@@ -13,7 +13,7 @@ from hubsae.activations import ActivationDataset
 from hubsae.core.errors import NotFoundError
 from hubsae.core.hooks import HookKind, HookPoint
 from hubsae.core.metadata import Metadata, Metric
-from hubsae.core.sae import HubSAE
+from hubsae.core.sae import SAE
 from hubsae.evals.comparison import Comparison
 from hubsae.evals.drift import DriftReport
 from hubsae.evals.report import write_report
@@ -123,7 +123,7 @@ def _belongs(config: str, stage: str | None, hook: str | None) -> bool:
     return hook in (None, match[2]) and (match[1] is None or stage in (None, match[1]))
 
 
-def stage_and_layer(sae: HubSAE) -> tuple[str | None, int | None, str]:
+def stage_and_layer(sae: SAE) -> tuple[str | None, int | None, str]:
     """What chooses an SAE's activations."""
     metadata: Metadata = sae.metadata
     return metadata.base_model.stage, metadata.hook.layer, metadata.hook.kind

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hubsae.core.errors import ConfigError, DataError, HookError
 from hubsae.core.hooks import HookPoint, edit_hook, read_hook
-from hubsae.core.sae import HubSAE
+from hubsae.core.sae import SAE
 from hubsae.evals.texts import Batch
 
 Edit = Callable[[Tensor, Tensor], Tensor]
@@ -143,7 +143,7 @@ def means_at(
     return out
 
 
-def _replace_by_sae(sae: HubSAE) -> Edit:
+def _replace_by_sae(sae: SAE) -> Edit:
     def edit(hidden: Tensor, where: Tensor) -> Tensor:
         real = hidden[where]
         out = hidden.clone()
@@ -175,7 +175,7 @@ class SumsByText:
 
 def run_all(
     runner: Runner,
-    pairs: Mapping[str, tuple[HubSAE, HookPoint]],
+    pairs: Mapping[str, tuple[SAE, HookPoint]],
     means: Mapping[HookPoint, Tensor],
     work: list[Batch],
     texts: int,

@@ -22,7 +22,7 @@ from hubsae.core.files import write_csv_atomic
 from hubsae.core.hooks import HookPoint
 from hubsae.core.intervene import hook_of
 from hubsae.core.metadata import Metric
-from hubsae.core.sae import HubSAE
+from hubsae.core.sae import SAE
 from hubsae.evals import bootstrap
 from hubsae.evals.definitions import INTERVAL, Measure, to_metrics
 from hubsae.evals.running import Runner, SumsByText, evaluating, means_at, run_all
@@ -90,7 +90,7 @@ class SpliceResult:
 def splice(
     model: nn.Module,
     tokenizer: Any,
-    sae: HubSAE,
+    sae: SAE,
     hook_point: Any,
     texts: Any,
     *,
@@ -104,7 +104,7 @@ def splice(
 
     >>> import torch
     >>> from transformers import LlamaConfig, LlamaForCausalLM
-    >>> from hubsae.core.config import SAEConfig
+    >>> from hubsae import HubSAE, SAEConfig
     >>> _ = torch.manual_seed(0)
     >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32,
     ...     num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2))
@@ -120,7 +120,7 @@ def splice(
 def splice_many(
     model: nn.Module,
     tokenizer: Any,
-    saes: Mapping[str, HubSAE | tuple[HubSAE, Any]],
+    saes: Mapping[str, SAE | tuple[SAE, Any]],
     texts: Any,
     *,
     scope: Scope = "all",
@@ -145,7 +145,7 @@ def splice_many(
       text in one go. Both give the same numbers up to rounding.
     """
     pairs = {
-        label: (item, hook_of(item, None)) if isinstance(item, HubSAE) else (item[0], hook_of(item[0], item[1]))
+        label: (item, hook_of(item, None)) if isinstance(item, SAE) else (item[0], hook_of(item[0], item[1]))
         for label, item in saes.items()
     }
     if not pairs:
@@ -184,7 +184,7 @@ def _vocabulary(model: nn.Module) -> int | None:
     return None if weight is None else int(weight.shape[0])
 
 
-def _check(model: nn.Module, pairs: Mapping[str, tuple[HubSAE, HookPoint]], texts: list[Tokens]) -> None:
+def _check(model: nn.Module, pairs: Mapping[str, tuple[SAE, HookPoint]], texts: list[Tokens]) -> None:
     if not hasattr(model, "get_input_embeddings"):
         raise ConfigError(
             f"{type(model).__name__} is not a transformers model", hint="load it with AutoModelForCausalLM"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hubsae.core.errors import DataError
 from hubsae.core.extras import require
-from hubsae.core.sae import HubSAE
+from hubsae.core.sae import SAE
 
 Matching = Literal["auto", "index", "hungarian"]
 # "auto" looks up this many latents, and trusts the index when most of them are nearest to their own.
@@ -64,13 +64,13 @@ def unit_rows(rows: Tensor) -> Tensor:
     return torch.where(norms > 0, wide / norms.clamp_min(1e-30), 0.0)
 
 
-def movement(now: HubSAE, before: HubSAE, *, match: Matching = "auto", seed: int = 0) -> Movement:
+def movement(now: SAE, before: SAE, *, match: Matching = "auto", seed: int = 0) -> Movement:
     """Compare an SAE with an earlier one.
 
     By index where latents keep it (a warm-started chain), by Hungarian assignment on the decoder cosines
     where they do not; "auto" looks whether most latents are still nearest to their own index.
 
-    >>> from hubsae.core.config import SAEConfig
+    >>> from hubsae import HubSAE, SAEConfig
     >>> sae = HubSAE.random(SAEConfig(architecture="topk", d_in=8, d_sae=16, k=2))
     >>> moved = movement(sae, sae)
     >>> moved.matching, round(float(moved.decoder.mean()), 6)

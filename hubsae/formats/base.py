@@ -24,7 +24,7 @@ from hubsae.core.fold import TrainedTensors, fold
 from hubsae.core.hooks import HookPoint
 from hubsae.core.metadata import DecoderFlags, Metadata, NormalizerInfo, describe_validation
 from hubsae.core.normalizer import Normalizer
-from hubsae.core.sae import HubSAE
+from hubsae.core.sae import SAE
 from hubsae.formats import tensors as io
 from hubsae.formats.names import NameInfo, parse_name
 from hubsae.version import __version__
@@ -155,7 +155,7 @@ class Format:
     title: str
     detect: Callable[[Probe], str | None]
     """Why this format reads the path, in words, or None."""
-    read: Callable[[Probe, Overrides], HubSAE] | None = None
+    read: Callable[[Probe, Overrides], SAE] | None = None
     write: Callable[..., Any] | None = None
     """write(sae, path) where it can be written."""
     covers: frozenset[str] = frozenset()
@@ -197,7 +197,7 @@ class Found:
     """Further parts of the metadata record: training, activations, metrics, hook, base_model."""
 
 
-def assemble(found: Found, choices: Overrides) -> HubSAE:
+def assemble(found: Found, choices: Overrides) -> SAE:
     """Fold what was found into the canonical form, check it, and write down what is known of it."""
     found = _chosen(found, choices)
     trained = _float32(found.path, found.trained)
@@ -240,7 +240,7 @@ def assemble(found: Found, choices: Overrides) -> HubSAE:
         mean = torch.zeros(d_in) if found.mean is None else found.mean.float().expand(d_in).contiguous()
         normalizer = Normalizer(mean, found.std.float().expand(d_in).contiguous(), found.count)
     metadata = _record(found, choices, config, normalizer)
-    return HubSAE(config, tensors, metadata=metadata, normalizer=normalizer, sparsity=found.sparsity)
+    return SAE.build(config, tensors, metadata=metadata, normalizer=normalizer, sparsity=found.sparsity)
 
 
 def make_config(path: Path, **values: Any) -> SAEConfig:

@@ -17,7 +17,7 @@ from torch import Tensor
 from hubsae.core.errors import FormatError
 from hubsae.core.fold import TrainedTensors
 from hubsae.core.metadata import DecoderFlags
-from hubsae.core.sae import HubSAE
+from hubsae.core.sae import SAE
 from hubsae.formats import tensors as io
 from hubsae.formats.base import Format, Found, Overrides, Probe, ReadWarning, assemble, orient
 
@@ -46,7 +46,7 @@ def detect(probe: Probe) -> str | None:
     return "model.safetensors beside model.metadata.json" if _files(probe) else None
 
 
-def _read(probe: Probe, choices: Overrides) -> HubSAE:
+def _read(probe: Probe, choices: Overrides) -> SAE:
     folder = probe.path if probe.is_dir else probe.path.parent
     file, meta = folder / WEIGHTS_NAME, probe.json(METADATA_NAME)
     tensors = _named(file, io.read_safetensors(file))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hubsae.core.errors import AmbiguousFormatError, HubSAEError
-from hubsae.core.sae import HubSAE
+from hubsae.core.sae import SAE
 from hubsae.formats import tensors as io
 from hubsae.formats.base import Probe
 from hubsae.formats.manifest import MANIFEST_NAME, Manifest
@@ -57,7 +57,7 @@ def describe(path: str | Path, format: str | None = None, **overrides: Any) -> D
     """Look at an SAE file, an SAE folder, a release, or a folder of many SAEs.
 
     >>> import tempfile
-    >>> from hubsae.core.config import SAEConfig
+    >>> from hubsae import HubSAE, SAEConfig
     >>> with tempfile.TemporaryDirectory() as d:
     ...     HubSAE.random(SAEConfig(architecture="topk", d_in=4, d_sae=8, k=2)).save_pretrained(d)
     ...     describe(d).unknown
@@ -92,7 +92,7 @@ def describe(path: str | Path, format: str | None = None, **overrides: Any) -> D
     return out
 
 
-def _fill(out: Description, sae: HubSAE) -> None:
+def _fill(out: Description, sae: SAE) -> None:
     meta, config = sae.metadata, sae.config
     out.config = config.model_dump(mode="json", exclude_none=True) | {"selection": config.selection}
     hook, base = meta.hook, meta.base_model

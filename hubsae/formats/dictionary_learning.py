@@ -16,7 +16,7 @@ from torch import Tensor
 from hubsae.core.errors import ConfigError, FormatError
 from hubsae.core.files import atomic_path, write_json_atomic
 from hubsae.core.fold import TrainedTensors
-from hubsae.core.sae import HubSAE
+from hubsae.core.sae import SAE
 from hubsae.formats import tensors as io
 from hubsae.formats.base import Format, Found, Overrides, Probe, assemble, expect_keys, linear_pair
 
@@ -48,7 +48,7 @@ def detect(probe: Probe) -> str | None:
     return f"config.json with trainer.dict_class {trainer['dict_class']!r} beside ae.pt"
 
 
-def _read(probe: Probe, choices: Overrides) -> HubSAE:
+def _read(probe: Probe, choices: Overrides) -> SAE:
     config = probe.json(CONFIG_NAME)
     trainer: dict[str, Any] = config["trainer"]
     file = probe.path / WEIGHTS_NAME if probe.is_dir else probe.path
@@ -124,7 +124,7 @@ def _record(trainer: dict[str, Any], buffer: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def write(sae: HubSAE, folder: str | os.PathLike[str]) -> Path:
+def write(sae: SAE, folder: str | os.PathLike[str]) -> Path:
     """Write a folder `dictionary_learning.utils.load_dictionary` opens."""
     config = sae.config
     tensors = sae.tensors()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hubsae.core.errors import FormatError
 from hubsae.core.fold import TrainedTensors
-from hubsae.core.sae import HubSAE
+from hubsae.core.sae import SAE
 from hubsae.formats.base import Format, Found, Overrides, Probe, assemble, expect_keys
 
 KEYS = ("W_enc", "b_enc", "W_dec", "b_dec", "log_threshold")
@@ -27,7 +27,7 @@ def detect(probe: Probe) -> str | None:
     return None
 
 
-def _read(probe: Probe, choices: Overrides) -> HubSAE:
+def _read(probe: Probe, choices: Overrides) -> SAE:
     value: dict[str, Any] = probe.pickle()
     state = value.get("sae_state_dict") if isinstance(value, dict) else None
     if not isinstance(state, dict):

@@ -16,7 +16,7 @@ from torch import Tensor
 from hubsae.core.errors import FormatError
 from hubsae.core.fold import TrainedTensors
 from hubsae.core.metadata import DecoderFlags
-from hubsae.core.sae import HubSAE
+from hubsae.core.sae import SAE
 from hubsae.formats.base import Format, Found, Overrides, Probe, assemble, expect_keys, linear_pair
 
 KEYS = ("b_pre", "encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
@@ -76,7 +76,7 @@ def _found(probe: Probe, state: dict[str, Tensor], choices: Overrides, name: str
     )
 
 
-def _read_chain(probe: Probe, choices: Overrides) -> HubSAE:
+def _read_chain(probe: Probe, choices: Overrides) -> SAE:
     value = _wrapped(probe) or {"state_dict": probe.pickle(), "config": {}}
     state, config = value["state_dict"], value["config"]
     if not isinstance(state, dict):
@@ -117,7 +117,7 @@ def _training(config: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _read_grid(probe: Probe, choices: Overrides) -> HubSAE:
+def _read_grid(probe: Probe, choices: Overrides) -> SAE:
     state = probe.pickle()
     if not isinstance(state, dict):
         raise FormatError(probe.path, "a state dict", type(state).__name__)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hubsae.core.errors import FormatError
 from hubsae.core.fold import TrainedTensors, fold_decoder_norms
-from hubsae.core.sae import HubSAE
+from hubsae.core.sae import SAE
 from hubsae.formats import tensors as io
 from hubsae.formats.base import Format, Found, Overrides, Probe, assemble, expect_keys, linear_pair
 
@@ -51,7 +51,7 @@ def detect(probe: Probe) -> str | None:
     return f"{source} and {file.relative_to(probe.path).as_posix()}"
 
 
-def _read(probe: Probe, choices: Overrides) -> HubSAE:
+def _read(probe: Probe, choices: Overrides) -> SAE:
     config, file = _config(probe), _weights(probe)
     if not config or file is None:
         raise FormatError(probe.path, "config.json or hyperparams.json, and weights", "a folder without them")

@@ -23,7 +23,7 @@ from hubsae.core.files import write_json_atomic
 from hubsae.core.metadata import FILE_NAME as METADATA_NAME
 from hubsae.core.metadata import Metadata, NormalizerInfo
 from hubsae.core.normalizer import Normalizer
-from hubsae.core.sae import HubSAE
+from hubsae.core.sae import SAE
 from hubsae.formats import saelens
 from hubsae.formats import tensors as io
 from hubsae.formats.base import Format, Overrides, Probe
@@ -50,10 +50,11 @@ def detect(probe: Probe) -> str | None:
     )
 
 
-def write(sae: HubSAE, folder: str | os.PathLike[str]) -> Path:
+def write(sae: SAE, folder: str | os.PathLike[str]) -> Path:
     """Write one SAE folder; each file is written whole or not at all, the metadata last.
 
     >>> import tempfile
+    >>> from hubsae import HubSAE, SAEConfig
     >>> sae = HubSAE.random(SAEConfig(architecture="topk", d_in=4, d_sae=8, k=2))
     >>> with tempfile.TemporaryDirectory() as d:
     ...     sorted(p.name for p in write(sae, d).iterdir())
@@ -98,7 +99,7 @@ def read(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | str | None = None,
     features: Sequence[int] | None = None,
-) -> HubSAE:
+) -> SAE:
     """Read one SAE folder; `features` reads only those latents, by slicing the file."""
     folder = Path(path)
     metadata = Metadata.load(folder)
@@ -124,8 +125,8 @@ def build(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | str | None = None,
     features: Sequence[int] | None = None,
-) -> HubSAE:
-    """A HubSAE from a record and stored tensors, checked against each other; `file` is named in errors."""
+) -> SAE:
+    """A SAE from a record and stored tensors, checked against each other; `file` is named in errors."""
     config = metadata.config
     if features is not None:
         config = config.model_copy(
@@ -142,7 +143,9 @@ def build(
     if target is not None:
         config = config.model_copy(update={"dtype": str(target).removeprefix("torch.")})
     try:
-        return HubSAE(config, tensors, metadata=metadata, normalizer=normalizer, sparsity=sparsity, features=features)
+        return SAE.build(
+            config, tensors, metadata=metadata, normalizer=normalizer, sparsity=sparsity, features=features
+        )
     except ConfigError as error:
         raise FormatError(file, f"the tensors that {METADATA_NAME} describes", error.message) from error
 
@@ -209,7 +212,7 @@ def read_sparsity(folder: Path) -> Tensor | None:
     return io.read_safetensors(file).get("sparsity") if file.is_file() else None
 
 
-def _read_format(probe: Probe, choices: Overrides) -> HubSAE:
+def _read_format(probe: Probe, choices: Overrides) -> SAE:
     sae = read(probe.path)
     _no_choices(choices, probe.path)
     return sae

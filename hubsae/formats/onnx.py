@@ -17,7 +17,7 @@ import torch
 from hubsae.core.errors import ConfigError, FormatError
 from hubsae.core.extras import require
 from hubsae.core.files import atomic_path
-from hubsae.core.sae import LAYER_NORM_EPS, NORM_FLOOR, HubSAE
+from hubsae.core.sae import LAYER_NORM_EPS, NORM_FLOOR, SAE
 from hubsae.formats.base import Format
 from hubsae.version import __version__
 
@@ -29,7 +29,7 @@ EXTERNAL_FROM = 1_800_000_000
 TOLERANCE = 1e-4
 
 
-def write(sae: HubSAE, path: str | os.PathLike[str], *, verify: bool = True) -> Path:
+def write(sae: SAE, path: str | os.PathLike[str], *, verify: bool = True) -> Path:
     """Export to `path`; large weights go to `path` + `.data` beside it."""
     onnx = require("onnx", extra="onnx")
     if sae.config.architecture == "batch_topk" and sae.config.threshold is None:
@@ -58,13 +58,13 @@ def write(sae: HubSAE, path: str | os.PathLike[str], *, verify: bool = True) -> 
     return path
 
 
-def check(sae: HubSAE, path: str | os.PathLike[str], *, tokens: int = 33, seed: int = 0) -> float:
+def check(sae: SAE, path: str | os.PathLike[str], *, tokens: int = 33, seed: int = 0) -> float:
     """Run the file with onnxruntime on probe activations; returns the largest relative reconstruction error."""
     runtime = require("onnxruntime", extra="onnx")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = 1
     session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    cpu = HubSAE(
+    cpu = SAE.build(
         sae.config.model_copy(update={"dtype": "float32"}), {n: t.float().cpu() for n, t in sae.tensors().items()}
     )
     x = cpu.b_dec.detach() + torch.randn(tokens, sae.d_in, generator=torch.Generator().manual_seed(seed))
@@ -78,7 +78,7 @@ def check(sae: HubSAE, path: str | os.PathLike[str], *, tokens: int = 33, seed: 
     return worst
 
 
-def _model(onnx: Any, sae: HubSAE) -> Any:
+def _model(onnx: Any, sae: SAE) -> Any:
     helper, array = onnx.helper, onnx.numpy_helper.from_array
     FLOAT = onnx.TensorProto.FLOAT
     config = sae.config

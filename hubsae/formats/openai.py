@@ -13,7 +13,7 @@ from torch import Tensor
 from hubsae.core.errors import FormatError
 from hubsae.core.fold import TrainedTensors
 from hubsae.core.metadata import DecoderFlags
-from hubsae.core.sae import HubSAE
+from hubsae.core.sae import SAE
 from hubsae.formats.base import Format, Found, Overrides, Probe, assemble, expect_keys, linear_pair
 
 KEYS = ("pre_bias", "encoder.weight", "latent_bias")
@@ -29,7 +29,7 @@ def detect(probe: Probe) -> str | None:
     return None
 
 
-def _read(probe: Probe, choices: Overrides) -> HubSAE:
+def _read(probe: Probe, choices: Overrides) -> SAE:
     value: dict[str, Any] = probe.pickle()
     if not isinstance(value, dict):
         raise FormatError(probe.path, "a dict of tensors", type(value).__name__)

@@ -15,7 +15,7 @@ from typing import Any
 
 from hubsae.core.errors import ConfigError, FormatError
 from hubsae.core.files import sha256_file
-from hubsae.core.sae import HubSAE
+from hubsae.core.sae import SAE
 from hubsae.formats.base import Overrides, Probe, hook_record
 from hubsae.formats.manifest import MANIFEST_NAME
 from hubsae.formats.planning import PackagePlan, PackageWarning, PlannedSAE, plan, weight_files
@@ -43,7 +43,7 @@ def package(
     overwritten are kept.
 
     >>> import tempfile
-    >>> from hubsae.core.config import SAEConfig
+    >>> from hubsae import HubSAE, SAEConfig
     >>> from hubsae.formats import write
     >>> with tempfile.TemporaryDirectory() as d:
     ...     sae = HubSAE.random(SAEConfig(architecture="topk", d_in=4, d_sae=8, k=2))
@@ -87,7 +87,7 @@ def package(
     return Release.open(target)
 
 
-def load_planned(todo: PackagePlan, item: PlannedSAE) -> HubSAE:
+def load_planned(todo: PackagePlan, item: PlannedSAE) -> SAE:
     """Read one planned SAE with everything its name, hubsae.yaml and the caller say about it."""
     from hubsae.formats.registry import FORMATS
 
@@ -107,7 +107,7 @@ def load_planned(todo: PackagePlan, item: PlannedSAE) -> HubSAE:
     return sae
 
 
-def _complete(todo: PackagePlan, item: PlannedSAE, sae: HubSAE) -> None:
+def _complete(todo: PackagePlan, item: PlannedSAE, sae: SAE) -> None:
     """Fill in the record: base model, hook point, provenance; what is still unknown is asked for."""
     spec, record = todo.spec, sae.metadata
     rule = spec.rule_for(_relative(todo, item))
@@ -169,7 +169,7 @@ def _weights_of(item: PlannedSAE) -> Path | None:
     return max(files, key=lambda p: p.stat().st_size) if files else None
 
 
-def _check_width(widths: dict[int, Path], sae: HubSAE, item: PlannedSAE, todo: PackagePlan) -> None:
+def _check_width(widths: dict[int, Path], sae: SAE, item: PlannedSAE, todo: PackagePlan) -> None:
     widths.setdefault(sae.d_in, item.source)
     if len(widths) > 1 and not todo.spec.mixed_widths:
         (first, a), (second, b) = list(widths.items())[:2]

@@ -23,7 +23,7 @@ from hubsae.core.errors import FormatError
 from hubsae.core.files import atomic_path, safe_join, write_json_atomic
 from hubsae.core.fold import TrainedTensors
 from hubsae.core.metadata import DecoderFlags, Metadata, describe_validation
-from hubsae.core.sae import HubSAE
+from hubsae.core.sae import SAE
 from hubsae.formats import tensors as io
 from hubsae.formats.base import Format, Found, Overrides, Probe, assemble, expect_keys, orient
 from hubsae.version import __version__
@@ -61,7 +61,7 @@ def _detect_file(probe: Probe) -> str | None:
     return "a file of hubsae" if value.get("format") == MARK else "a dict with W_enc, W_dec and b_dec"
 
 
-def _read_file(probe: Probe, choices: Overrides) -> HubSAE:
+def _read_file(probe: Probe, choices: Overrides) -> SAE:
     if probe.path.suffix == ".safetensors":
         value: Any = io.read_safetensors(probe.path)
     else:
@@ -74,7 +74,7 @@ def _read_file(probe: Probe, choices: Overrides) -> HubSAE:
     return _unnamed(probe, "tensors", tensors, choices)
 
 
-def write_pt(sae: HubSAE, path: str | os.PathLike[str]) -> Path:
+def write_pt(sae: SAE, path: str | os.PathLike[str]) -> Path:
     """Write one PyTorch file; `torch.load(path)["state_dict"]` is the state dict of HubSAE and of SAELens."""
     content = {
         "format": MARK,
@@ -89,7 +89,7 @@ def write_pt(sae: HubSAE, path: str | os.PathLike[str]) -> Path:
     return Path(path)
 
 
-def _from_config(path: Path, config: Any, tensors: dict[str, Tensor], metadata: Any) -> HubSAE:
+def _from_config(path: Path, config: Any, tensors: dict[str, Tensor], metadata: Any) -> SAE:
     try:
         parsed = SAEConfig.model_validate(config)
     except ValidationError as error:
@@ -101,10 +101,10 @@ def _from_config(path: Path, config: Any, tensors: dict[str, Tensor], metadata: 
             raise FormatError(path, f"{name} of shape {parsed.tensor_shape(name)}", str(tuple(tensor.shape)))
     record = Metadata.from_dict(metadata, where=path) if isinstance(metadata, dict) else Metadata(config=parsed)
     kept = io.owned(path, {name: tensors[name] for name in parsed.tensor_names}, tensors.values())
-    return HubSAE(parsed, kept, metadata=record)
+    return SAE.build(parsed, kept, metadata=record)
 
 
-def _unnamed(probe: Probe, name: str, tensors: dict[str, Tensor], choices: Overrides) -> HubSAE:
+def _unnamed(probe: Probe, name: str, tensors: dict[str, Tensor], choices: Overrides) -> SAE:
     """Tensors whose names are canonical and of which nothing else is known."""
     if "log_threshold" in tensors:
         tensors["threshold"] = tensors.pop("log_threshold").double().exp().float()
@@ -171,7 +171,7 @@ def _raw_files(probe: Probe) -> dict[str, Path]:
     return {n.removesuffix(".npy"): probe.path / n for n in sorted(probe.names) if n.removesuffix(".npy") in wanted}
 
 
-def _read_raw(probe: Probe, choices: Overrides) -> HubSAE:
+def _read_raw(probe: Probe, choices: Overrides) -> SAE:
     index = probe.json(INDEX_NAME)
     if index:
         return _read_index(probe.path, index)
@@ -197,7 +197,7 @@ def _read_raw(probe: Probe, choices: Overrides) -> HubSAE:
     return _unnamed(probe, "raw", tensors, choices)
 
 
-def _read_index(folder: Path, index: dict[str, Any]) -> HubSAE:
+def _read_index(folder: Path, index: dict[str, Any]) -> SAE:
     file = folder / INDEX_NAME
     entries = index.get("tensors")
     if not isinstance(entries, dict) or not all(isinstance(e, dict) and "shape" in e for e in entries.values()):
@@ -211,7 +211,7 @@ def _read_index(folder: Path, index: dict[str, Any]) -> HubSAE:
     return _from_config(file, index.get("config"), tensors, index.get("metadata"))
 
 
-def write_raw(sae: HubSAE, folder: str | os.PathLike[str]) -> Path:
+def write_raw(sae: SAE, folder: str | os.PathLike[str]) -> Path:
     """Write each tensor as a bare little-endian float32 file, and tensors.json that says what they are."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from hubsae.core.errors import AmbiguousFormatError, ConfigError, FormatError, nearest
-from hubsae.core.sae import HubSAE
+from hubsae.core.sae import SAE
 from hubsae.formats import (
     bundle,
     dictionary_learning,
@@ -161,7 +161,7 @@ def read(
     dtype: torch.dtype | str | None = None,
     features: Sequence[int] | None = None,
     **overrides: Any,
-) -> HubSAE:
+) -> SAE:
     """Read one SAE in any known format into the canonical form.
 
     Overrides are choices where the file does not say, or against its reader: `k`, `architecture`, `topk_relu`,
@@ -169,7 +169,7 @@ def read(
     `hook`, `base_model`, ...
 
     >>> import tempfile
-    >>> from hubsae.core.config import SAEConfig
+    >>> from hubsae import HubSAE, SAEConfig
     >>> sae = HubSAE.random(SAEConfig(architecture="topk", d_in=4, d_sae=8, k=2))
     >>> with tempfile.TemporaryDirectory() as d:
     ...     _ = write(sae, d, "native")
@@ -197,7 +197,7 @@ def read(
     )
 
 
-def write(sae: HubSAE, path: str | os.PathLike[str], format: str = "native") -> Path:
+def write(sae: SAE, path: str | os.PathLike[str], format: str = "native") -> Path:
     """Write one SAE in a format that can be written; whole or not at all."""
     found = FORMATS.get(format)
     if found is None or found.write is None:
@@ -215,7 +215,7 @@ def write(sae: HubSAE, path: str | os.PathLike[str], format: str = "native") -> 
     return _write_folder(found, sae, target)
 
 
-def _write_folder(found: Format, sae: HubSAE, target: Path) -> Path:
+def _write_folder(found: Format, sae: SAE, target: Path) -> Path:
     """A new folder appears under its name only when all its files are written; an existing one is written into."""
     if target.exists() and not target.is_dir():
         raise FormatError(target, f"a folder to write {found.name} into", "a file")
@@ -246,11 +246,11 @@ def convert(
     to: str = "native",
     format: str | None = None,
     **overrides: Any,
-) -> HubSAE:
+) -> SAE:
     """Read one format and write another; returns the SAE that was written.
 
     >>> import tempfile
-    >>> from hubsae.core.config import SAEConfig
+    >>> from hubsae import HubSAE, SAEConfig
     >>> made = HubSAE.random(SAEConfig(architecture="topk", d_in=4, d_sae=8, k=2))
     >>> with tempfile.TemporaryDirectory() as d:
     ...     _ = write(made, f"{d}/mine", "native")
@@ -262,7 +262,7 @@ def convert(
     return sae
 
 
-def write_also(sae: HubSAE, folder: str | os.PathLike[str], formats: Iterable[str]) -> list[Path]:
+def write_also(sae: SAE, folder: str | os.PathLike[str], formats: Iterable[str]) -> list[Path]:
     """Write further formats beside an SAE's own files: sparsify, onnx, pt, raw. Returns the new files.
 
     sparsify's keys are added to cfg.json, so that the one folder loads in SAELens and in sparsify.

@@ -14,7 +14,7 @@ import torch
 from hubsae.core.errors import FormatError, NotFoundError, nearest
 from hubsae.core.files import atomic_path, safe_join, sha256_file, write_csv_atomic
 from hubsae.core.metadata import Metadata
-from hubsae.core.sae import HubSAE
+from hubsae.core.sae import SAE
 from hubsae.formats import native
 from hubsae.formats.manifest import MANIFEST_NAME, FileEntry, Manifest, SAEEntry
 
@@ -30,7 +30,7 @@ class Release:
     """A release folder, opened.
 
     >>> import tempfile
-    >>> from hubsae.core.config import SAEConfig
+    >>> from hubsae import HubSAE, SAEConfig
     >>> sae = HubSAE.random(SAEConfig(architecture="topk", d_in=4, d_sae=8, k=2))
     >>> with tempfile.TemporaryDirectory() as d:
     ...     release = Release.create(d, name="demo", base_model="Qwen/Qwen2.5-0.5B-Instruct")
@@ -112,7 +112,7 @@ class Release:
         features: Sequence[int] | None = None,
         verify: bool = False,
         **filters: Any,
-    ) -> HubSAE:
+    ) -> SAE:
         """Load one SAE. Sizes are always compared with the manifest, hashes with `verify=True`."""
         entry = self.entry(id, **filters)
         check_files(self.path, entry.files, hashes=verify)
@@ -130,7 +130,7 @@ class Release:
 
     # ---- changing it ------------------------------------------------------------------------------------
 
-    def add(self, sae: HubSAE, id: str, *, also: Iterable[str] = ()) -> SAEEntry:
+    def add(self, sae: SAE, id: str, *, also: Iterable[str] = ()) -> SAEEntry:
         """Write an SAE into the release (in place of one with this id) and list it in the manifest.
 
         `also` names further formats to write beside it: sparsify, onnx, pt, raw.
@@ -139,7 +139,9 @@ class Release:
 
         folder = safe_join(self.path, id)
         metadata = sae.metadata.model_copy(update={"id": id, "config": sae.config})
-        stored = HubSAE(sae.config, sae.tensors(), metadata=metadata, normalizer=sae.normalizer, sparsity=sae.sparsity)
+        stored = SAE.build(
+            sae.config, sae.tensors(), metadata=metadata, normalizer=sae.normalizer, sparsity=sae.sparsity
+        )
         _remove_beside(folder)
         native.write(stored, folder)
         write_also(stored, folder, also)

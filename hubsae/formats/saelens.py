@@ -21,7 +21,7 @@ from hubsae.core.extras import require
 from hubsae.core.files import write_json_atomic
 from hubsae.core.fold import TrainedTensors, fold_decoder_norms
 from hubsae.core.metadata import Metadata
-from hubsae.core.sae import HubSAE
+from hubsae.core.sae import SAE
 from hubsae.formats import tensors as io
 from hubsae.formats.base import Format, Found, Overrides, Probe, ReadWarning, assemble, expect_keys
 
@@ -87,7 +87,7 @@ def fidelity(config: SAEConfig) -> Fidelity:
 # ---- writing ----------------------------------------------------------------------------------------------
 
 
-def stored_tensors(sae: HubSAE) -> dict[str, Tensor]:
+def stored_tensors(sae: SAE) -> dict[str, Tensor]:
     """The tensors SAELens expects, and nothing more (it refuses any other)."""
     tensors = sae.tensors()
     if sae.config.architecture == "batch_topk" and sae.config.threshold is not None:
@@ -95,7 +95,7 @@ def stored_tensors(sae: HubSAE) -> dict[str, Tensor]:
     return tensors
 
 
-def with_constant_norm(sae: HubSAE) -> HubSAE:
+def with_constant_norm(sae: SAE) -> SAE:
     """An SAE on unit-norm tokens as the same SAE on tokens of norm sqrt(d_in), which SAELens has."""
     if sae.config.token_norm != "unit_norm":
         return sae
@@ -104,7 +104,7 @@ def with_constant_norm(sae: HubSAE) -> HubSAE:
     tensors |= {"W_enc": tensors["W_enc"] / root, "W_dec": tensors["W_dec"] * root, "b_dec": tensors["b_dec"] * root}
     config = sae.config.model_copy(update={"token_norm": "constant_norm"})
     metadata = sae.metadata.model_copy(update={"config": config})
-    return HubSAE(config, tensors, metadata=metadata, sparsity=sae.sparsity)
+    return SAE.build(config, tensors, metadata=metadata, sparsity=sae.sparsity)
 
 
 def cfg_of(config: SAEConfig, metadata: Metadata) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def cfg_of(config: SAEConfig, metadata: Metadata) -> dict[str, Any]:
     return cfg
 
 
-def write(sae: HubSAE, folder: str | os.PathLike[str]) -> Path:
+def write(sae: SAE, folder: str | os.PathLike[str]) -> Path:
     """Write a plain SAELens folder (the native format writes the same and the full record besides)."""
     sae = with_constant_norm(sae)
     folder = Path(folder)
@@ -175,7 +175,7 @@ def detect(probe: Probe) -> str | None:
     return "cfg.json with d_in and d_sae beside sae_weights.safetensors" if {"d_in", "d_sae"} <= set(cfg) else None
 
 
-def _read(probe: Probe, choices: Overrides) -> HubSAE:
+def _read(probe: Probe, choices: Overrides) -> SAE:
     file = probe.path / WEIGHTS_NAME
     sparsity = None
     if SPARSITY_NAME in probe.names:
@@ -214,7 +214,7 @@ def from_parts(
     choices: Overrides | None = None,
     sparsity: Tensor | None = None,
     source: str = "saelens",
-) -> HubSAE:
+) -> SAE:
     """An SAE from a SAELens config and its tensors; `path` is named in errors."""
     path, choices = Path(path), choices or Overrides()
     cfg = modern_cfg(cfg)
@@ -323,7 +323,7 @@ def _record(meta: dict[str, Any]) -> dict[str, Any]:
 # ---- live objects -----------------------------------------------------------------------------------------
 
 
-def from_saelens(sae: Any) -> HubSAE:
+def from_saelens(sae: Any) -> SAE:
     """A SAELens SAE (inference or training class) as a HubSAE."""
     state = {name: tensor.detach().clone() for name, tensor in sae.state_dict().items()}
     sae.process_state_dict_for_saving(state)
@@ -336,7 +336,7 @@ def _plain(value: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in value.items() if v is not None}
 
 
-def to_saelens(sae: HubSAE) -> Any:
+def to_saelens(sae: SAE) -> Any:
     """The same SAE as a SAELens object; a warning says where SAELens cannot express it.
 
     The object holds copies, so changing one does not change the other.

@@ -16,7 +16,7 @@ from torch import Tensor
 from hubsae.core.errors import FormatError
 from hubsae.core.fold import TrainedTensors
 from hubsae.core.metadata import DecoderFlags
-from hubsae.core.sae import HubSAE
+from hubsae.core.sae import SAE
 from hubsae.formats import tensors as io
 from hubsae.formats.base import Format, Found, Overrides, Probe, ReadWarning, assemble, expect_keys, orient
 
@@ -46,7 +46,7 @@ def _detect_qwen(probe: Probe) -> str | None:
     )
 
 
-def _read_qwen(probe: Probe, choices: Overrides) -> HubSAE:
+def _read_qwen(probe: Probe, choices: Overrides) -> SAE:
     state = probe.pickle()
     if not isinstance(state, dict):
         raise FormatError(probe.path, "a dict of tensors", type(state).__name__)
@@ -90,7 +90,7 @@ def _detect_gemma(probe: Probe) -> str | None:
     return f"{file.name} with {', '.join(GEMMA_KEYS)}" if set(GEMMA_KEYS) <= names else None
 
 
-def _read_gemma(probe: Probe, choices: Overrides) -> HubSAE:
+def _read_gemma(probe: Probe, choices: Overrides) -> SAE:
     file = _gemma_file(probe)
     if file is None:
         raise FormatError(probe.path, f"{NPZ} or {SAFETENSORS}", "neither")

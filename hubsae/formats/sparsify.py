@@ -15,7 +15,7 @@ from typing import Any
 from hubsae.core.errors import ConfigError, FormatError
 from hubsae.core.files import read_json, write_json_atomic
 from hubsae.core.fold import TrainedTensors
-from hubsae.core.sae import HubSAE
+from hubsae.core.sae import SAE
 from hubsae.formats import tensors as io
 from hubsae.formats.base import Format, Found, Overrides, Probe, assemble, expect_keys
 from hubsae.formats.names import parse_name
@@ -31,7 +31,7 @@ def detect(probe: Probe) -> str | None:
     return "cfg.json beside sae.safetensors"
 
 
-def _read(probe: Probe, choices: Overrides) -> HubSAE:
+def _read(probe: Probe, choices: Overrides) -> SAE:
     cfg = probe.json(CFG_NAME)
     file = probe.path / WEIGHTS_NAME
     if cfg.get("activation", "topk") != "topk":
@@ -70,7 +70,7 @@ def _run_config(folder: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) and "sae" in config else {}
 
 
-def write(sae: HubSAE, folder: str | os.PathLike[str], *, merge_cfg: bool = False) -> Path:
+def write(sae: SAE, folder: str | os.PathLike[str], *, merge_cfg: bool = False) -> Path:
     """Write a sparsify folder; `merge_cfg` adds its keys to the cfg.json of a SAELens folder, so one folder is both."""
     config = sae.config
     if config.architecture != "topk" or not config.topk_relu or config.token_norm != "none":

@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 from hubsae.core.errors import ConfigError, DataError
-from hubsae.core.sae import HubSAE
+from hubsae.core.sae import SAE
 
 
-def estimate_threshold(sae: HubSAE, activations: Tensor, *, batch_size: int = 4096) -> HubSAE:
+def estimate_threshold(sae: SAE, activations: Tensor, *, batch_size: int = 4096) -> SAE:
     """The same SAE with a stored threshold, so that codes no longer depend on the batch.
 
     The threshold is the mean over batches of the smallest pre-activation the batch rule keeps, moved down by one
     float: the rule keeps what is equal to it, a stored threshold only what is above.
 
-    >>> from hubsae.core.config import SAEConfig
+    >>> from hubsae import HubSAE, SAEConfig
     >>> sae = HubSAE.random(SAEConfig(architecture="batch_topk", d_in=8, d_sae=32, k=2))
     >>> estimate_threshold(sae, torch.randn(512, 8)).config.threshold > 0
     True
@@ -37,4 +37,4 @@ def estimate_threshold(sae: HubSAE, activations: Tensor, *, batch_size: int = 40
     config = sae.config.model_copy(update={"threshold": threshold})
     metadata = sae.metadata.model_copy(update={"config": config}, deep=True)
     setattr(metadata.training, "threshold_source", f"estimated on {len(cuts) * batches[0].shape[0]} tokens")  # noqa: B010
-    return HubSAE(config, sae.tensors(), metadata=metadata, normalizer=sae.normalizer, sparsity=sae.sparsity)
+    return SAE.build(config, sae.tensors(), metadata=metadata, normalizer=sae.normalizer, sparsity=sae.sparsity)

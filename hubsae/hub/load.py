@@ -24,7 +24,7 @@ from hubsae.hub.errors import IntegrityError, OfflineError
 if TYPE_CHECKING:
     import torch
 
-    from hubsae.core.sae import HubSAE
+    from hubsae.core.sae import SAE
 
 
 def load_pretrained(
@@ -42,7 +42,7 @@ def load_pretrained(
     dtype: torch.dtype | str | None = None,
     features: Sequence[int] | None = None,
     **choices: Any,
-) -> HubSAE:
+) -> SAE:
     """One SAE from a repo (`name/repo`, `name/repo@revision`) or a local folder or file.
 
     Without an `id`, filters choose: `layer=18, stage="ppo_step116", k=64`. For files that no manifest describes,
@@ -78,14 +78,14 @@ def iter_pretrained(
     dtype: torch.dtype | str | None = None,
     features: Sequence[int] | None = None,
     **choices: Any,
-) -> Iterator[tuple[str, HubSAE]]:
+) -> Iterator[tuple[str, SAE]]:
     """(id, SAE) for every SAE of one commit that fits the filters; one is in memory at a time."""
     _check_choices(choices, dtype, device)
     client = _client(token, endpoint, cache_dir, local_files_only)
     catalog = open_catalog(client, repo_or_path, revision, force=force_download)
     selected = catalog.select(id, _filters(choices))
 
-    def each() -> Iterator[tuple[str, HubSAE]]:
+    def each() -> Iterator[tuple[str, SAE]]:
         for entry in selected:
             path = fetch(client, catalog, entry, force=force_download)
             yield (
@@ -262,7 +262,7 @@ def read_entry(
     dtype: torch.dtype | str | None = None,
     features: Sequence[int] | None = None,
     choices: dict[str, Any] | None = None,
-) -> HubSAE:
+) -> SAE:
     """Read the files of one SAE: a hubsae folder directly, anything else through its format."""
     if entry.native or ((path / "metadata.json").is_file() and (path / "sae_weights.safetensors").is_file()):
         from hubsae.formats import native

@@ -21,7 +21,7 @@ from hubsae.formats import saelens
 from hubsae.hub.errors import IntegrityError
 
 if TYPE_CHECKING:
-    from hubsae.core.sae import HubSAE
+    from hubsae.core.sae import SAE
 
 PROBES = 64
 TOLERANCE = 1e-6
@@ -47,7 +47,7 @@ class Check:
     notes: list[str] = field(default_factory=list)
 
 
-def probe_activations(sae: HubSAE, n: int = PROBES, *, seed: int = 0) -> Tensor:
+def probe_activations(sae: SAE, n: int = PROBES, *, seed: int = 0) -> Tensor:
     """Made-up activations [n, d_in] in the range this SAE was trained for."""
     generator = torch.Generator().manual_seed(seed)
     centre, scale = sae.b_dec.detach().float().cpu(), torch.ones(sae.d_in)
@@ -62,7 +62,7 @@ def probe_activations(sae: HubSAE, n: int = PROBES, *, seed: int = 0) -> Tensor:
     return torch.cat([noise, sums])
 
 
-def same(source: HubSAE, written: HubSAE, x: Tensor) -> bool:
+def same(source: SAE, written: SAE, x: Tensor) -> bool:
     """Whether the copy has the same tensors and gives the same codes and reconstruction."""
     if source.config != written.config:
         return False
@@ -73,7 +73,7 @@ def same(source: HubSAE, written: HubSAE, x: Tensor) -> bool:
         return bool(torch.equal(source(x), written(x)))
 
 
-def compare_with_saelens(folder: str | os.PathLike[str], sae: HubSAE, x: Tensor) -> tuple[float, float]:
+def compare_with_saelens(folder: str | os.PathLike[str], sae: SAE, x: Tensor) -> tuple[float, float]:
     """Load the folder with stock SAELens: (share of tokens with the same latents, largest relative error)."""
     from sae_lens import SAE
 
@@ -102,7 +102,7 @@ def have_saelens() -> bool:
 def check(
     id: str,
     folder: Path,
-    source: HubSAE | None,
+    source: SAE | None,
     *,
     activations: Tensor | None = None,
     with_saelens: bool = True,
@@ -149,7 +149,7 @@ def check(
     return Check(id, True, verdict, error, rows, fvu, l0, notes)
 
 
-def _negatives(sae: HubSAE, activations: Tensor) -> str:
+def _negatives(sae: SAE, activations: Tensor) -> str:
     """Whether a signed top-k ever selects a negative latent on these activations."""
     with torch.no_grad():
         values = sae.encode_sparse(activations.float()).values
@@ -162,7 +162,7 @@ def _negatives(sae: HubSAE, activations: Tensor) -> str:
     )
 
 
-def quality(sae: HubSAE, activations: Tensor) -> tuple[float | None, float | None]:
+def quality(sae: SAE, activations: Tensor) -> tuple[float | None, float | None]:
     """(FVU, L0) on real activations."""
     from hubsae.evals import reconstruction
 
@@ -189,7 +189,7 @@ class Calibration:
         )
 
 
-def calibrate(sae: HubSAE, activations: Tensor) -> tuple[HubSAE, Calibration]:
+def calibrate(sae: SAE, activations: Tensor) -> tuple[SAE, Calibration]:
     """Give a BatchTopK SAE a stored threshold from these activations, and measure what that changes."""
     from hubsae.evals import reconstruction
     from hubsae.formats import estimate_threshold

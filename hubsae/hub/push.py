@@ -27,7 +27,7 @@ from hubsae.hub.probes import Activations, check, have_saelens
 from hubsae.hub.staging import Staging, calibrate_all, one_place, staged, staging_folder
 
 if TYPE_CHECKING:
-    from hubsae.core.sae import HubSAE
+    from hubsae.core.sae import SAE
 
 NOTHING_THERE = upload.State("", {})
 
@@ -63,7 +63,7 @@ def push(
         return _push(client, staging, target, told, confirm, bar)
 
 
-def push_sae(sae: HubSAE, repo_id: str, *, id: str = ".", **options: Any) -> PushResult:
+def push_sae(sae: SAE, repo_id: str, *, id: str = ".", **options: Any) -> PushResult:
     """Publish one SAE; at the root of its repo, unless an `id` (a folder) is given."""
     told = options_of({k: v for k, v in options.items() if k not in _CALL})
     call = {k: v for k, v in options.items() if k in _CALL}

@@ -27,7 +27,7 @@ from hubsae.hub.plan import PushOptions, datasets_of
 from hubsae.hub.probes import Activations, Calibration, calibrate
 
 if TYPE_CHECKING:
-    from hubsae.core.sae import HubSAE
+    from hubsae.core.sae import SAE
 
 T = TypeVar("T")
 
@@ -37,7 +37,7 @@ class Staging:
     """A release folder ready to be checked, and where its SAEs came from."""
 
     root: Path
-    sources: dict[str, Callable[[], HubSAE]] = field(default_factory=dict)
+    sources: dict[str, Callable[[], SAE]] = field(default_factory=dict)
     """By id: how to get what the written copy has to equal."""
     read_as: dict[str, str] = field(default_factory=dict)
     calibrations: dict[str, Calibration] = field(default_factory=dict)

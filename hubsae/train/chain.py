@@ -10,7 +10,7 @@ import torch
 
 from hubsae.core.errors import ConfigError
 from hubsae.core.files import write_csv_atomic
-from hubsae.core.sae import HubSAE
+from hubsae.core.sae import SAE
 from hubsae.train.config import TrainConfig
 from hubsae.train.result import TrainResult
 from hubsae.train.trainer import Run
@@ -28,7 +28,7 @@ class StageResult:
     after: dict[str, float]
 
     @property
-    def sae(self) -> HubSAE:
+    def sae(self) -> SAE:
         """The SAE after this stage."""
         assert self.result.sae is not None
         return self.result.sae

@@ -12,13 +12,13 @@ from hubsae.core.config import SAEConfig
 from hubsae.core.fold import TrainedTensors, fold
 from hubsae.core.metadata import Metadata, Metric
 from hubsae.core.normalizer import Normalizer
-from hubsae.core.sae import HubSAE
+from hubsae.core.sae import SAE
 from hubsae.train.config import TrainConfig
 from hubsae.train.state import Cell
 from hubsae.version import __version__
 
 
-def to_sae(cell: Cell, space: Normalizer | None, weights: dict[str, Tensor] | None = None, **facts: Any) -> HubSAE:
+def to_sae(cell: Cell, space: Normalizer | None, weights: dict[str, Tensor] | None = None, **facts: Any) -> SAE:
     """The SAE of a cell (or of saved `weights` of it) on raw activations.
 
     The normaliser and an untied pre-bias fold into the weights exactly; the statistics are kept beside them.
@@ -50,7 +50,7 @@ def to_sae(cell: Cell, space: Normalizer | None, weights: dict[str, Tensor] | No
         threshold=threshold if config.architecture == "batch_topk" else None,
         apply_b_dec_to_input=subtract,
     )
-    return HubSAE(sae_config, tensors, metadata=record(config, sae_config, space, **facts), normalizer=space)
+    return SAE.build(sae_config, tensors, metadata=record(config, sae_config, space, **facts), normalizer=space)
 
 
 def current(cell: Cell) -> dict[str, Tensor]:

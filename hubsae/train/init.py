@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hubsae.core import factory
 from hubsae.core.errors import ConfigError
 from hubsae.core.fold import unfold
 from hubsae.core.normalizer import Normalizer
-from hubsae.core.sae import HubSAE
+from hubsae.core.sae import SAE
 from hubsae.train.config import TrainConfig
 from hubsae.train.state import Cell
 
@@ -69,20 +70,20 @@ def geometric_median(rows: Tensor, *, iterations: int = 100, tolerance: float = 
     return point
 
 
-def resolve(start: Any) -> HubSAE | None:
+def resolve(start: Any) -> SAE | None:
     """An SAE, a path to one in any format, or nothing."""
-    if start is None or isinstance(start, HubSAE):
+    if start is None or isinstance(start, SAE):
         return start
     if isinstance(start, (str, os.PathLike)):
         if Path(start).is_file():
             from hubsae.formats.registry import read
 
             return read(start)
-        return HubSAE.from_pretrained(start)
+        return factory.sae_class(SAE).from_pretrained(start)
     raise ConfigError(f"cannot start from {type(start).__name__}", hint="pass a HubSAE, or the path of one")
 
 
-def check_warm(config: TrainConfig, d: int, width: int, sae: HubSAE) -> None:
+def check_warm(config: TrainConfig, d: int, width: int, sae: SAE) -> None:
     """Raise unless an SAE can start a run of these settings."""
     wrong = []
     if sae.d_in != d:
@@ -101,7 +102,7 @@ def check_warm(config: TrainConfig, d: int, width: int, sae: HubSAE) -> None:
         )
 
 
-def warm(cell: Cell, sae: HubSAE, space: Normalizer | None) -> None:
+def warm(cell: Cell, sae: SAE, space: Normalizer | None) -> None:
     """Start a cell from an SAE, as the same function in this run's training space; the optimiser starts fresh.
 
     An SAE whose pre-bias is tied starts an untied or bias-free one exactly, and the other way round: what one

@@ -8,7 +8,7 @@ from typing import Any
 
 from hubsae.core.errors import HubSAEError, TrainingError
 from hubsae.core.metadata import Metric
-from hubsae.core.sae import HubSAE
+from hubsae.core.sae import SAE
 from hubsae.train.config import TrainConfig
 
 
@@ -18,7 +18,7 @@ class TrainResult:
 
     name: str
     config: TrainConfig
-    sae: HubSAE | None
+    sae: SAE | None
     """The SAE on raw activations; None where `error` says why not."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """The log lines of this SAE, in order."""

@@ -20,11 +20,11 @@ import torch
 from hubsae.activations import harvest
 from hubsae.core.files import read_json, write_csv_atomic, write_json_atomic, write_text_atomic
 from hubsae.core.metadata import Metric
-from hubsae.core.sae import HubSAE
 from hubsae.evals import compare, reconstruction
 from hubsae.evals.record import record_metrics
 from hubsae.evals.splice import splice_many
-from hubsae.formats import Release
+from hubsae.formats import Release, native
+from hubsae.hub.sae import HubSAE
 from hubsae.recipes.report import read_csv
 from hubsae.recipes.rl import chain_steps as common
 from hubsae.recipes.rl import estimates
@@ -221,7 +221,7 @@ class _Run:
             for name, stage in zip(names, results, strict=bool(results)):
                 base = stage.sae.metadata.base_model
                 base.stage, base.step = name, _step_of(name)
-                stage.sae.save_pretrained(ctx.folder / kind / name)
+                native.write(stage.sae, ctx.folder / kind / name)
         rows = [{"chain": chain.name, "k": chain.k, "layer": layer, **row} for row in trained.table()]
         # checkpoints of a finished training are of no use to later steps, and ten times as large as its result
         shutil.rmtree(ctx.folder / "training")

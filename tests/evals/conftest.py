@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hubsae.core.config import SAEConfig
-from hubsae.core.sae import HubSAE
+from hubsae.hub.sae import HubSAE
 
 D, D_SAE, VOCAB = 32, 128, 97
 

@@ -9,14 +9,14 @@ import torch
 
 from hubsae import evals
 from hubsae.core.config import SAEConfig
-from hubsae.core.sae import HubSAE
+from hubsae.hub.sae import HubSAE
 
 SCRIPT = """
 import json, sys
 import torch, torch.distributed as dist
 from hubsae import evals
 from hubsae.core.config import SAEConfig
-from hubsae.core.sae import HubSAE
+from hubsae.hub.sae import HubSAE
 torch.set_num_threads(1)
 rank, port, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)

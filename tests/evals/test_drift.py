@@ -9,11 +9,11 @@ import torch
 
 from hubsae import evals
 from hubsae.core.errors import DataError, NotFoundError
-from hubsae.core.sae import HubSAE
 from hubsae.evals.chains import make_groups
 from hubsae.evals.comparison import less_control
 from hubsae.evals.rates import change, make_series, rate_ratio, step_of
 from hubsae.evals.weights import movement
+from hubsae.hub.sae import HubSAE
 
 STAGES = ("instruct_base", "ppo_step10", "ppo_step30")
 

@@ -11,8 +11,8 @@ from hubsae import evals
 from hubsae.core.config import SAEConfig
 from hubsae.core.errors import ConfigError, DataError, HookError
 from hubsae.core.hooks import edit_hook
-from hubsae.core.sae import HubSAE
 from hubsae.evals.texts import encode_texts
+from hubsae.hub.sae import HubSAE
 
 FAMILIES = ["qwen2", "llama", "gemma", "gpt2", "gpt_neox"]
 

@@ -12,7 +12,7 @@ import torch
 import hubsae
 from hubsae import HubSAE, SAEConfig
 from hubsae.formats import write
-from hubsae.formats.converter import saelens_converter
+from hubsae.hub.converter import saelens_converter
 
 from .conftest import D_IN, D_SAE, K
 

@@ -12,7 +12,7 @@ import torch
 
 from hubsae import localhub
 from hubsae.core.config import SAEConfig
-from hubsae.core.sae import HubSAE
+from hubsae.hub.sae import HubSAE
 from hubsae.localhub.settings import Token
 
 # read by hf_xet when its session starts, hence before any test

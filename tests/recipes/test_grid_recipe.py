@@ -180,7 +180,7 @@ def test_measuring_in_parts_changes_nothing_and_a_broken_sae_is_left_out(
     run: Path, quick_world: TinyWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from hubsae.activations import ActivationDataset
-    from hubsae.core.sae import HubSAE
+    from hubsae.hub.sae import HubSAE
     from hubsae.recipes.grid import measure as room
 
     held = ActivationDataset.open(run / "harvest", "layers.1", "validation")

@@ -16,8 +16,8 @@ import torch
 
 from hubsae.core.errors import ConfigError, NotFoundError
 from hubsae.core.files import read_json, sha256_file
-from hubsae.core.sae import HubSAE
 from hubsae.formats import Release
+from hubsae.hub.sae import HubSAE
 from hubsae.recipes.registry import prepare
 from hubsae.recipes.report import read_csv
 from hubsae.recipes.rl.chain_settings import ChainConfig

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hubsae.core.errors import ConfigError
-from hubsae.core.sae import HubSAE
+from hubsae.hub.sae import HubSAE
 from hubsae.train.config import TrainConfig
 from hubsae.train.estimate import estimate
 from hubsae.train.job import CONFIGS, load_job

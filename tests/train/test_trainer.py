@@ -8,7 +8,7 @@ import torch
 import hubsae.train.checkpoint as checkpoint
 from hubsae.core.config import SAEConfig
 from hubsae.core.errors import ConfigError, DataError, TrainingError
-from hubsae.core.sae import HubSAE
+from hubsae.hub.sae import HubSAE
 from hubsae.train import (
     AuxConfig,
     DeadConfig,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hubsae.formats import native
 from hubsae.recipes.steps import Step, StepContext
 
 TEXT_SEED = 11
@@ -193,7 +194,7 @@ def chain(ctx: StepContext) -> dict[str, Any]:
             stage.sae.metadata.base_model.step = (
                 int(stage.stage.removeprefix("ppo_step")) if "ppo" in stage.stage else 0
             )
-            stage.sae.save_pretrained(ctx.folder / sae_id(stage.stage, layer))
+            native.write(stage.sae, ctx.folder / sae_id(stage.stage, layer))
     shutil.rmtree(ctx.folder / "training")
     return {"saes": len(settings["layers"]) * len(settings["stages"])}
 
@@ -201,11 +202,11 @@ def chain(ctx: StepContext) -> dict[str, Any]:
 def release(ctx: StepContext) -> dict[str, Any]:
     """Package the chain with its metrics, its drift and its card."""
     from hubsae.core.files import write_text_atomic
-    from hubsae.core.sae import HubSAE
     from hubsae.evals import drift, reconstruction
     from hubsae.evals.record import record_drift, record_metrics
     from hubsae.formats import Release
     from hubsae.hub.card import card_of_release, render_card
+    from hubsae.hub.sae import HubSAE
 
     settings, data = ctx.settings, ctx.path("activations")
     made = Release.create(ctx.folder, name="hubsae-demo", base_model=BASE_MODEL, license="apache-2.0")

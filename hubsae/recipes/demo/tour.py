@@ -54,7 +54,7 @@ def publish(run: Path, hub: Any, say: Say) -> str:
 
 def load_back(run: Path, hub: Any, size: DemoSize) -> Any:
     """One SAE of the release, chosen by stage and layer, as anyone would load it."""
-    from hubsae.core.sae import HubSAE
+    from hubsae.hub.sae import HubSAE
 
     return HubSAE.from_pretrained(
         REPO, layer=size.layers[-1], stage=size.stages[-1],

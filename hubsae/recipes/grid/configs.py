@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hubsae.core.normalizer import Normalizer
-from hubsae.core.sae import HubSAE
+from hubsae.core.sae import SAE
 from hubsae.formats.thresholds import estimate_threshold
 from hubsae.recipes.grid.cells import LABELS, Cell
 from hubsae.recipes.grid.settings import TrainSettings
@@ -125,7 +125,7 @@ def _centred(raw: Tensor, space: Normalizer | None) -> Tensor:
     return x - x.mean(0)
 
 
-def calibrated(sae: HubSAE, activations: Any, tokens: int, seed: int = 0) -> HubSAE:
+def calibrated(sae: SAE, activations: Any, tokens: int, seed: int = 0) -> SAE:
     """A BatchTopK SAE with its inference threshold taken from training tokens; others as they are.
 
     The threshold is the mean, over batches of 4,096 tokens, of the smallest activation the batch rule keeps.

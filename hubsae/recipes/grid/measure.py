@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hubsae.core.files import atomic_path
 from hubsae.core.metadata import Metric
-from hubsae.core.sae import HubSAE
+from hubsae.core.sae import SAE
 from hubsae.evals.accumulate import ROW_STATS
 from hubsae.evals.blocks import CELLS, GROUPS
 from hubsae.evals.definitions import Measure, to_metrics
@@ -48,7 +48,7 @@ class Measured:
 
 
 def measure(
-    saes: Mapping[str, Callable[[], HubSAE]],
+    saes: Mapping[str, Callable[[], SAE]],
     activations: Any,
     model: Any,
     tokenizer: Any,
@@ -98,9 +98,9 @@ def measure(
     return out
 
 
-def _parts(saes: Mapping[str, Callable[[], HubSAE]], out: Measured) -> Iterator[dict[str, HubSAE]]:
+def _parts(saes: Mapping[str, Callable[[], SAE]], out: Measured) -> Iterator[dict[str, SAE]]:
     """Load as many as fit at a time, leaving out what is not finite."""
-    held: dict[str, HubSAE] = {}
+    held: dict[str, SAE] = {}
     size = 0
     for name, load in saes.items():
         sae = load()

@@ -16,7 +16,7 @@ from hubsae.core.errors import TrainingError
 from hubsae.core.files import atomic_path, read_json, write_csv_atomic, write_json_atomic, write_text_atomic
 from hubsae.core.hooks import HookPoint
 from hubsae.core.metadata import Metric
-from hubsae.core.sae import HubSAE
+from hubsae.core.sae import SAE
 from hubsae.formats.native import read as read_sae
 from hubsae.recipes.grid import findings as words
 from hubsae.recipes.grid import plots
@@ -91,7 +91,7 @@ def run_cells(
     configs: list[Any],
     activations: Any,
     settings: TrainSettings,
-    finish: Callable[[HubSAE], HubSAE],
+    finish: Callable[[SAE], SAE],
 ) -> list[Outcome] | None:
     """Train cells in the step's folder with the live table, as the rank this process is; None on helping ranks."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

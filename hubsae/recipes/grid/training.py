@@ -28,7 +28,7 @@ import torch
 
 from hubsae.core.errors import TrainingError
 from hubsae.core.files import read_json, write_json_atomic
-from hubsae.core.sae import HubSAE
+from hubsae.core.sae import SAE
 from hubsae.formats.registry import write
 from hubsae.recipes.grid.memory import budget, cell_bytes
 from hubsae.train import TrainConfig, TrainResult, train_many
@@ -71,7 +71,7 @@ def train_cells(
     memory: int | None = None,
     rank: int = 0,
     world: int = 1,
-    finish: Callable[[HubSAE], HubSAE] | None = None,
+    finish: Callable[[SAE], SAE] | None = None,
 ) -> list[Outcome]:
     """Train cells, given by their configs with ids as names, and return how each ended, in order.
 
@@ -187,7 +187,7 @@ def _train_group(
     activations: Any,
     root: Path,
     device: str | torch.device,
-    finish: Callable[[HubSAE], HubSAE] | None,
+    finish: Callable[[SAE], SAE] | None,
 ) -> None:
     """Train cells in one pass; in two where memory does not do for one."""
     digest = hashlib.sha256("\n".join(config.name for config in configs).encode()).hexdigest()[:12]
@@ -218,7 +218,7 @@ def _train_group(
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _keep(root: Path, result: TrainResult, together: int, finish: Callable[[HubSAE], HubSAE] | None) -> None:
+def _keep(root: Path, result: TrainResult, together: int, finish: Callable[[SAE], SAE] | None) -> None:
     """Write a cell's SAE, then how it ended."""
     if _outcome_path(root, result.name).is_file():
         return

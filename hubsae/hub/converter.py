@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hubsae.core.sae import HubSAE
+from hubsae.core.sae import SAE
 from hubsae.formats import saelens
+from hubsae.hub.load import load_pretrained
 
 
 class _OnHub(NamedTuple):
@@ -51,7 +52,7 @@ class saelens_converter:
         options = dict(self.options)
         if force_download:
             options["force_download"] = True
-        return _parts(HubSAE.from_pretrained(repo_id, folder_name or None, **options), device, cfg_overrides)
+        return _parts(load_pretrained(repo_id, folder_name or None, **options), device, cfg_overrides)
 
     def _from_disk(
         self,
@@ -66,7 +67,7 @@ class saelens_converter:
         return _parts(read(path, **choices), device, cfg_overrides)
 
 
-def _parts(sae: HubSAE, device: str | None, overrides: dict[str, Any] | None) -> _OnHub:
+def _parts(sae: SAE, device: str | None, overrides: dict[str, Any] | None) -> _OnHub:
     sae = saelens.with_constant_norm(sae)
     cfg = saelens.cfg_of(sae.config, sae.metadata) | (overrides or {})
     if device is not None:
