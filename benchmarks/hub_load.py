@@ -53,7 +53,7 @@ def measure(hub: Any, repeats: int, *, with_saelens: bool) -> None:
     from huggingface_hub import hf_hub_download
     from safetensors.torch import load_file
 
-    from hubsae import HubSAE, SAEConfig
+    from hubsae import HubSAE, SAEConfig, push
     from hubsae.formats import Release
 
     torch.set_num_threads(1)
@@ -63,7 +63,7 @@ def measure(hub: Any, repeats: int, *, with_saelens: bool) -> None:
     for layer in range(LAYERS):
         release.add(HubSAE.random(config, seed=layer), f"saes/layer{layer}")
     started = time.perf_counter()
-    release.push("me/bench", check_saelens=False)
+    push(release.path, "me/bench", check_saelens=False)
     pushed = time.perf_counter() - started
     print(f"{cpu_name()}, one thread; {LAYERS} SAEs of {D_IN} x {D_SAE} published in {pushed:.1f} s (checks included)")
 

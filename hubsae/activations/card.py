@@ -10,6 +10,7 @@ from typing import Any
 
 from hubsae.core.bundled import bundled
 from hubsae.core.files import write_text_atomic
+from hubsae.core.readme import update
 
 BLOCK = "activations"
 TEMPLATE = "activation_dataset.md.j2"
@@ -68,6 +69,4 @@ def write_card(root: Path, manifest: dict[str, Any]) -> Path:
 
 def update_card(existing: str | None, manifest: dict[str, Any], repo_id: str | None = None) -> str:
     """The card with its rendered block brought up to date; what a person wrote around it, or in it, stays."""
-    from hubsae.hub.readme import update  # text only: it imports no Hub client
-
     return update(existing, front_matter(manifest), {BLOCK: render_body(manifest, repo_id)}).text

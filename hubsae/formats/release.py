@@ -193,12 +193,6 @@ class Release:
         """Compare every file with its size and sha256 in the manifest; the first difference is an error."""
         check_files(self.path, self.manifest.all_files, hashes=True)
 
-    def push(self, repo_id: str | None = None, **options: Any) -> Any:
-        """Publish this release; see `hubsae.hub.push`."""
-        from hubsae.hub.push import push
-
-        return push(self.path, repo_id, **options)
-
 
 def _remove_beside(folder: Path) -> None:
     """Other formats beside an SAE that is written anew would be those of the old one."""

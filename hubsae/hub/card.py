@@ -15,12 +15,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from hubsae.core import readme
 from hubsae.core.bundled import bundled
 from hubsae.core.errors import ConfigError, FormatError
 from hubsae.core.files import safe_join
 from hubsae.core.metadata import Metadata
 from hubsae.formats.manifest import Manifest, SAEEntry
-from hubsae.hub import cardtext, readme
+from hubsae.hub import cardtext
 
 KINDS = ("single", "chain", "grid", "release")
 HEADLINES = ("nmse_pooled", "fve", "fvu", "mse", "l0", "dead_fraction", "delta_ce", "frac_recovered_mean", "ce_sae")

@@ -7,9 +7,9 @@ import re
 from html import escape
 from pathlib import Path
 
+from hubsae.core import readme
 from hubsae.core.extras import require
 from hubsae.core.files import write_text_atomic
-from hubsae.hub import readme
 
 _STYLE = """
 body{font:16px/1.6 -apple-system,'Segoe UI',Helvetica,Arial,sans-serif;max-width:60rem;margin:2rem auto;

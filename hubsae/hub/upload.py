@@ -188,7 +188,7 @@ def publish(
             commit, committed = state.head, refused > 0
             break
         additions = _additions(diff.sent)
-        _send(client, repo_id, additions, diff, target, repo_type, pr, progress)
+        _send(client, repo_id, additions, diff, target, repo_type, progress)
         made = _commit(client, repo_id, additions, diff, state.head, target, message, repo_type)
         if made is not None:
             _check(client, repo_id, made, contents, repo_type)
@@ -236,7 +236,6 @@ def _send(
     diff: Diff,
     revision: str,
     repo_type: str,
-    pr: bool,
     progress: Progress,
 ) -> None:
     """Upload what goes into large-object storage; the branch does not change yet."""
@@ -250,7 +249,6 @@ def _send(
                     group,
                     repo_type=repo_type,
                     revision=revision,
-                    create_pr=pr or None,
                     free_memory=False,
                 )
 

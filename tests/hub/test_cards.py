@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hubsae import HubSAE, SAEConfig, push
+from hubsae.core import readme
 from hubsae.core.errors import ConfigError, MetadataError
 from hubsae.core.metadata import Metadata, Metric
 from hubsae.formats import Release, package
-from hubsae.hub import readme
 from hubsae.hub.card import card_of_release, guess_kind, render_card
 from hubsae.hub.client import HubClient
 from hubsae.hub.preview import to_html
@@ -207,7 +207,7 @@ def test_the_bare_snippets_compute_what_hubsae_does(hub: LocalHub, tmp_path: Pat
     codes = {}
     for architecture in ARCHITECTURES:
         repo = f"me/bare-{architecture}"
-        release_of(architecture, tmp_path).push(repo, check_saelens=False)
+        push(release_of(architecture, tmp_path).path, repo, check_saelens=False)
         text = HubClient().download(repo, "README.md").read_text()
         codes[repo] = next(code for code in snippets_of(text) if "load_file" in code)
     (tmp_path / "codes.json").write_text(json.dumps(codes))

@@ -144,7 +144,7 @@ def test_a_release_and_a_run_folder(hub: LocalHub, seeds: Path, tmp_path: Path):
     release = package(seeds, tmp_path / "run" / "release", **spec)
     release.add_results("eval", [{"stage": "ppo_step10", "nmse": 0.1}])
     before = {p: p.read_bytes() for p in release.path.rglob("*") if p.is_file()}
-    assert release.push("me/release", check_saelens=False).committed
+    assert push(release.path, "me/release", check_saelens=False).committed
     assert not push(tmp_path / "run", "me/release", check_saelens=False).committed
     assert {p: p.read_bytes() for p in release.path.rglob("*") if p.is_file()} == before
     assert "results/eval.csv" in HubClient().tree("me/release")
