@@ -104,6 +104,23 @@ class HookPoint:
         return f"{block}.{mlp}" if self.kind == "mlp_out" else block
 
 
+def hook_record(hook: str | None, layer: int | None) -> dict[str, Any]:
+    """The hook part of a record from a hook name or a layer; what cannot be parsed is kept as it stands."""
+    if hook is None and layer is None:
+        return {}
+    try:
+        point = HookPoint.parse(hook if hook is not None else layer)  # pyright: ignore[reportArgumentType]
+    except HookError:
+        key = "transformer_lens" if str(hook).startswith(("blocks.", "hook_")) else "module_path"
+        return {key: hook, "kind": "other"} | ({"layer": layer} if layer is not None else {})
+    return {
+        "layer": point.layer,
+        "kind": point.kind,
+        "module_path": point.module_path(),
+        "transformer_lens": point.transformer_lens,
+    }
+
+
 def _part(block: nn.Module, names: tuple[str, ...], hook: HookPoint) -> str:
     for name in names:
         if isinstance(getattr(block, name, None), nn.Module):

@@ -3,10 +3,11 @@
 from hubsae.formats import detect, read, write, convert, Release, package
 """
 
-from hubsae.formats.base import Format, Overrides, Probe, ReadWarning
+from hubsae.formats.base import Files, Format, Overrides, Probe, ReadWarning
+from hubsae.formats.detection import FORMATS, Reading, choose, detect
 from hubsae.formats.manifest import FileEntry, Manifest, SAEEntry
 from hubsae.formats.package import PackagePlan, PlannedSAE, package, plan
-from hubsae.formats.registry import FORMATS, Reading, choose, convert, detect, read, write, write_also
+from hubsae.formats.registry import convert, read, write, write_also
 from hubsae.formats.release import Release, pick, select
 from hubsae.formats.saelens import Fidelity, fidelity
 from hubsae.formats.spec import PackageSpec
@@ -16,6 +17,7 @@ __all__ = [
     "FORMATS",
     "Fidelity",
     "FileEntry",
+    "Files",
     "Format",
     "Manifest",
     "Overrides",

@@ -14,8 +14,10 @@ from hubsae.core.errors import AmbiguousFormatError, HubSAEError
 from hubsae.core.sae import SAE
 from hubsae.formats import tensors as io
 from hubsae.formats.base import Probe
+from hubsae.formats.detection import choose, probe_of, readable, readings_of
 from hubsae.formats.manifest import MANIFEST_NAME, Manifest
-from hubsae.formats.registry import _detect, _readable, probe_of, read
+from hubsae.formats.planning import plan
+from hubsae.formats.registry import read
 from hubsae.formats.release import Release
 from hubsae.formats.saelens import fidelity
 
@@ -67,10 +69,10 @@ def describe(path: str | Path, format: str | None = None, **overrides: Any) -> D
     probe = probe_of(path)
     if probe.is_dir and Manifest.is_manifest(probe.json(MANIFEST_NAME)) and format is None:
         return _release(path)
-    readings = _detect(probe)
+    readings = readings_of(probe)
     out = Description(str(path), "sae", [str(r) for r in readings])
     if format is not None:
-        _readable(format)
+        readable(format)
     if not readings and format is None:
         return _many(path, out) if probe.is_dir else _unknown_file(probe, out)
     out.tensors = list(_tensors(probe, readings[0].format if readings else ""))
@@ -171,8 +173,6 @@ def _release(path: Path) -> Description:
 
 def _many(path: Path, out: Description) -> Description:
     """A folder that is no SAE itself: what its files would be."""
-    from hubsae.formats.planning import plan
-
     out.kind = "folder of SAEs"
     todo = plan(path)
     out.saes = [
@@ -188,7 +188,5 @@ def _unknown_file(probe: Probe, out: Description) -> Description:
     out.tensors = _tensors(probe, "")
     out.unknown = ["its format"]
     if not out.tensors:
-        from hubsae.formats.registry import _choose
-
-        _choose(probe, None)  # raises, and says what it looks like
+        choose(probe)  # raises, and says what it looks like
     return out

@@ -26,7 +26,7 @@ from hubsae.core.normalizer import Normalizer
 from hubsae.core.sae import SAE
 from hubsae.formats import saelens
 from hubsae.formats import tensors as io
-from hubsae.formats.base import Format, Overrides, Probe
+from hubsae.formats.base import Files, Format, Overrides, Probe
 from hubsae.version import __version__
 
 WEIGHTS_NAME = saelens.WEIGHTS_NAME
@@ -232,6 +232,7 @@ FORMAT = Format(
     detect=detect,
     read=_read_format,
     write=write,
+    files=(Files((WEIGHTS_NAME, METADATA_NAME), (CFG_NAME, NORMALIZER_NAME, SPARSITY_NAME)),),
     covers=frozenset({"saelens", "sparsify"}),
     layout="`sae_weights.safetensors`, `cfg.json`, `metadata.json` (+ `normalizer`, `sparsity`)",
 )

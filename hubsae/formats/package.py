@@ -15,10 +15,12 @@ from typing import Any
 
 from hubsae.core.errors import ConfigError, FormatError
 from hubsae.core.files import sha256_file
+from hubsae.core.hooks import hook_record
 from hubsae.core.sae import SAE
-from hubsae.formats.base import Overrides, Probe, hook_record
+from hubsae.formats.base import Overrides, Probe
+from hubsae.formats.detection import FORMATS, weight_files
 from hubsae.formats.manifest import MANIFEST_NAME
-from hubsae.formats.planning import PackagePlan, PackageWarning, PlannedSAE, plan, weight_files
+from hubsae.formats.planning import PackagePlan, PackageWarning, PlannedSAE, plan
 from hubsae.formats.release import PLOTS, RESULTS, Release
 from hubsae.formats.spec import SPEC_NAME, PackageSpec
 from hubsae.version import __version__
@@ -89,8 +91,6 @@ def package(
 
 def load_planned(todo: PackagePlan, item: PlannedSAE) -> SAE:
     """Read one planned SAE with everything its name, hubsae.yaml and the caller say about it."""
-    from hubsae.formats.registry import FORMATS
-
     choices = dict(item.choices)
     for name in ("layer", "stage"):
         value = getattr(item.info, name)

@@ -6,18 +6,18 @@ Nothing is written and no weights are read. What cannot be told from content, na
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hubsae.core.errors import ConfigError, FormatError
+from hubsae.core.text import natural_key
 from hubsae.formats.base import Probe
+from hubsae.formats.detection import choose, looks_like, may_hold_weights, readings_of
 from hubsae.formats.manifest import MANIFEST_NAME, Manifest
 from hubsae.formats.names import NameInfo, NamePattern, parse_name, parse_path, stem_of
 from hubsae.formats.spec import SPEC_NAME, PackageSpec
 
-WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".npz")
 IMAGE_SUFFIXES = (".png", ".svg", ".jpg")
 
 
@@ -54,17 +54,6 @@ class PackagePlan:
     """Files that are not SAEs, and why they were not taken."""
 
 
-def weight_files(folder: Path, most: int | None = None) -> list[Path]:
-    """Files below a folder that may hold weights."""
-    out: list[Path] = []
-    for file in sorted(folder.rglob("*")):
-        if file.suffix in WEIGHT_SUFFIXES and file.is_file() and not _hidden(file, folder):
-            out.append(file)
-            if most is not None and len(out) >= most:
-                break
-    return out
-
-
 def plan(source: str | os.PathLike[str], spec: PackageSpec | None = None, **given: Any) -> PackagePlan:
     """Look at a folder and say what a package of it will hold; nothing is written and no weights are read.
 
@@ -98,10 +87,6 @@ def plan(source: str | os.PathLike[str], spec: PackageSpec | None = None, **give
     return out
 
 
-def _hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
-
-
 def _walk(folder: Path, root: Path, out: PackagePlan, pattern: NamePattern | None) -> None:
     if (planned := _one(folder, root, out, pattern)) is not None:
         out.saes.append(planned)
@@ -111,7 +96,7 @@ def _walk(folder: Path, root: Path, out: PackagePlan, pattern: NamePattern | Non
             continue
         if item.is_dir():
             _walk(item, root, out, pattern)
-        elif item.suffix in WEIGHT_SUFFIXES:
+        elif may_hold_weights(item):
             if (planned := _one(item, root, out, pattern)) is not None:
                 out.saes.append(planned)
         elif item.suffix == ".csv":
@@ -128,8 +113,6 @@ def _inside(link: Path, root: Path) -> bool:
 
 def _one(path: Path, root: Path, out: PackagePlan, pattern: NamePattern | None) -> PlannedSAE | None:
     """The SAE at a path, None where it is not one."""
-    from hubsae.formats.registry import _choose, _detect
-
     relative = path.relative_to(root).as_posix() if path != root else "."
     rule = out.spec.rule_for(relative)
     if rule.skip:
@@ -143,7 +126,7 @@ def _one(path: Path, root: Path, out: PackagePlan, pattern: NamePattern | None) 
             out.left_out.append((path, f"does not follow the pattern {pattern.template}"))
             return None
         info = matched.or_else(info) if matched is not None else info
-    readings = _detect(probe)
+    readings = readings_of(probe)
     if path.is_file() and path.stat().st_size == 0:
         raise FormatError(
             path, "an SAE file", "an empty file (0 bytes)", hint="copy it again, or skip it in hubsae.yaml"
@@ -153,7 +136,7 @@ def _one(path: Path, root: Path, out: PackagePlan, pattern: NamePattern | None) 
         if path.is_file():
             _not_an_sae(path, probe, out)
         return None
-    chosen = _choose(probe, forced)
+    chosen = choose(probe, forced)
     why = next((r.why for r in readings if r.format == chosen.name), "chosen by the caller")
     choices = {**out.spec.choices, **rule.choices}
     return PlannedSAE(path, chosen.name, why, rule.id or "", _with(info, rule), choices, _size(path))
@@ -165,9 +148,7 @@ def _with(info: NameInfo, rule: Any) -> NameInfo:
 
 def _not_an_sae(path: Path, probe: Probe, out: PackagePlan) -> None:
     """A file that reads as nothing is left out, unless its name says that it is meant to be an SAE."""
-    from hubsae.formats.registry import _looks_like
-
-    found = _looks_like(probe)
+    found = looks_like(probe)
     info = parse_name(path.name)
     if path.name.startswith("sae") or info.architecture is not None:
         raise FormatError(
@@ -201,9 +182,7 @@ def _name_them(out: PackagePlan) -> None:
             )
         seen[item.id] = item.source
     # layer6 before layer12
-    out.saes.sort(
-        key=lambda item: [(not p.isdigit(), int(p) if p.isdigit() else p) for p in re.split(r"(\d+)", item.id)]
-    )
+    out.saes.sort(key=lambda item: natural_key(item.id))
 
 
 def _id(out: PackagePlan, item: PlannedSAE, *, short: bool) -> str:

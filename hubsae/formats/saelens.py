@@ -23,7 +23,8 @@ from hubsae.core.fold import TrainedTensors, fold_decoder_norms
 from hubsae.core.metadata import Metadata
 from hubsae.core.sae import SAE
 from hubsae.formats import tensors as io
-from hubsae.formats.base import Format, Found, Overrides, Probe, ReadWarning, assemble, expect_keys
+from hubsae.formats.assembling import Found, assemble, expect_keys
+from hubsae.formats.base import Files, Format, Overrides, Probe, ReadWarning
 
 CFG_NAME = "cfg.json"
 WEIGHTS_NAME = "sae_weights.safetensors"
@@ -360,5 +361,6 @@ FORMAT = Format(
     detect=detect,
     read=_read,
     write=write,
+    files=(Files((CFG_NAME, WEIGHTS_NAME), (SPARSITY_NAME,)),),
     layout="`cfg.json`, `sae_weights.safetensors` (+ `sparsity.safetensors`)",
 )

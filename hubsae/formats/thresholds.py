@@ -12,8 +12,8 @@ from hubsae.core.sae import SAE
 def estimate_threshold(sae: SAE, activations: Tensor, *, batch_size: int = 4096) -> SAE:
     """The same SAE with a stored threshold, so that codes no longer depend on the batch.
 
-    The threshold is the mean over batches of the smallest pre-activation the batch rule keeps, moved down by one
-    float: the rule keeps what is equal to it, a stored threshold only what is above.
+    The threshold is the mean over batches of the middle between the smallest pre-activation that the batch rule keeps
+    and the largest that it drops, so that rounding in the product of another batch size moves no latent across it.
 
     >>> from hubsae import HubSAE, SAEConfig
     >>> sae = HubSAE.random(SAEConfig(architecture="batch_topk", d_in=8, d_sae=32, k=2))
@@ -31,9 +31,9 @@ def estimate_threshold(sae: SAE, activations: Tensor, *, batch_size: int = 4096)
         for part in batches:
             positive = sae.pre_activations(part.to(sae.device)).flatten()
             keep = min(sae.config.k * part.shape[0], positive.numel())
-            cuts.append(torch.topk(positive, keep, sorted=False).values.min().clamp_min(0))
-    mean = torch.stack(cuts).double().mean().float()
-    threshold = float(torch.nextafter(mean, torch.tensor(0.0))) if float(mean) > 0 else 0.0
+            around = torch.topk(positive, min(keep + 1, positive.numel())).values[keep - 1 :].double()
+            cuts.append((around.mean() if len(around) > 1 else around[0] - 1).clamp_min(0))
+    threshold = float(torch.stack(cuts).mean().float())
     config = sae.config.model_copy(update={"threshold": threshold})
     metadata = sae.metadata.model_copy(update={"config": config}, deep=True)
     setattr(metadata.training, "threshold_source", f"estimated on {len(cuts) * batches[0].shape[0]} tokens")  # noqa: B010

@@ -10,23 +10,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
+from hubsae.core.text import natural_key
+from hubsae.formats.detection import BESIDE, FOLDERS, SUFFIXES
 from hubsae.formats.names import NameInfo, parse_path, stem_of
 
-# files of a folder that together are one SAE: (all of these, and any of those that are there)
-_FOLDERS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
-    (
-        ("cfg.json", "sae_weights.safetensors"),
-        ("metadata.json", "normalizer.safetensors", "sparsity.safetensors"),
-    ),
-    (("config.json", "sae_weights.safetensors"), ()),
-    (("cfg.json", "sae.safetensors"), ()),
-    (("config.json", "ae.pt"), ()),
-    (("hyperparams.json", "checkpoints/final.safetensors"), ("lm_config.json",)),
-    (("model.safetensors", "model.metadata.json"), ("release_manifest.json",)),
-    (("config.json", "params.safetensors"), ()),
-    (("params.npz",), ("config.json",)),
-)
-_SINGLE = (".pt", ".pth", ".safetensors", ".npz")
 _NEVER = ("optimizer", "scheduler", "training_args", "activations", "rng_state", "tokenizer", "sparsity", "normalizer")
 # files that the language model itself consists of, in case a repo holds both
 _MODEL = ("model-0", "pytorch_model", "adapter_model", "consolidated")
@@ -54,7 +41,7 @@ def units(paths: Iterable[str]) -> list[Unit]:
     found: list[Unit] = []
     taken: set[str] = set()
     for folder in sorted(folders):
-        for needed, optional in _FOLDERS:
+        for needed, optional in FOLDERS:
             inside = [_join(folder, name) for name in needed]
             if not everything.issuperset(inside):
                 continue
@@ -67,9 +54,9 @@ def units(paths: Iterable[str]) -> list[Unit]:
             break
     for path in sorted(everything - taken):
         file = PurePosixPath(path).name.lower()
-        if file.endswith(_SINGLE) and not file.startswith(_NEVER) and not file.startswith(_MODEL):
-            found.append(Unit(path, path, (path,), parse_path(path)))
-    return sorted(found, key=lambda unit: _natural(unit.id))
+        if file.endswith(SUFFIXES) and not file.startswith(_NEVER) and not file.startswith(_MODEL):
+            found.append(Unit(path, path, (path, *_beside(path, everything)), parse_path(path)))
+    return sorted(found, key=lambda unit: natural_key(unit.id))
 
 
 def short_id(id: str) -> str:
@@ -86,16 +73,12 @@ def _parent(path: str) -> str:
     return str(PurePosixPath(path).parent)
 
 
-def _natural(text: str) -> list[tuple[int, int | str]]:
-    """Sort key in which layer6 comes before layer12."""
-    parts: list[tuple[int, int | str]] = []
-    digits = ""
-    for char in text + "\0":
-        if char.isdigit() and char.isascii():
-            digits += char
-            continue
-        if digits:
-            parts.append((0, int(digits)))
-            digits = ""
-        parts.append((1, char))
-    return parts
+def _beside(path: str, everything: set[str]) -> list[str]:
+    """Files that say more about a single-file SAE; `../` goes up a folder, inside the repo."""
+    found = []
+    for pattern in BESIDE:
+        folder, name = PurePosixPath(path).parent, pattern.format(stem=stem_of(PurePosixPath(path).name))
+        while name.startswith("../"):
+            folder, name = folder.parent, name[3:]
+        found.append(str(folder / name))
+    return sorted({name for name in found if name in everything})

@@ -10,7 +10,8 @@ import torch
 
 from hubsae import HubSAE, SAEConfig
 from hubsae.core.errors import ConfigError, FormatError
-from hubsae.formats import convert, detect, onnx, read, write, write_also
+from hubsae.formats import convert, detect, read, write, write_also
+from hubsae.formats.kinds import onnx
 
 from .conftest import D_IN, D_SAE, K
 

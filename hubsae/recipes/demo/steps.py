@@ -166,7 +166,7 @@ def problem_texts(tiny: Any, count: int) -> list[dict[str, str]]:
 
 def chain(ctx: StepContext) -> dict[str, Any]:
     """One chain of SAEs per layer, each stage warm-started from the one before."""
-    from hubsae.formats.base import hook_record
+    from hubsae.core.hooks import hook_record
     from hubsae.train import ScheduleConfig, TrainConfig, train_chain
 
     settings, data = ctx.settings, ctx.path("activations")

@@ -14,8 +14,8 @@ import torch
 from hubsae.activations import ActivationDataset
 from hubsae.core.errors import NotFoundError
 from hubsae.core.files import read_json
+from hubsae.core.hooks import hook_record
 from hubsae.evals import DriftReport, drift
-from hubsae.formats.base import hook_record
 from hubsae.hub.sae import HubSAE
 from hubsae.recipes.quiet import quiet
 from hubsae.recipes.rl.chain_settings import ChainConfig, ChainSettings, Mode, SAESettings

@@ -25,7 +25,8 @@ from hubsae.core.fold import TrainedTensors
 from hubsae.core.metadata import DecoderFlags, Metadata, describe_validation
 from hubsae.core.sae import SAE
 from hubsae.formats import tensors as io
-from hubsae.formats.base import Format, Found, Overrides, Probe, assemble, expect_keys, orient
+from hubsae.formats.assembling import Found, assemble, expect_keys, orient
+from hubsae.formats.base import Format, Overrides, Probe
 from hubsae.version import __version__
 
 MATRICES = ("W_enc", "W_dec", "b_dec")
@@ -232,6 +233,8 @@ TENSORS = Format(
     detect=_detect_file,
     read=_read_file,
     write=write_pt,
+    write_beside=lambda sae, folder: write_pt(sae, folder / "model.pt"),
+    suffixes=(*io.PICKLES, ".safetensors"),
     suffix=".pt",
     layout="`.pt` or `.safetensors` with `W_enc`, `W_dec`, `b_enc`, `b_dec`",
 )
@@ -241,5 +244,6 @@ RAW = Format(
     detect=_detect_raw,
     read=_read_raw,
     write=write_raw,
+    write_beside=lambda sae, folder: write_raw(sae, folder / "raw"),
     layout="`W_enc`, `W_dec`, `b_enc`, `b_dec` (float32 bytes or .npy), `tensors.json`",
 )

@@ -14,7 +14,9 @@ from hubsae.core.errors import FormatError
 from hubsae.core.fold import TrainedTensors
 from hubsae.core.metadata import DecoderFlags
 from hubsae.core.sae import SAE
-from hubsae.formats.base import Format, Found, Overrides, Probe, assemble, expect_keys, linear_pair
+from hubsae.formats.assembling import Found, assemble, expect_keys, linear_pair
+from hubsae.formats.base import Format, Overrides, Probe
+from hubsae.formats.tensors import PICKLES
 
 KEYS = ("pre_bias", "encoder.weight", "latent_bias")
 DECODERS = ("decoder.weight", "decoder.linear.weight")
@@ -68,5 +70,6 @@ FORMAT = Format(
     title="openai/sparse_autoencoder",
     detect=detect,
     read=_read,
+    suffixes=PICKLES,
     layout="`.pt`: `pre_bias`, `encoder.weight`, `latent_bias`, `decoder.weight`, `activation`",
 )

@@ -20,7 +20,8 @@ from hubsae.core.errors import FormatError
 from hubsae.core.fold import TrainedTensors, fold_decoder_norms
 from hubsae.core.sae import SAE
 from hubsae.formats import tensors as io
-from hubsae.formats.base import Format, Found, Overrides, Probe, assemble, expect_keys, linear_pair
+from hubsae.formats.assembling import Found, assemble, expect_keys, linear_pair
+from hubsae.formats.base import Files, Format, Overrides, Probe
 
 WEIGHT_FILES = (
     "sae_weights.safetensors", "sae_weights.pt", "checkpoints/pruned.safetensors", "checkpoints/pruned.pt",
@@ -171,5 +172,9 @@ FORMAT = Format(
     title="Llamascopium / Language-Model-SAEs / Llama Scope",
     detect=detect,
     read=_read,
+    files=(
+        *(Files(("config.json", name)) for name in WEIGHT_FILES),
+        *(Files(("hyperparams.json", name), ("lm_config.json",)) for name in WEIGHT_FILES),
+    ),
     layout="`config.json` with `sae_type` (or `hyperparams.json`), `sae_weights.safetensors` or `checkpoints/`",
 )

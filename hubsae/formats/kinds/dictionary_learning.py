@@ -18,7 +18,8 @@ from hubsae.core.files import atomic_path, write_json_atomic
 from hubsae.core.fold import TrainedTensors
 from hubsae.core.sae import SAE
 from hubsae.formats import tensors as io
-from hubsae.formats.base import Format, Found, Overrides, Probe, assemble, expect_keys, linear_pair
+from hubsae.formats.assembling import Found, assemble, expect_keys, linear_pair
+from hubsae.formats.base import Files, Format, Overrides, Probe
 
 WEIGHTS_NAME = "ae.pt"
 CONFIG_NAME = "config.json"
@@ -194,5 +195,6 @@ FORMAT = Format(
     detect=detect,
     read=_read,
     write=write,
+    files=(Files((CONFIG_NAME, WEIGHTS_NAME)),),
     layout="`ae.pt`, `config.json` with `trainer.dict_class`",
 )

@@ -170,8 +170,8 @@ def _token_norm(kind: str, d_in: int, node: Any, constant: Any) -> str:
 FORMAT = Format(
     name="onnx",
     title="ONNX",
-    detect=lambda probe: None,
     write=write,
+    write_beside=lambda sae, folder: write(sae, folder / "model.onnx"),
     suffix=".onnx",
     layout="`.onnx` (opset 21), inputs `x`, outputs `reconstruction` and `latents`",
 )

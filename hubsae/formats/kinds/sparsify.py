@@ -17,7 +17,8 @@ from hubsae.core.files import read_json, write_json_atomic
 from hubsae.core.fold import TrainedTensors
 from hubsae.core.sae import SAE
 from hubsae.formats import tensors as io
-from hubsae.formats.base import Format, Found, Overrides, Probe, assemble, expect_keys
+from hubsae.formats.assembling import Found, assemble, expect_keys
+from hubsae.formats.base import Files, Format, Overrides, Probe
 from hubsae.formats.names import parse_name
 
 CFG_NAME = "cfg.json"
@@ -118,5 +119,7 @@ FORMAT = Format(
     detect=detect,
     read=_read,
     write=write,
+    write_beside=lambda sae, folder: write(sae, folder, merge_cfg=True),
+    files=(Files((CFG_NAME, WEIGHTS_NAME)),),
     layout="`cfg.json`, `sae.safetensors`",
 )

@@ -19,7 +19,8 @@ from hubsae.core.fold import TrainedTensors
 from hubsae.core.metadata import DecoderFlags
 from hubsae.core.sae import SAE
 from hubsae.formats import tensors as io
-from hubsae.formats.base import Format, Found, Overrides, Probe, ReadWarning, assemble, orient
+from hubsae.formats.assembling import Found, assemble, orient
+from hubsae.formats.base import Files, Format, Overrides, Probe, ReadWarning
 
 WEIGHTS_NAME = "model.safetensors"
 METADATA_NAME = "model.metadata.json"
@@ -35,20 +36,14 @@ STD = ("input_std", "normalizer.std", "normalization.std")
 ARCHITECTURES = {"topk": "topk", "batchtopk": "batch_topk", "relu": "relu", "standard": "relu"}
 
 
-def _files(probe: Probe) -> bool:
-    if probe.is_dir:
-        return {WEIGHTS_NAME, METADATA_NAME} <= probe.names
-    return probe.path.name == WEIGHTS_NAME and (probe.path.parent / METADATA_NAME).is_file()
-
-
 def detect(probe: Probe) -> str | None:
     """model.safetensors beside model.metadata.json."""
-    return "model.safetensors beside model.metadata.json" if _files(probe) else None
+    fits = probe.is_dir and {WEIGHTS_NAME, METADATA_NAME} <= probe.names
+    return "model.safetensors beside model.metadata.json" if fits else None
 
 
 def _read(probe: Probe, choices: Overrides) -> SAE:
-    folder = probe.path if probe.is_dir else probe.path.parent
-    file, meta = folder / WEIGHTS_NAME, probe.json(METADATA_NAME)
+    file, meta = probe.path / WEIGHTS_NAME, probe.json(METADATA_NAME)
     tensors = _named(file, io.read_safetensors(file))
     d_in, d_sae = tensors["b_dec"].shape[0], tensors["b_enc"].shape[0]
     W_enc, W_dec, layout = orient(file, tensors["W_enc"], tensors["W_dec"], d_in, d_sae, choices.transposed)
@@ -184,6 +179,7 @@ FORMAT = Format(
     title="safetensors with model.metadata.json",
     detect=detect,
     read=_read,
+    files=(Files((WEIGHTS_NAME, METADATA_NAME), ("release_manifest.json",)),),
     covers=frozenset({"raw"}),
     layout="`model.safetensors`, `model.metadata.json` with `input_mean` and `input_std`",
 )

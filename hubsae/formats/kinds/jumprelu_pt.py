@@ -14,7 +14,9 @@ from torch import Tensor
 from hubsae.core.errors import FormatError
 from hubsae.core.fold import TrainedTensors
 from hubsae.core.sae import SAE
-from hubsae.formats.base import Format, Found, Overrides, Probe, assemble, expect_keys
+from hubsae.formats.assembling import Found, assemble, expect_keys
+from hubsae.formats.base import Format, Overrides, Probe
+from hubsae.formats.tensors import PICKLES
 
 KEYS = ("W_enc", "b_enc", "W_dec", "b_dec", "log_threshold")
 
@@ -88,5 +90,6 @@ FORMAT = Format(
     title="JumpReLU checkpoint with normaliser",
     detect=detect,
     read=_read,
+    suffixes=PICKLES,
     layout="`.pt`: `sae_state_dict`, `normalization_mean`, `normalization_scale`",
 )

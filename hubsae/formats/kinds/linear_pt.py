@@ -17,7 +17,9 @@ from hubsae.core.errors import FormatError
 from hubsae.core.fold import TrainedTensors
 from hubsae.core.metadata import DecoderFlags
 from hubsae.core.sae import SAE
-from hubsae.formats.base import Format, Found, Overrides, Probe, assemble, expect_keys, linear_pair
+from hubsae.formats.assembling import Found, assemble, expect_keys, linear_pair
+from hubsae.formats.base import Format, Overrides, Probe
+from hubsae.formats.tensors import PICKLES
 
 KEYS = ("b_pre", "encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
 # Older files of the RL chains were saved before the pre-bias existed; their loader took it as zero.
@@ -148,6 +150,7 @@ RL_CHAIN = Format(
     title="RL-chain checkpoint",
     detect=_detect_chain,
     read=_read_chain,
+    suffixes=PICKLES,
     layout='`sae_{stage}_layer{N}.pt`: `{"state_dict", "config"}`, decoder without `b_pre`, no ReLU',
 )
 GRID = Format(
@@ -155,5 +158,6 @@ GRID = Format(
     title="grid-search state dict",
     detect=_detect_grid,
     read=_read_grid,
+    suffixes=PICKLES,
     layout="`BatchTopK_exp8x_k220.pt`: bare state dict, decoder plus `b_pre`, batch rule",
 )

@@ -1,0 +1,269 @@
+"""From what a reader found to an SAE: names checked, matrices turned, normalisers folded, the record written."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from hubsae.core.config import SAEConfig
+from hubsae.core.errors import ConfigError, FormatError
+from hubsae.core.fold import TrainedTensors, fold
+from hubsae.core.hooks import hook_record
+from hubsae.core.metadata import DecoderFlags, Metadata, NormalizerInfo, describe_validation
+from hubsae.core.normalizer import Normalizer
+from hubsae.core.sae import SAE
+from hubsae.core.text import stage_step
+from hubsae.formats import tensors as io
+from hubsae.formats.base import Overrides, ReadWarning
+from hubsae.version import __version__
+
+
+@dataclass
+class Found:
+    """What a reader found out; `assemble` turns it into a HubSAE."""
+
+    format: str
+    path: Path
+    trained: TrainedTensors
+    architecture: str
+    k: int | None = None
+    topk_relu: bool = True
+    batch_threshold: float | None = None
+    threshold: Tensor | None = None
+    """jumprelu: [d_sae]."""
+    mean: Tensor | None = None
+    std: Tensor | None = None
+    keep_normalizer: bool = False
+    """Whether mean and std are statistics worth keeping beside the weights."""
+    count: int = 0
+    token_norm: str = "none"
+    sparsity: Tensor | None = None
+    layer: int | None = None
+    stage: str | None = None
+    hook: str | None = None
+    base_model: str | None = None
+    base_model_revision: str | None = None
+    flags: DecoderFlags = field(default_factory=DecoderFlags)
+    normalizer_note: str | None = None
+    record: dict[str, Any] = field(default_factory=dict)
+    """Further parts of the metadata record: training, activations, metrics, hook, base_model."""
+
+
+def assemble(found: Found, choices: Overrides) -> SAE:
+    """Fold what was found into the canonical form, check it, and write down what is known of it."""
+    found = _chosen(found, choices)
+    trained = _float32(found.path, found.trained)
+    _check_shapes(found.path, trained, found.threshold)
+    d_in, d_sae = trained.W_enc.shape
+    given = {**trained.encoder_biases, "W_enc": trained.W_enc, "W_dec": trained.W_dec, "b_dec": trained.b_dec}
+    optional = {
+        "pre_bias": trained.pre_bias,
+        "r_mag": trained.r_mag,
+        "threshold": found.threshold,
+        "mean": found.mean,
+        "std": found.std,
+    }
+    io.ensure_finite(found.path, given | {name: t for name, t in optional.items() if t is not None})
+    _check_std(found)
+    tensors, subtract = fold(trained, found.mean, found.std)
+    if found.threshold is not None:
+        tensors["threshold"] = found.threshold.float().contiguous()
+    tensors = io.owned(found.path, tensors, [*given.values(), *optional.values()])
+    config = make_config(
+        found.path,
+        architecture=found.architecture,
+        d_in=d_in,
+        d_sae=d_sae,
+        k=found.k,
+        topk_relu=found.topk_relu,
+        threshold=found.batch_threshold,
+        apply_b_dec_to_input=subtract,
+        token_norm=found.token_norm,
+    )
+    if found.architecture == "batch_topk" and found.batch_threshold is None:
+        warnings.warn(
+            f"{found.path.name}: no inference threshold is stored, so latents are selected over each batch and "
+            "depend on it (store one with threshold=..., or estimate it with hubsae.formats.estimate_threshold)",
+            ReadWarning,
+            stacklevel=4,
+        )
+    normalizer = None
+    if found.keep_normalizer and found.std is not None:
+        mean = torch.zeros(d_in) if found.mean is None else found.mean.float().expand(d_in).contiguous()
+        normalizer = Normalizer(mean, found.std.float().expand(d_in).contiguous(), found.count)
+    metadata = _record(found, choices, config, normalizer)
+    return SAE.build(config, tensors, metadata=metadata, normalizer=normalizer, sparsity=found.sparsity)
+
+
+def make_config(path: Path, **values: Any) -> SAEConfig:
+    """SAEConfig, with an error that names the file."""
+    try:
+        return SAEConfig(**values)
+    except ValidationError as error:
+        missing_k = values.get("k") is None and values.get("architecture") in ("topk", "batch_topk")
+        raise ConfigError(
+            f"{path}: {describe_validation(error)}",
+            hint="k is not in the file or its name: give k=... (command line: -s k=64)" if missing_k else None,
+        ) from error
+
+
+def _chosen(found: Found, choices: Overrides) -> Found:
+    """Apply the choices that are not about the layout (those the reader itself applied)."""
+    new: dict[str, Any] = {}
+    for name in ("architecture", "k", "topk_relu", "token_norm", "layer", "stage", "hook", "base_model",
+                 "base_model_revision"):  # fmt: skip
+        if (value := getattr(choices, name)) is not None:
+            new[name] = value
+    if choices.threshold is not None:
+        new["batch_threshold"] = choices.threshold
+    if choices.input_scale is not None:
+        d_in = found.trained.b_dec.shape[0]
+        new["std"] = torch.full((d_in,), 1 / choices.input_scale, dtype=torch.float64)
+        new["mean"] = torch.zeros(d_in, dtype=torch.float64)
+        new["normalizer_note"] = f"inputs were multiplied by {choices.input_scale:g} in training; folded"
+    return replace(found, **new)
+
+
+def _float32(path: Path, trained: TrainedTensors) -> TrainedTensors:
+    def wide(name: str, tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        if tensor.dtype not in io.FLOATS:
+            raise FormatError(path, f"{name} in floating point", str(tensor.dtype).removeprefix("torch."))
+        return tensor.detach().float()
+
+    biases = {name: wide(name, bias) for name, bias in trained.encoder_biases.items()}
+    return TrainedTensors(
+        wide("W_enc", trained.W_enc),  # pyright: ignore[reportArgumentType]
+        wide("W_dec", trained.W_dec),  # pyright: ignore[reportArgumentType]
+        wide("b_dec", trained.b_dec),  # pyright: ignore[reportArgumentType]
+        wide("pre-bias", trained.pre_bias),
+        biases,  # pyright: ignore[reportArgumentType]
+        wide("r_mag", trained.r_mag),
+    )
+
+
+def _check_shapes(path: Path, trained: TrainedTensors, threshold: Tensor | None) -> None:
+    if trained.W_enc.ndim != 2:
+        raise FormatError(path, "W_enc with two dimensions", f"shape {tuple(trained.W_enc.shape)}")
+    d_in, d_sae = trained.W_enc.shape
+    rows = [("W_dec", trained.W_dec, (d_sae, d_in)), ("b_dec", trained.b_dec, (d_in,))]
+    rows += [("the pre-bias", trained.pre_bias, (d_in,)), ("r_mag", trained.r_mag, (d_sae,))]
+    rows += [(name, bias, (d_sae,)) for name, bias in trained.encoder_biases.items()]
+    rows += [("threshold", threshold, (d_sae,))]
+    for name, tensor, shape in rows:
+        if tensor is not None and tuple(tensor.shape) != shape:
+            turned = tuple(tensor.shape) == shape[::-1] and len(shape) == 2
+            raise FormatError(
+                path,
+                f"{name} of shape {shape} (the encoder is d_in={d_in}, d_sae={d_sae})",
+                f"{tuple(tensor.shape)}" + (", which is transposed" if turned else ""),
+                hint="the file mixes layouts or widths; `hubsae show` lists its tensors",
+            )
+
+
+def _check_std(found: Found) -> None:
+    if found.std is None:
+        return
+    bad = int((found.std <= 0).sum())
+    if bad:
+        raise FormatError(
+            found.path,
+            "standard deviations above zero in the normaliser",
+            f"{bad} of {found.std.numel()} that are not",
+            hint="constant dimensions must have std 1",
+        )
+
+
+def _record(found: Found, choices: Overrides, config: SAEConfig, normalizer: Normalizer | None) -> Metadata:
+    record: dict[str, Any] = {
+        key: dict(value) if isinstance(value, dict) else value for key, value in found.record.items()
+    }
+    base = record.setdefault("base_model", {})
+    for key, value in (("id", found.base_model), ("revision", found.base_model_revision), ("stage", found.stage)):
+        if value is not None:
+            base[key] = value
+    if "step" not in base and (step := stage_step(base.get("stage"))) is not None:
+        base["step"] = step
+    record["hook"] = hook_record(found.hook, found.layer) | record.get("hook", {})
+    record["config"] = config
+    record["decoder"] = found.flags.model_copy(update={"overridden": choices.of_reading()})
+    if "normalizer" not in record:
+        record["normalizer"] = _normalizer_info(found, normalizer)
+    provenance = record.setdefault("provenance", {})
+    provenance.setdefault("source_file", found.path.name)
+    provenance.setdefault("source_format", found.format)
+    provenance.setdefault("converter", f"hubsae {__version__}")
+    return Metadata.from_dict({k: v.model_dump() if hasattr(v, "model_dump") else v for k, v in record.items()})
+
+
+def _normalizer_info(found: Found, normalizer: Normalizer | None) -> NormalizerInfo:
+    if found.token_norm != "none":
+        return NormalizerInfo(kind=found.token_norm, folded=False, note=found.normalizer_note)  # pyright: ignore[reportArgumentType]
+    if found.std is None:
+        return NormalizerInfo(note=found.normalizer_note)
+    flat = found.std.flatten()
+    scalar = bool((flat == flat[0]).all()) and found.mean is not None and not bool(found.mean.any())
+    return NormalizerInfo(
+        kind="scalar" if scalar else "mean_std",
+        folded=True,
+        file="normalizer.safetensors" if normalizer is not None else None,
+        note=found.normalizer_note,
+    )
+
+
+def expect_keys(path: Path, found: Iterable[str], required: Iterable[str], optional: Iterable[str] = ()) -> None:
+    """Refuse missing and unexpected tensors, naming them."""
+    have, need = set(found), set(required)
+    missing, extra = sorted(need - have), sorted(have - need - set(optional))
+    if missing or extra:
+        parts = [f"without {', '.join(missing)}"] if missing else []
+        parts += [f"with {', '.join(extra)} besides"] if extra else []
+        raise FormatError(path, f"the tensors {', '.join(sorted(need))}", f"a file {' and '.join(parts)}")
+
+
+def linear_pair(path: Path, encoder: Tensor, decoder: Tensor, d_in: int) -> tuple[Tensor, Tensor]:
+    """`nn.Linear` weights (encoder [d_sae, d_in], decoder [d_in, d_sae]) as canonical views."""
+    if encoder.ndim != 2 or decoder.ndim != 2:
+        raise FormatError(path, "matrices", f"shapes {tuple(encoder.shape)} and {tuple(decoder.shape)}")
+    if encoder.shape[1] != d_in or decoder.shape[0] != d_in or encoder.shape[0] != decoder.shape[1]:
+        turned = encoder.shape[0] == d_in and decoder.shape[1] == d_in
+        raise FormatError(
+            path,
+            f"encoder.weight [d_sae, {d_in}] and decoder.weight [{d_in}, d_sae] (the biases have width {d_in})",
+            f"{tuple(encoder.shape)} and {tuple(decoder.shape)}" + (", both transposed" if turned else ""),
+        )
+    return encoder.t(), decoder.t()
+
+
+def orient(
+    path: Path, W_enc: Tensor, W_dec: Tensor, d_in: int, d_sae: int, transposed: bool | None
+) -> tuple[Tensor, Tensor, str]:
+    """Canonical views of two matrices whose layout only their shapes tell; square ones are refused.
+
+    Each may be stored either way: the encoder as [d_in, d_sae] or [d_sae, d_in], the decoder likewise.
+    """
+    if d_in == d_sae and transposed is None:
+        raise FormatError(
+            path,
+            "matrices whose shape tells their orientation",
+            f"square ones ({d_in} x {d_sae})",
+            hint="say which it is: transposed=False for W_enc [d_in, d_sae], transposed=True for [d_sae, d_in]",
+        )
+    views, layouts = [], []
+    for name, matrix, shape in (("W_enc", W_enc, (d_in, d_sae)), ("W_dec", W_dec, (d_sae, d_in))):
+        turn = transposed if d_in == d_sae else tuple(matrix.shape) == shape[::-1]
+        if tuple(matrix.shape) not in (shape, shape[::-1]):
+            raise FormatError(path, f"{name} of shape {shape} or its transpose", str(tuple(matrix.shape)))
+        views.append(matrix.t() if turn else matrix)
+        layouts.append(
+            "[" + ", ".join(("d_sae", "d_in") if (name == "W_enc") == bool(turn) else ("d_in", "d_sae")) + "]"
+        )
+    return views[0], views[1], " and ".join(layouts)
