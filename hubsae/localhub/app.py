@@ -32,6 +32,7 @@ class App:
     def __init__(self, hub: Hub) -> None:
         self.hub = hub
         self.router = all_routes()
+        self.anonymous_bytes = 0  # of bodies in memory
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -64,14 +65,14 @@ class App:
 
     async def respond(self, request: Request, method: str, path: str) -> Response:
         """The answer to a request; every refusal becomes one, and a bug a logged 500."""
+        call = Call(self.hub, request, {})
         try:
-            if method not in ("GET", "HEAD") and request.headers.get("sec-fetch-site") in ("cross-site", "same-site"):
-                raise HubError(403, "A page of another origin may not change anything here")
+            _refuse_foreign_pages(request, method)
             match = self.router.find(method, path)
-            call = Call(self.hub, request, match.params)
+            call.params = match.params
             call.caller = self.hub.accounts.identify(_credentials(request, path))
             if match.route.body == "json" and method not in ("GET", "HEAD"):
-                await call.load_body(self.hub.settings.max_json)
+                await self._load(call)
             handler = match.route.handler
             if inspect.iscoroutinefunction(handler):
                 result = await handler(call)
@@ -81,10 +82,26 @@ class App:
         except HubError as why:
             return _error(why)
         except RepoMoved as why:
-            return self._moved(request, match.params, why)
+            return self._moved(request, call.params, why)
         except Exception:
             log.exception("%s %s", method, path)
             return _error(HubError(500, "Internal error of the local hub; its log has the traceback"))
+        finally:
+            self.anonymous_bytes -= call.held
+
+    async def _load(self, call: Call) -> None:
+        """A body that is held in memory: in bounded time, and bounded over all callers that show no token."""
+        settings, known = self.hub.settings, call.caller.known
+        try:
+            async with asyncio.timeout(settings.body_seconds):
+                async for size in call.load_body(settings.max_json if known else settings.max_anonymous_json):
+                    if not known:
+                        call.held += size
+                        self.anonymous_bytes += size
+                        if self.anonymous_bytes > settings.max_anonymous_memory:
+                            raise HubError(503, "Too many requests without a token", headers={"Retry-After": "2"})
+        except TimeoutError:
+            raise HubError(408, f"The body did not come within {settings.body_seconds:g} s") from None
 
     def _moved(self, request: Request, params: dict[str, str], why: RepoMoved) -> Response:
         """307 to the same url with the new name."""
@@ -97,6 +114,24 @@ class App:
         query = request.scope["query_string"].decode("latin-1")
         location = f"{Call(self.hub, request, params).base}{raw}{'?' + query if query else ''}"
         return answer({"error": "Moved", "url": location}, 307, {"Location": location})
+
+
+def _refuse_foreign_pages(request: Request, method: str) -> None:
+    """Writes that a page of another site makes a browser send, with the password that the browser remembers.
+
+    `Sec-Fetch-Site` is missing over plain HTTP, `Origin` is not. Of credentials browsers keep only Basic ones by
+    themselves, and they send JSON elsewhere only after asking, which is never granted; so Basic needs JSON.
+    """
+    if method in ("GET", "HEAD"):
+        return
+    headers = request.headers
+    origin = headers.get("origin")
+    foreign = origin is not None and origin.partition("://")[2].lower() != headers.get("host", "").lower()
+    if foreign or headers.get("sec-fetch-site") in ("cross-site", "same-site"):
+        raise HubError(403, "A page of another origin may not change anything here")
+    basic = headers.get("authorization", "").lower().startswith("basic ")
+    if basic and method == "POST" and "json" not in headers.get("content-type", "").partition(";")[0].lower():
+        raise HubError(415, "With user name and password the body must be JSON and say so in Content-Type")
 
 
 def _credentials(request: Request, path: str) -> str | None:

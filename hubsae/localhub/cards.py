@@ -124,13 +124,13 @@ def card_data(text: str) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses aliases (a few lines of them expand to gigabytes) and leaves dates as text."""
+MAX_FRONT = 256 * 1024  # characters of front matter
+MAX_NODES = 50_000  # values and collections, as the parser counts them
+MAX_DEPTH = 100
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases are not supported in card metadata")
-        return super().compose_node(parent, index)
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    """The safe loader, in C where PyYAML has it, that leaves dates as text."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -140,7 +140,17 @@ _Loader.yaml_implicit_resolvers = {
 
 
 def _load(text: str) -> Any:
+    """YAML in bounded time: no aliases (a few lines of them expand to gigabytes), bounded length, nodes and depth."""
+    if len(text) > MAX_FRONT:
+        raise yaml.YAMLError(f"longer than {MAX_FRONT} characters")
     try:
+        depth = 0
+        for count, event in enumerate(yaml.parse(text, Loader=_Loader)):
+            if isinstance(event, yaml.AliasEvent):
+                raise yaml.YAMLError("aliases are not supported in card metadata")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if count > MAX_NODES or depth > MAX_DEPTH:
+                raise yaml.YAMLError(f"more than {MAX_NODES} values, or nested deeper than {MAX_DEPTH}")
         return _plain(yaml.load(text, Loader=_Loader))
     except (ValueError, RecursionError, TypeError) as why:  # bad escapes, absurd nesting, unhashable keys
         raise yaml.YAMLError(str(why) or type(why).__name__) from None

@@ -175,6 +175,14 @@ def check_parent(git: GitStore, plan: CommitPlan, head: str) -> None:
         raise HubError(412, STALE_PARENT)
 
 
+def base_branch(repo: Repo, revision: str) -> str:
+    """The branch a new PR goes against; 404 for anything else, another PR's ref too."""
+    name = revision.removeprefix("refs/heads/")
+    if not is_ref_name(name) or name.startswith("refs/") or repo.git.ref(f"refs/heads/{name}") is None:
+        raise revision_not_found(revision)
+    return name
+
+
 def branch_ref(repo: Repo, revision: str) -> str:
     """The full ref a commit to `revision` moves: a branch, or a PR ref. 404 for anything else."""
     if is_ref_name(revision):

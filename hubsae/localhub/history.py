@@ -6,7 +6,15 @@ import heapq
 from collections.abc import Iterator
 from difflib import SequenceMatcher
 
+from .errors import HubError
 from .gitstore import FILE_MODE, TREE_MODE, Commit, Entry, GitStore
+
+
+class PathTaken(HubError):
+    """A name cannot be a file and a folder at once; nothing is replaced silently."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(400, message)
 
 
 class TreeEditor:
@@ -21,20 +29,25 @@ class TreeEditor:
         for name in parts:
             child = here.children.get(name)
             if isinstance(child, Entry):
-                child = TreeEditor(self.store, child.sha) if child.is_tree else None
-            if child is None:
+                child = TreeEditor(self.store, child.sha) if child.is_tree else child
+            if not isinstance(child, TreeEditor):
                 if not create:
                     return None
-                child = TreeEditor(self.store)  # a file in the way is replaced by the folder, as `git add` does
+                if child is not None:
+                    raise PathTaken(f"{name!r} is a file here; delete it in the same commit to make a folder of it")
+                child = TreeEditor(self.store)
             here.children[name] = child
             here = child
         return here
 
     def set(self, path: str, sha: str, mode: str = FILE_MODE) -> None:
-        """Put a file."""
+        """Put a file; PathTaken where a folder has the name, or a file the name of one of its folders."""
         *folders, name = path.split("/")
         folder = self._folder(folders, create=True)
         assert folder is not None
+        there = folder.children.get(name)
+        if (isinstance(there, Entry) and there.is_tree) or (isinstance(there, TreeEditor) and there._has_files()):
+            raise PathTaken(f"{path!r} is a folder here; delete it in the same commit to put a file in its place")
         folder.children[name] = Entry(mode, sha)
 
     def delete(self, path: str) -> bool:
@@ -96,15 +109,19 @@ def merge_trees(store: GitStore, base: str | None, ours: str, theirs: str) -> tu
     in_theirs = store.files(theirs)
     editor = TreeEditor(store, ours)
     conflicts = []
-    for path in sorted(in_base.keys() | in_theirs.keys()):
+    # what they deleted first: a file may have become a folder, or a folder a file
+    for path in sorted(in_base.keys() | in_theirs.keys(), key=lambda path: (path in in_theirs, path)):
         old, mine, new = in_base.get(path), in_ours.get(path), in_theirs.get(path)
         if new in (old, mine):
             continue
         if mine == old:
             if new is None:
                 editor.delete(path)
-            else:
+                continue
+            try:
                 editor.set(path, new.sha, new.mode)
+            except PathTaken:
+                conflicts.append(path)
             continue
         merged = None
         if old and mine and new:
@@ -113,7 +130,7 @@ def merge_trees(store: GitStore, base: str | None, ours: str, theirs: str) -> tu
             conflicts.append(path)
         else:
             editor.set(path, store.write_object("blob", merged))
-    return editor.write(), conflicts
+    return editor.write(), sorted(conflicts)
 
 
 def merge_text(base: bytes, ours: bytes, theirs: bytes) -> bytes | None:

@@ -32,7 +32,8 @@ class Call:
         self.request = request
         self.params = params
         self.caller: Caller = ANONYMOUS
-        self.body: bytes = b""
+        self.body = bytearray()
+        self.held = 0  # bytes of it that count as held for callers without a token
 
     def __getitem__(self, name: str) -> str:
         return self.params[name]
@@ -77,14 +78,11 @@ class Call:
 
     # -- body ---------------------------------------------------------------------------------------------
 
-    async def load_body(self, limit: int) -> None:
-        """Read a bounded body into memory."""
-        parts = []
-        size = 0
+    async def load_body(self, limit: int) -> AsyncIterator[int]:
+        """Read a bounded body into memory; yields how much came with each piece."""
         async for block in self.stream(limit):
-            parts.append(block)
-            size += len(block)
-        self.body = b"".join(parts)
+            self.body += block
+            yield len(block)
 
     async def stream(self, limit: int) -> AsyncIterator[bytes]:
         """The body block by block; 413 when it grows past the limit."""
@@ -135,10 +133,10 @@ class Call:
             raise bad_request("The body is not a form") from None
 
 
-def parse_json(data: bytes | str) -> Any:
+def parse_json(data: bytes | bytearray | str) -> Any:
     """JSON from outside; 400 for anything that is not JSON, or absurdly nested, or not text."""
     try:
-        text = data.decode() if isinstance(data, bytes) else data
+        text = data if isinstance(data, str) else data.decode()
         value = json.loads(text, parse_constant=_no_constant)
         text.encode()
     except (ValueError, RecursionError):

@@ -177,6 +177,8 @@ class LocalHub:
 def _uvicorn(app: Any, settings: Settings) -> Any:
     try:
         import uvicorn
+
+        from .wire import MAX_HEAD, bounded_protocol
     except ImportError as why:
         raise LocalHubError("the local hub needs uvicorn: pip install 'hubsae[hub]'") from why
     config = uvicorn.Config(
@@ -190,7 +192,8 @@ def _uvicorn(app: Any, settings: Settings) -> Any:
         timeout_keep_alive=75,
         timeout_graceful_shutdown=3,
         limit_concurrency=None,
-        h11_max_incomplete_event_size=64 * 1024,
+        h11_max_incomplete_event_size=MAX_HEAD,
+        http=bounded_protocol(settings.head_seconds),
     )
     return uvicorn.Server(config)
 

@@ -88,7 +88,11 @@ class Settings:
     faults: tuple[Fault, ...] = ()  # failures on purpose from the first request on
     url_seconds: int = 3600  # life of signed urls and Xet tokens
     fsync: bool = True  # survive power loss, not only a killed process
+    head_seconds: float = 20.0  # a connection that has not sent the whole head of a request by then is closed
+    body_seconds: float = 60.0  # the same for a body that is held in memory
     max_json: int = 64 * MB
+    max_anonymous_json: int = 2 * MB  # the same for callers without a token
+    max_anonymous_memory: int = 64 * MB  # and for all of them together
     max_commit: int = 2048 * MB  # body of one commit call (regular files travel inside it)
     max_upload: int = 512 * 1024 * MB  # one LFS file
     max_xorb: int = 80 * MB

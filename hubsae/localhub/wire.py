@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 from .errors import HubError
 
 BLOCK = 1 << 20
+MAX_HEAD = 64 * 1024  # bytes of a request's line and headers
 _NEEDED = ("transport", "flow", "keep_alive", "more_body", "expected_content_length", "disconnected")
 
 
@@ -26,6 +27,43 @@ def connection(bound: Any) -> Any:
     """uvicorn's request cycle behind `receive` or `send`, or None."""
     cycle = getattr(bound, "__self__", None)
     return cycle if all(hasattr(cycle, name) for name in _NEEDED) else None
+
+
+def bounded_protocol(seconds: float) -> Any:
+    """uvicorn's protocol, closing connections whose next request has no complete head after `seconds` or `MAX_HEAD`."""
+    from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+    class Bounded(AutoHTTPProtocol):
+        _timer: asyncio.TimerHandle | None = None
+        _head = 0
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._timer = self.loop.call_later(seconds, transport.abort)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._stop_timer()
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self.cycle is not None and not self.cycle.response_complete:
+                self._head = 0
+                self._stop_timer()
+                return
+            if self._timer is None:
+                self._timer = self.loop.call_later(seconds, self.transport.abort)
+            if self.cycle is None or not self.cycle.more_body:  # else the rest of a body that was refused
+                self._head += len(data)
+                if self._head > MAX_HEAD:
+                    self.transport.abort()
+
+        def _stop_timer(self) -> None:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+
+    return Bounded
 
 
 class _Filler(asyncio.BufferedProtocol):

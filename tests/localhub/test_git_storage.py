@@ -5,9 +5,11 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from hubsae.localhub.files import Disk
 from hubsae.localhub.gitstore import Entry, GitStore, is_ref_name
-from hubsae.localhub.history import TreeEditor, last_commits, merge_base, merge_text, merge_trees
+from hubsae.localhub.history import PathTaken, TreeEditor, last_commits, merge_base, merge_text, merge_trees
 
 
 def store(tmp_path: Path) -> GitStore:
@@ -117,7 +119,14 @@ def test_tree_editor_replaces_prunes_and_reports(tmp_path):
     base = tree_of(git_store, {"a/b/c": "1", "a/d": "2"})
     editor = TreeEditor(git_store, base)
     assert editor.delete("a/b") and not editor.delete("a/b/c") and not editor.delete("zzz")
-    editor.set("a/d/e", git_store.write_object("blob", b"3"))
+    blob = git_store.write_object("blob", b"3")
+    for path in ("a/d/e", "a"):
+        with pytest.raises(PathTaken):
+            editor.set(path, blob)
+    assert editor.delete("a/d")
+    editor.set("a/d/e", blob)
+    with pytest.raises(PathTaken):
+        editor.set("a/d", blob)
     assert list(git_store.files(editor.write())) == ["a/d/e"]
     assert editor.delete("a/d/e")
     assert editor.write() == git_store.write_tree({})

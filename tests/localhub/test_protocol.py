@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from urllib.parse import quote
 
 import pytest
 
@@ -119,6 +120,60 @@ def test_an_lfs_file_no_rule_covers_gets_one(raw):
         ][0]["uploadMode"]
         == "lfs"
     )
+
+
+@pytest.mark.parametrize("kind", ["file", "lfsFile"])
+def test_a_name_is_a_file_or_a_folder_and_nothing_is_replaced_silently(raw, kind):
+    """As in git: `a` and `a/b` cannot both be files, and what is in the way goes only when the commit deletes it."""
+    raw.create()
+
+    def change(*paths: str, deleted: tuple[str, ...] = ()) -> int:
+        lines: list = [{"key": "header", "value": {"summary": "change"}}]
+        lines += [{"key": "deletedFile", "value": {"path": path}} for path in deleted]
+        for path in paths:
+            value: dict = {"path": path, "content": path}
+            if kind == "lfsFile":
+                value = {"path": path, "algo": "sha256", "oid": raw.lfs(path.encode()), "size": len(path)}
+            lines.append({"key": kind, "value": value})
+        return raw("POST", "/api/models/local/x/commit/main", "\n".join(map(json.dumps, lines)).encode()).status
+
+    assert change("a", "a/b") == change("a/b", "a") == 400
+    assert change("d/one", "d/two", "f") == 200
+    assert change("d") == change("f/deep/er") == 400
+    files = {f["path"] for f in raw("GET", "/api/models/local/x/tree/main?recursive=1").json}
+    assert files == {".gitattributes", "d", "d/one", "d/two", "f"}
+    assert change("d", deleted=("d",)) == change("f/deep/er", deleted=("f",)) == 200
+    files = {f["path"] for f in raw("GET", "/api/models/local/x/tree/main?recursive=1").json}
+    assert files == {".gitattributes", "d", "f", "f/deep", "f/deep/er"}
+
+
+def test_a_pull_request_goes_against_a_branch(raw):
+    """Everything that announces a new PR refuses another base, also the calls that come before the commit."""
+    raw.create()
+    assert raw.commit({"a": b"1"}, query="?create_pr=1").status == 200
+    head = raw("GET", "/api/models/local/x/revision/main").json["sha"]
+    raw("POST", "/api/models/local/x/tag/main", {"tag": "v1"})
+    files = {"files": [{"path": "b", "size": 1, "sample": "YQ=="}]}
+    for base, fine in (("refs/pr/1", False), ("v1", False), (head, False), ("main", True)):
+        name = quote(base, safe="")
+        status = 200 if fine else 404
+        assert raw("POST", f"/api/models/local/x/preupload/{name}?create_pr=1", files).status == status, base
+        assert raw("GET", f"/api/models/local/x/xet-write-token/{name}?create_pr=1").status == status, base
+        assert raw.commit({"b": b"1"}, revision=name, query="?create_pr=1").status == status, base
+    assert raw("GET", "/api/models/local/x/discussions").json["count"] == 2, "no empty pull request stays behind"
+
+
+def test_merging_turns_files_into_folders_and_names_what_is_in_the_way(raw):
+    raw.create()
+    raw.commit({"a": b"1", "d/e": b"1"})
+    raw.commit({"a": None, "d/e": None}, query="?create_pr=1")
+    assert raw.commit({"a/b": b"2", "d": b"2"}, revision="refs%2Fpr%2F1").status == 200
+    raw.commit({"d/new": b"3"})
+    assert raw("GET", "/api/models/local/x/discussions/1").json["filesWithConflicts"] == ["d"]
+    raw.commit({"d/new": None})
+    assert raw("POST", "/api/models/local/x/discussions/1/merge", {}).status == 200
+    files = {f["path"] for f in raw("GET", "/api/models/local/x/tree/main?recursive=1").json}
+    assert files == {".gitattributes", "a", "a/b", "d"}
 
 
 def test_trees_come_in_pages_that_keep_the_query(local_hub_factory, raw_for):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+
 import pytest
 
 
@@ -115,6 +117,17 @@ def test_gated_repos_ask_first(raw):
     raw("PUT", "/api/models/local/x/settings", {"gated": "auto"})
 
 
+def test_the_diff_of_a_pull_request_to_a_gated_repo_is_content(raw):
+    raw.create()
+    assert raw.commit({"a.txt": b"very secret"}, query="?create_pr=1").status == 200
+    assert "very secret" in raw("GET", "/api/models/local/x/discussions/1?diff=1", token=False).json["diff"]
+    raw("PUT", "/api/models/local/x/settings", {"gated": "manual"})
+    for token, status in (("hf_eve", 403), (False, 401)):
+        got = raw("GET", "/api/models/local/x/discussions/1?diff=1", token=token)
+        assert (got.status, got.headers["x-error-code"]) == (status, "GatedRepo") and b"secret" not in got.body
+    assert "very secret" in raw("GET", "/api/models/local/x/discussions/1?diff=1").json["diff"]
+
+
 def test_organisations_give_their_members_rights(raw):
     assert raw.create("lab/x", private=True).status == 200
     assert raw("GET", "/api/models/lab/x", token="hf_ann").status == 200
@@ -169,6 +182,21 @@ def test_other_web_pages_cannot_change_anything(raw):
     raw.create()
     got = raw("DELETE", "/api/models/local/x/like", headers={"Sec-Fetch-Site": "cross-site"})
     assert got.status == 403
+    host = f"127.0.0.1:{raw.hub.port}"
+    for origin, status in ((f"http://{host}", 200), (f"https://{host}", 200), ("http://evil.test", 403), ("null", 403)):
+        assert raw("POST", "/api/models/local/x/like", {}, headers={"Origin": origin}).status == status, origin
+
+
+def test_passwords_that_a_browser_remembers_write_only_json(raw):
+    raw.create()
+    basic = {"Authorization": "Basic " + base64.b64encode(b"local:hf_local").decode()}
+    body = b'{"title": "from a form", "description": ""}'
+    for kind in ("text/plain", "application/x-www-form-urlencoded; x=json", "multipart/form-data", ""):
+        got = raw("POST", "/api/models/local/x/discussions", body, headers={**basic, "Content-Type": kind})
+        assert got.status == 415, kind
+    for kind in ("application/json", "application/json; charset=utf-8", "application/vnd.git-lfs+json"):
+        got = raw("POST", "/api/models/local/x/discussions", body, headers={**basic, "Content-Type": kind})
+        assert got.status == 200, kind
 
 
 def test_a_contributor_writes_only_what_they_made(local_hub_factory, raw_for):

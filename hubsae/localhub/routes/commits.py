@@ -8,10 +8,10 @@ import pathspec
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from ..commitops import CommitPlan, branch_ref, build_tree, check_parent, commit_on, read_plan
+from ..commitops import CommitPlan, base_branch, branch_ref, build_tree, check_parent, commit_on, read_plan
 from ..describe import describe_commit
 from ..discussions import Board
-from ..errors import HubError, bad_request, revision_not_found
+from ..errors import HubError, bad_request
 from ..gitstore import GitStore
 from ..history import TreeEditor, log
 from ..http import Call, answer, check_path
@@ -41,7 +41,7 @@ def preupload(call: Call) -> Any:
     ref = call["revision"]
     if not create_pr and not ref.startswith("refs/pr/"):
         call.hub.registry.require_write(repo, call.caller)
-    head = repo.git.resolve(ref)
+    head = repo.git.resolve(f"refs/heads/{base_branch(repo, ref)}" if create_pr else ref)
     body = call.json()
     files = body.get("files")
     if not isinstance(files, list):
@@ -92,6 +92,7 @@ async def commit(call: Call) -> Response:
     revision = call["revision"]
     if not create_pr and not revision.startswith("refs/pr/"):
         call.hub.registry.require_write(repo, call.caller)
+    await run_in_threadpool(base_branch if create_pr else branch_ref, repo, revision)
     with call.hub.disk.temp_file("commit") as (path, handle):
         await call.drain(call.hub.settings.max_commit, handle.write)
         handle.flush()
@@ -118,14 +119,9 @@ def _finish(call: Call, repo: Repo, revision: str, create_pr: bool, author: str,
 def _open_pr(repo: Repo, revision: str, plan: CommitPlan, author: str) -> tuple[str, int]:
     """A new PR against a branch, holding this commit."""
     with repo.lock:
-        head = (
-            repo.git.ref(f"refs/heads/{revision}") if "/" not in revision or not revision.startswith("refs/") else None
-        )
-        if head is None and revision.startswith("refs/heads/"):
-            revision = revision.removeprefix("refs/heads/")
-            head = repo.git.ref(f"refs/heads/{revision}")
-        if head is None:
-            raise revision_not_found(revision)
+        revision = base_branch(repo, revision)
+        head = repo.git.ref(f"refs/heads/{revision}")
+        assert head is not None
         check_parent(repo.git, plan, head)
         tree = build_tree(repo, repo.git.commit(head).tree, plan)
         sha = repo.git.write_commit(tree, [head], author, plan.message)

@@ -61,8 +61,12 @@ def create(call: Call) -> Any:
 
 @routes.on("GET", "/api/{kind}/{repo}/discussions/{number}")
 def details(call: Call) -> Any:
-    board = Board(call.repo())
-    return board.details(board.get(number_of(call)), call.flag("diff"))
+    repo = call.repo()
+    diff = call.flag("diff")
+    if diff:
+        call.hub.registry.require_content(repo, call.caller)
+    board = Board(repo)
+    return board.details(board.get(number_of(call)), diff)
 
 
 def _change(call: Call) -> tuple[Repo, Board, dict[str, Any], str]:

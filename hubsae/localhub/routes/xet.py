@@ -13,6 +13,7 @@ from typing import Any
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
+from ..commitops import base_branch
 from ..errors import HubError, bad_request
 from ..http import Call, answer, byte_range, content_answer
 from ..repos import Repo
@@ -46,8 +47,8 @@ def write_token(call: Call) -> Response:
     revision = call["revision"]
     if not call.flag("create_pr") and not revision.startswith("refs/pr/"):
         call.hub.registry.require_write(repo, call.caller)
-    if revision != "None":
-        repo.git.resolve(revision)
+    if revision != "None":  # what the client sends where no revision was given
+        _ = base_branch(repo, revision) if call.flag("create_pr") else repo.git.resolve(revision)
     return _token(call, repo, "write")
 
 
@@ -97,7 +98,8 @@ async def upload_xorb(call: Call) -> Response:
 @routes.on("POST", "/xet/{data}/shards", body="stream")
 async def upload_shard(call: Call) -> Response:
     repo = _scoped(call, "write")
-    await call.load_body(call.hub.settings.max_shard)
+    async for _ in call.load_body(call.hub.settings.max_shard):
+        pass
     return await run_in_threadpool(_register, call, repo)
 
 
@@ -109,7 +111,7 @@ def _register(call: Call, repo: Repo) -> Response:
             repo.lfs.link_xet(file)
         return not known
 
-    records = [record for record in read_shard(call.body) if record.terms]
+    records = [record for record in read_shard(bytes(call.body)) if record.terms]
     with ThreadPoolExecutor(4) as threads:  # each file is read and hashed as a whole
         new = int(any(list(threads.map(keep, records))))
     return answer({"result": new})
