@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
@@ -18,8 +19,8 @@ from hubsae.localhub.routes import all_routes
 
 from .conftest import Raw
 
-# `lab` owns the repo. A writer is its admin; a reader is the same person with a token that only reads; a member may read
-# what is private; a stranger belongs to nothing; someone pending has asked for access and waits.
+# `lab` owns the repo. A writer is its admin, a reader the same person with a token that only reads, a member may read what
+# is private, a stranger belongs to nothing, and someone pending has asked for access and waits.
 CALLERS = {
     "anonymous": None,
     "stranger": "hf_eve",
@@ -79,7 +80,7 @@ class Case(NamedTuple):
     allowed: Callable[[str], set[str]]
     body: Any = None
     query: str = ""
-    fill: dict[str, str] = {}
+    fill: Mapping[str, str] = MappingProxyType({})
     also: tuple[int, ...] = ()  # refusals that say something else than "you may not"
     refused: tuple[int, ...] = ()  # what those outside are told, where it is not 401, 403 and 404
 
@@ -92,6 +93,7 @@ COMMIT = "\n".join(map(json.dumps, (HEADER, FILE))).encode()
 PREUPLOAD = {"files": [{"path": "b", "size": 1, "sample": "YQ=="}]}
 PULL = {"revision": "refs%2Fpr%2F1"}
 REPO = {"name": "x", "organization": "lab", "type": "model"}
+NEW = {"name": "by-local", "organization": "lab"}
 ACCESS = {"user": "pat", "status": "accepted"}
 
 
@@ -124,7 +126,7 @@ TABLE: dict[str, tuple[Case, ...]] = {
     "HEAD /api/telemetry/{path...}": (Case(anyone),),
     "POST /v1/telemetry": (Case(anyone, {}),),
     # repos
-    "POST /api/repos/create": (Case(write, lambda name: {"name": f"by-{name}", "organization": "lab"}, refused=(403,)),),
+    "POST /api/repos/create": (Case(write, NEW, refused=(403,)),),
     "DELETE /api/repos/delete": (Case(write, REPO),),
     "POST /api/repos/move": (Case(write, {"fromRepo": "lab/x", "toRepo": "lab/y", "type": "model"}),),
     "POST /api/{kind}/{repo}/duplicate": (Case(propose, lambda name: {"repository": f"{name}/copy"}),),
