@@ -19,8 +19,8 @@ from hubsae.localhub.routes import all_routes
 
 from .conftest import Raw
 
-# `lab` owns the repo. A writer is its admin, a reader the same person with a token that only reads, a member may read what
-# is private, a stranger belongs to nothing, and someone pending has asked for access and waits.
+# `lab` owns the repo. A writer is its admin, a reader the same person with a token that only reads, a member may read
+# what is private, a stranger belongs to nothing, and someone pending has asked for access and waits.
 CALLERS = {
     "anonymous": None,
     "stranger": "hf_eve",
