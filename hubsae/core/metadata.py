@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from hubsae.core.config import SAEConfig
 from hubsae.core.errors import MetadataError
 from hubsae.core.files import read_json, write_json_atomic
+from hubsae.core.scopes import excluding
 
 FORMAT_VERSION = 1
 FILE_NAME = "metadata.json"
@@ -98,6 +99,10 @@ class TrainingInfo(Section):
     warm_start: WarmStart | None = None
     split: str | None = None
     selection: str | None = Field(default=None, description="How the published checkpoint was chosen.")
+    exclude: list[str] = Field(
+        default_factory=list, description="Groups of tokens left out in training: position_0, special, massive, ..."
+    )
+    massive_above: float | None = Field(default=None, description="Norm above which a token counts as massive.")
 
 
 class ActivationInfo(Section):
@@ -118,7 +123,7 @@ class Metric(Section):
     value: float
     definition: str | None = Field(default=None, description="The formula, in one line.")
     n_tokens: int | None = Field(default=None, description="Tokens it was computed on.")
-    scope: str | None = Field(default=None, description="Which tokens: all, no_position_0, prompt, response, ...")
+    scope: str | None = Field(default=None, description="Which tokens: all, not position_0, prompt, ...")
     interval: tuple[float, float] | None = Field(default=None, description="Confidence interval.")
     interval_kind: str | None = Field(default=None, description="Such as: 95 % bootstrap over prompts.")
     source: str | None = Field(default=None, description="hubsae, or whoever published the number.")
@@ -163,6 +168,17 @@ class Metadata(Section):
     activations: ActivationInfo = Field(default_factory=ActivationInfo)
     metrics: list[Metric] = Field(default_factory=list)
     provenance: Provenance = Field(default_factory=Provenance)
+
+    @property
+    def own_scope(self) -> str:
+        """The tokens this SAE is for, as a scope: what its training left out is left out; `all` where that is nothing.
+
+        >>> m = Metadata(config=SAEConfig(architecture="topk", d_in=8, d_sae=32, k=4))
+        >>> m.training.exclude = ["position_0"]
+        >>> m.own_scope
+        'not position_0'
+        """
+        return excluding(self.training.exclude).name
 
     def metric(self, name: str, scope: str | None = None) -> float | None:
         """The value of a metric, or None where it is not recorded."""
