@@ -5,9 +5,6 @@
 It stands in for a real model and real data wherever a recipe, the demo or a test needs them: the model folder is an
 ordinary transformers checkpoint, the problems have the layout of GSM8K, and every stage of the warm-up is kept, so
 that there are real checkpoints to compare. Made of nothing but a seed, it is the same every time on one machine.
-
-The result is cached in a folder named by a hash of everything it depends on; a build happens in a folder beside it
-that is renamed into place, under a lock, so an interrupted build leaves nothing and two processes build once.
 """
 
 from __future__ import annotations
@@ -16,23 +13,21 @@ import hashlib
 import json
 import os
 import random
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hubsae.core.errors import ConfigError, NotFoundError, nearest
+from hubsae.core.errors import ConfigError
 from hubsae.core.extras import require
-from hubsae.core.files import write_csv_atomic, write_json_atomic
+from hubsae.core.files import write_csv_atomic
 from hubsae.recipes.quiet import quiet
 from hubsae.recipes.tiny_problems import Problem, draw_style, make_problems, styled_answer
 from hubsae.recipes.tiny_tokenizer import train_tokenizer
+from hubsae.recipes.worlds import World, build_once, cache_root, prompt_ids, write_record
 
 FORMAT = 1
 """Raised when the same config would no longer give the same world."""
@@ -84,17 +79,7 @@ SIZES = {
 }  # fmt: skip
 
 
-def default_cache() -> Path:
-    """Where worlds are kept between runs: `$HUBSAE_CACHE`, or `hubsae` in the user's cache folder."""
-    chosen = os.environ.get("HUBSAE_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "hubsae"
-
-
-@dataclass(frozen=True)
-class TinyWorld:
+class TinyWorld(World):
     """A model, its tokenizer, its problems and the checkpoints of its warm-up.
 
     >>> world = tiny_world("quick")                                     # doctest: +SKIP
@@ -102,11 +87,16 @@ class TinyWorld:
     '<|im_start|>user\\nKim has 4 cards and gets 3 more. How many cards now?<|im_end|>\\n<|im_start|>assistant\\n'
     """
 
-    config: TinyConfig
-    folder: Path
-    """Where it lies; `folder / "stages" / name` are transformers checkpoints with tokenizer."""
-    train_problems: list[Problem]
-    test_problems: list[Problem]
+    base_model = None
+
+    def __init__(self, config: TinyConfig, folder: Path, train: list[Problem], test: list[Problem]):
+        self.config, self.folder = config, folder
+        self.model_id = f"local/hubsae-{config.size}"
+        self.train_problems, self.test_problems = train, test
+        self.train_chats, self.test_chats = ([_chat(p) for p in problems] for problems in (train, test))
+        self.train_texts, self.test_texts = (
+            [{"text": f"{p.question}\n{p.answer}"} for p in problems] for problems in (train, test)
+        )
 
     @property
     def stages(self) -> dict[str, Path]:
@@ -114,46 +104,21 @@ class TinyWorld:
         return {f"sft_step{step}": self.folder / "stages" / f"sft_step{step}" for step in self.config.keep_steps}
 
     @property
-    def model_path(self) -> Path:
-        """The checkpoint folder of the finished model."""
-        return self.stages[f"sft_step{self.config.steps}"]
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The tokenizer, as `AutoTokenizer` loads it."""
-        transformers = require("transformers", extra="train")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(self.model_path)
-        tokenizer.padding_side = "left"
-        return tokenizer
-
-    @cached_property
-    def model(self) -> Any:
-        """The finished model in float32, in evaluation mode."""
-        return self.load_stage(f"sft_step{self.config.steps}")
-
-    def load_stage(self, name: str) -> Any:
-        """The model as it was at one stage of the warm-up."""
-        transformers = require("transformers", extra="train")
-        if name not in self.stages:
-            raise NotFoundError(f"the tiny world has no stage {name!r}", hint=f"nearest: {nearest(name, self.stages)}")
-        with quiet():
-            model = transformers.AutoModelForCausalLM.from_pretrained(self.stages[name], dtype=torch.float32)
-        return model.eval()
-
-    def messages(self, problem: Problem) -> list[dict[str, str]]:
-        """The conversation that asks `problem`."""
-        return [{"role": "user", "content": problem.question}]
-
-    def prompt_ids(self, problem: Problem) -> list[int]:
-        """The rendered prompt as token ids, ending where the answer begins."""
-        return prompt_ids(self.tokenizer, problem)
+    def provenance(self) -> dict[str, Any]:
+        """Everything is made by rule, from the seed."""
+        return {"made by": "hubsae", "license": "apache-2.0", **asdict(self.config)}
 
     def write_dataset(self, folder: str | os.PathLike[str]) -> Path:
         """Write the problems as a dataset repository in the layout of GSM8K (config `main`, Parquet).
 
         `datasets.load_dataset(folder, "main")` reads it, from a folder or from a Hub.
         """
-        return write_gsm8k(folder, self.train_problems, self.test_problems)
+        return self.rows_folder("problems", Path(folder))
+
+
+def _chat(problem: Problem) -> dict[str, Any]:
+    turns = (("user", problem.question), ("assistant", problem.answer))
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
 def tiny_world(
@@ -176,35 +141,10 @@ def tiny_world(
     config = replace(SIZES[size], seed=seed, **changes)
     if config.steps not in config.keep_steps:
         config = replace(config, keep_steps=(*(s for s in config.keep_steps if s < config.steps), config.steps))
-    root = Path(cache) if cache is not None else default_cache() / "tiny"
+    root = Path(cache) if cache is not None else cache_root() / "tiny"
     folder = root / f"{config.size}-seed{config.seed}-{config.key()}"
-    if not _complete(folder):
-        folder = _build_once(config, folder, progress)
-    train, test = _problems(config)
-    return TinyWorld(config=config, folder=folder, train_problems=train, test_problems=test)
-
-
-def prompt_ids(tokenizer: Any, problem: Problem) -> list[int]:
-    """`problem` rendered with the chat template of `tokenizer`, as token ids."""
-    messages = [{"role": "user", "content": problem.question}]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return tokenizer(text, add_special_tokens=False).input_ids
-
-
-def write_gsm8k(folder: str | os.PathLike[str], train: list[Problem], test: list[Problem]) -> Path:
-    """Write two splits in the file layout of `openai/gsm8k`."""
-    pa = require("pyarrow", extra="train")
-    pq = require("pyarrow.parquet", extra="train")
-    out = Path(folder)
-    (out / "main").mkdir(parents=True, exist_ok=True)
-    for split, problems in (("train", train), ("test", test)):
-        table = pa.Table.from_pylist([problem.record() for problem in problems])
-        pq.write_table(table, out / "main" / f"{split}-00000-of-00001.parquet")
-    front = "configs:\n- config_name: main\n  data_files:\n" + "".join(
-        f"  - split: {split}\n    path: main/{split}-*\n" for split in ("train", "test")
-    )
-    (out / "README.md").write_text(f"---\n{front}---\n\nWord problems made by rule, in the layout of GSM8K.\n")
-    return out
+    folder = build_once(folder, lambda building: _build(config, building, progress))
+    return TinyWorld(config, folder, *_problems(config))
 
 
 @contextmanager
@@ -226,39 +166,6 @@ def _problems(config: TinyConfig) -> tuple[list[Problem], list[Problem]]:
     return every[: config.train_problems], every[config.train_problems :]
 
 
-def _complete(folder: Path) -> bool:
-    return (folder / "world.json").is_file()
-
-
-def _build_once(config: TinyConfig, folder: Path, progress: Progress | None) -> Path:
-    filelock = require("filelock", extra="train")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(str(folder) + ".lock")
-        lock.acquire()
-    except OSError:
-        # no permission, a full or read-only disk: a world of this process only
-        private = Path(tempfile.mkdtemp(prefix="hubsae-tiny-"))
-        _build(config, private, progress)
-        return private
-    try:
-        if _complete(folder):
-            return folder
-        for stale in folder.parent.glob(f".{folder.name}.*"):
-            shutil.rmtree(stale, ignore_errors=True)
-        building = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
-            _build(config, building, progress)
-            building.chmod(0o755)
-            os.replace(building, folder)
-        except BaseException:
-            shutil.rmtree(building, ignore_errors=True)
-            raise
-        return folder
-    finally:
-        lock.release()
-
-
 def _build(config: TinyConfig, folder: Path, progress: Progress | None) -> None:
     """Make the world in `folder`; `world.json` is written last and says that it is whole."""
     train, _ = _problems(config)
@@ -270,7 +177,7 @@ def _build(config: TinyConfig, folder: Path, progress: Progress | None) -> None:
         model = _new_model(config, tokenizer)
         losses = _warm_up(config, model, tokenizer, train, rng, folder / "stages", progress)
     write_csv_atomic(folder / "warmup.csv", losses)
-    write_json_atomic(folder / "world.json", {"format": FORMAT, "torch": torch.__version__, **asdict(config)})
+    write_record(folder, {"format": FORMAT, "torch": torch.__version__, **asdict(config)})
 
 
 def _new_model(config: TinyConfig, tokenizer: Any) -> Any:
