@@ -11,7 +11,6 @@ from hubsae.core import factory
 from hubsae.version import __version__
 
 if TYPE_CHECKING:
-    from hubsae.activations.dataset import ActivationDataset
     from hubsae.activations.harvesting import harvest
     from hubsae.core.codes import SparseCodes
     from hubsae.core.config import SAEConfig
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from hubsae.formats.package import package
     from hubsae.formats.registry import convert
     from hubsae.formats.release import Release
+    from hubsae.hub.activations import ActivationDataset
     from hubsae.hub.converter import saelens_converter
     from hubsae.hub.listing import list_saes
     from hubsae.hub.load import pull
@@ -52,7 +52,7 @@ __all__ = [
 
 # public name -> the module that defines it
 _HOME = {
-    "ActivationDataset": "hubsae.activations.dataset",
+    "ActivationDataset": "hubsae.hub.activations",
     "HookPoint": "hubsae.core.hooks",
     "HubSAE": "hubsae.hub.sae",
     "HubSAEError": "hubsae.core.errors",
@@ -87,7 +87,8 @@ def __getattr__(name: str) -> Any:
     return value
 
 
-factory.provide(lambda: __getattr__("HubSAE"))
+factory.provide("SAE", lambda: __getattr__("HubSAE"))
+factory.provide("ActivationDataset", lambda: __getattr__("ActivationDataset"))
 
 
 def __dir__() -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hubsae.activations.dataset import ActivationDataset
 from hubsae.activations.layout import configs_in
@@ -35,6 +35,4 @@ class ActivationSet(Mapping[str, ActivationDataset]):
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:
         """Publish the folder."""
-        from hubsae.hub.datasets import push_activations
-
-        return push_activations(self.path, repo_id, **options)
+        return cast(Any, self[self.configs[0]]).push_to_hub(repo_id, **options)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from hubsae.activations.dataset import ActivationDataset
 from hubsae.activations.layout import LABELS, SHARD_BYTES, configs_in
-from hubsae.activations.manifest import _open_any, finalize
-from hubsae.activations.opening import find_pile, open_local
+from hubsae.activations.manifest import finalize
+from hubsae.activations.opening import find_activations, find_pile
 from hubsae.activations.writer import ActivationWriter, scale_for
 from hubsae.core.errors import DataError
 
@@ -51,7 +51,7 @@ def convert(
         raise DataError(f"{path} holds {len(names)} configs, so they cannot all be named {config!r}")
     for name, splits in names.items():
         for split in splits:
-            data = open_local(Path(path), name, split, vector=vector)
+            data = ActivationDataset.open(path, name, split, vector=vector)
             _convert_one(data, target, config or name, split, dtype, scale, source, shard_bytes, progress)
     return finalize(target)
 
@@ -61,10 +61,10 @@ def list_configs(path: Path, vector: str | None = None) -> dict[str, list[str]]:
     if path.is_dir() and configs_in(path):
         raise DataError(f"{path} is in our format already")
     if path.is_dir() and (path / "state.json").is_file():
-        return {name: ["train"] for name in _open_any(path, None, {}).configs}
+        return {name: ["train"] for name in find_activations(path, None, "train").configs}
     pile = find_pile(path)
     if not pile:
-        open_local(path, None, "train", vector=vector)  # raises the error that says what is known
+        find_activations(path, None, "train", vector=vector)  # raises the error that says what is known
     return {name: list(splits) for name, splits in pile.items()}
 
 

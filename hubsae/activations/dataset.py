@@ -13,24 +13,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hubsae.activations.buffers import BufferPool
+from hubsae.activations.opening import REPO, Found, find_activations, verify_source
 from hubsae.activations.order import Order, Unit, plan_order
 from hubsae.activations.sources import Source, TensorSource
 from hubsae.activations.stats import ActivationStats, RunningStats
-from hubsae.core.errors import ConfigError, DataError
+from hubsae.core import factory
+from hubsae.core.errors import ConfigError, DataError, NotFoundError
 
 WINDOW_BYTES = 256 << 20
 """Vectors shuffled together: 150 k tokens at d 896, 32 k at d 4096 (float16)."""
-UNITS_PER_WINDOW = 32
-"""Runs of neighbouring rows in a window; of the usual window, each is as long as a page of our files."""
 READERS = 8
 """Connections used at once for a dataset that is streamed from the Hub."""
+UNITS_PER_WINDOW = 32
+"""Runs of neighbouring rows in a window; of the usual window, each is as long as a page of our files."""
 
 Batch = Tensor | dict[str, Tensor | np.ndarray]
 
@@ -53,7 +55,11 @@ class ActivationDataset:
     (6, 2, torch.Size([4, 2]))
     """
 
-    def __init__(self, sources: Sequence[Source], *, config: str, split: str, path: str, configs: Sequence[str] = ()):
+    def __new__(cls, *args: Any, **named: Any) -> Self:
+        """An object of the class that users get, which can be published."""
+        return super().__new__(factory.user_class(cls))
+
+    def __init__(self, sources: Sequence[Source], config: str, split: str, path: str, configs: Sequence[str] = ()):
         if not sources:
             raise DataError(f"{path}: no activations in split {split!r} of {config}")
         first = sources[0]
@@ -82,8 +88,9 @@ class ActivationDataset:
         self._resume: _Place | None = None
         self._readers: ThreadPoolExecutor | None = None
 
-    @staticmethod
+    @classmethod
     def open(
+        cls,
         path_or_repo: str | Path,
         config: str | int | None = None,
         split: str = "train",
@@ -95,33 +102,36 @@ class ActivationDataset:
         local_files_only: bool = False,
         verify: bool = False,
         vector: str | None = None,
-    ) -> ActivationDataset:
+    ) -> Self:
         """Open a folder, a file, or a dataset repo (`owner/name`, `owner/name@revision`).
 
-        `config` names the hook point (`layers.18`, or 18); it may be left out where there is only one.
-        A repo is downloaded, or with `stream=True` read by ranges. `verify` checks the checksum of every page
-        at its first reading (about 0.3 us per token at d 896).
+        `config` names the hook point (`layers.18`, or 18); it may be left out where there is only one. `vector` names
+        the matrix in a file that holds several. `verify` checks the checksum of every page at its first reading
+        (about 0.3 us per token at d 896).
+        A repo is downloaded at `revision` (through `cache_dir`, with `token`; `local_files_only` asks no Hub), or with
+        `stream=True` read by ranges.
         """
-        from hubsae.activations.opening import open_dataset
-
-        return open_dataset(
-            path_or_repo,
-            config,
-            split,
-            revision=revision,
-            stream=stream,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            verify=verify,
-            vector=vector,
+        if Path(path_or_repo).exists():
+            return cls(*find_activations(Path(path_or_repo), config, split, verify=verify, vector=vector))
+        if not REPO.fullmatch(str(path_or_repo)):
+            raise NotFoundError(
+                f"{path_or_repo} does not exist", hint="give a folder, a file, or a dataset repo as owner/name"
+            )
+        where = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        found = factory.user_class(cls)._find_in_repo(
+            str(path_or_repo), config, split, revision=revision, stream=stream, verify=verify, vector=vector, **where
         )
+        return cls(*found)
 
-    @staticmethod
-    def from_tensor(vectors: Tensor, *, name: str = "tensor", **labels: Any) -> ActivationDataset:
+    @classmethod
+    def _find_in_repo(cls, repo: str, config: str | int | None, split: str, **options: Any) -> Found:
+        raise NotFoundError(f"there is no folder or file {repo}", hint="`import hubsae` to open repos of the Hub")
+
+    @classmethod
+    def from_tensor(cls, vectors: Tensor, *, name: str = "tensor", **labels: Any) -> Self:
         """A dataset over a matrix [rows, d] in memory, with label columns if given."""
         columns = {k: np.asarray(v) for k, v in labels.items()}
-        return ActivationDataset([TensorSource(vectors, name, columns)], config=name, split="train", path=name)
+        return cls([TensorSource(vectors, name, columns)], config=name, split="train", path=name)
 
     def __len__(self) -> int:
         return self.n_rows
@@ -418,7 +428,7 @@ class ActivationDataset:
         chosen = [names] if isinstance(names, str) else list(names if names is not None else self.label_names)
         return self._labels(self._check_columns(chosen), [(0, self.n_rows)])
 
-    # -- state, other forms, publishing --------------------------------------------------------------------------
+    # -- state, other forms --------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Where the last `batches` stands: epoch, window, offset, and what the numbers refer to."""
@@ -442,19 +452,11 @@ class ActivationDataset:
         """
         from hubsae.activations.torch_iterable import ActivationIterable
 
-        return ActivationIterable(self, batch_size, options)
+        return ActivationIterable(self.batches, batch_size, options)
 
     def verify(self) -> int:
         """Check header and checksum of every page; returns the number of pages checked."""
-        from hubsae.activations.opening import verify_source
-
         return sum(verify_source(source) for source in self.sources)
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
-        """Publish the whole dataset folder this config belongs to (see `hubsae.hub.datasets`)."""
-        from hubsae.hub.datasets import push_activations
-
-        return push_activations(self.path, repo_id, **options)
 
 
 def _as_tensor(column: np.ndarray) -> Tensor | np.ndarray:

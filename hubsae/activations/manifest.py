@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from hubsae.activations.dataset import ActivationDataset
 from hubsae.activations.layout import FORMAT_VERSION, LABELS, MANIFEST, STATISTICS, configs_in, shards_in
+from hubsae.activations.opening import find_pile
 from hubsae.activations.parquet_source import ParquetSource
 from hubsae.activations.sources import LocalFile
 from hubsae.activations.stats import ActivationStats, RunningStats
@@ -101,11 +103,10 @@ def content_id(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def describe(path: str | Path, *, config: str | int | None = None, **options: Any) -> dict[str, Any]:
+def describe(path: str | Path, *, config: str | int | None = None) -> dict[str, Any]:
     """What `hubsae show` tells of activations: rows, type, scale, norm statistics and a histogram per config.
 
-    Works on folders of ours, on repos, and on what else `ActivationDataset.open` reads (one pass computes the
-    statistics there).
+    Works on folders of ours and on what else `ActivationDataset.open` reads (one pass computes the statistics there).
 
     >>> import tempfile
     >>> from hubsae.activations import ActivationWriter
@@ -115,53 +116,38 @@ def describe(path: str | Path, *, config: str | int | None = None, **options: An
     ...     describe(out)["configs"][0]["splits"]
     {'train': 3}
     """
-    local = Path(path)
-    first = _open_any(path, config, options)
-    names = [first.config] if config is not None else first.configs
-    manifest = read_json(local / MANIFEST) if (local / MANIFEST).is_file() else {}
-    if not local.exists():
-        from hubsae.hub.datasets import remote_manifest
-
-        manifest = remote_manifest(str(path), **{k: v for k, v in options.items() if k in ("revision", "token")})
-    rows = []
-    for name in names:
-        data = first if name == first.config else _open_any(path, name, options)
-        splits = {data.split: data.n_rows}
-        if local.is_dir():
-            for split, shards in shards_in(local / name).items():
-                splits[split] = sum(ParquetSource(LocalFile(p)).n_rows for p in shards)
-        elif not local.exists() and manifest:
-            splits = {split: part["rows"] for split, part in manifest["configs"][name]["splits"].items()}
-        rows.append(
-            {
-                "config": name,
-                "d": data.d,
-                "dtype": str(data.stored_dtype).removeprefix("torch."),
-                "scale": data.scale,
-                "splits": splits,
-                "files": len(data.sources),
-                "columns": list(data.label_names),
-                "source": data.info,
-                "statistics": data.stats.summary(),
-                "histogram": data.stats.histogram(),
-            }
-        )
-    return {"kind": "activations", "path": str(path), "configs": rows, "run": manifest.get("run", {})}
+    root = Path(path)
+    names = (configs_in(root) if root.is_dir() else []) or list(find_pile(root))
+    if config is not None or len(names) < 2:
+        opened = [ActivationDataset.open(root, config)]
+    else:
+        opened = [ActivationDataset.open(root, name) for name in names]
+    manifest = read_json(root / MANIFEST) if (root / MANIFEST).is_file() else {}
+    splits: dict[str, dict[str, int]] = {data.config: {data.split: data.n_rows} for data in opened}
+    if root.is_dir():
+        for name, found in splits.items():
+            for split, shards in shards_in(root / name).items():
+                found[split] = sum(ParquetSource(LocalFile(p)).n_rows for p in shards)
+    return described(str(path), opened, splits, manifest)
 
 
-def _open_any(path: str | Path, config: str | int | None, options: dict[str, Any]) -> ActivationDataset:
-    """Open a config; the first one where none is named."""
-    from hubsae.activations.opening import find_pile
-
-    local = Path(path)
-    if config is None and local.exists():
-        have = (configs_in(local) if local.is_dir() else []) or list(find_pile(local))
-        config = have[0] if len(have) > 1 else None
-    if not local.exists():
-        options = {"stream": True, **options}  # the footers say everything: nothing is downloaded
-        if config is None:
-            from hubsae.hub.datasets import open_remote
-
-            repo, _, revision = str(path).partition("@")
-            config = next(iter(open_remote(repo, revision=options.get("revision") or revision or None).configs), None)
-    return ActivationDataset.open(path, config, **options)
+def described(
+    path: str, opened: Iterable[ActivationDataset], splits: Mapping[str, dict[str, int]], manifest: dict[str, Any]
+) -> dict[str, Any]:
+    """One entry per config, from its opened split; `splits` has the rows of all of them."""
+    rows = [
+        {
+            "config": data.config,
+            "d": data.d,
+            "dtype": str(data.stored_dtype).removeprefix("torch."),
+            "scale": data.scale,
+            "splits": splits[data.config],
+            "files": len(data.sources),
+            "columns": list(data.label_names),
+            "source": data.info,
+            "statistics": data.stats.summary(),
+            "histogram": data.stats.histogram(),
+        }
+        for data in opened
+    ]
+    return {"kind": "activations", "path": path, "configs": rows, "run": manifest.get("run", {})}

@@ -1,17 +1,15 @@
-"""Find out what kind of activations a path holds, and open it: our folders, the Hub, SAELens caches, piles of files."""
+"""Find out what kind of activations a path holds: our folders, SAELens caches, piles of files."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from hubsae.activations.dataset import ActivationDataset
 from hubsae.activations.layout import VECTOR, config_name, configs_in, natural, shards_in
 from hubsae.activations.parquet_source import ParquetSource
 from hubsae.activations.sources import (
@@ -23,7 +21,7 @@ from hubsae.activations.sources import (
     TensorSource,
 )
 from hubsae.core.errors import DataError, FormatError, HookError, NotFoundError, nearest
-from hubsae.core.files import read_json
+from hubsae.core.files import read_json, safetensors_header
 from hubsae.core.hooks import HookPoint
 
 PILE = re.compile(r"(?:(?P<stage>.+?)_)?layers?[_.]?(?P<layer>\d+)(?:_(?P<split>train|val|validation|test))?$")
@@ -32,41 +30,14 @@ REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 _FLOATS = {"F16": torch.float16, "F32": torch.float32, "BF16": torch.bfloat16}
 
 
-def open_dataset(
-    path: str | Path,
-    config: str | int | None,
-    split: str,
-    *,
-    revision: str | None,
-    stream: bool,
-    token: str | bool | None,
-    cache_dir: str | Path | None,
-    local_files_only: bool,
-    verify: bool,
-    vector: str | None,
-) -> ActivationDataset:
-    """See `ActivationDataset.open`."""
-    local = Path(path)
-    if local.exists():
-        return open_local(local, config, split, verify=verify, vector=vector)
-    if not REPO.fullmatch(str(path)):
-        raise NotFoundError(f"{path} does not exist", hint="give a folder, a file, or a dataset repo as owner/name")
-    from hubsae.hub.datasets import fetch_activations, open_remote
+class Found(NamedTuple):
+    """What `ActivationDataset` is made of."""
 
-    repo, _, pinned = str(path).partition("@")
-    options = {"revision": revision or pinned or None, "token": token}
-    if not stream:
-        more = {"cache_dir": cache_dir, "local_files_only": local_files_only}
-        folder, name = fetch_activations(repo, lambda have: choose_config(str(path), have, config), **options, **more)
-        data = open_local(folder, name, split, verify=verify, vector=vector)
-        data.path = str(path)
-        return data
-    listing = open_remote(repo, **options)
-    name = choose_config(str(path), sorted(listing.configs, key=natural), config)
-    files = listing.files(name, split)
-    if not files:
-        raise no_split(str(path), name, split, listing.splits(name))
-    return parquet_dataset(files, str(path), name, split, listing.configs, verify=verify, vector=vector)
+    sources: list[Source]
+    config: str
+    split: str
+    path: str
+    configs: list[str]
 
 
 def no_split(path: str, config: str, split: str, have: Sequence[str]) -> NotFoundError:
@@ -98,7 +69,7 @@ def choose_config(path: str, have: Sequence[str], wanted: str | int | None) -> s
     raise NotFoundError(f"{path} has no config {str(wanted)!r}", hint=f"configs here: {nearest(str(wanted), have)}")
 
 
-def parquet_dataset(
+def parquet_shards(
     files: Sequence[ByteFile],
     path: str,
     config: str,
@@ -107,27 +78,25 @@ def parquet_dataset(
     *,
     verify: bool,
     vector: str | None,
-) -> ActivationDataset:
-    """A dataset over Parquet shards."""
-    sources = [ParquetSource(file, vector=vector or VECTOR, verify=verify) for file in files]
-    return ActivationDataset(
-        [s for s in sources if s.n_rows] or sources[:1], config=config, split=split, path=path, configs=configs
-    )
+) -> Found:
+    """The shards of a split, without empty ones."""
+    sources: list[Source] = [ParquetSource(file, vector=vector or VECTOR, verify=verify) for file in files]
+    return Found([s for s in sources if s.n_rows] or sources[:1], config, split, path, list(configs))
 
 
-def open_local(
+def find_activations(
     path: Path, config: str | int | None, split: str, *, verify: bool = False, vector: str | None = None
-) -> ActivationDataset:
-    """Open what lies at a local path."""
+) -> Found:
+    """What lies at a local path."""
     if path.is_dir() and (configs := configs_in(path)):
         name = choose_config(str(path), configs, config)
         shards = shards_in(path / name)
         if split not in shards:
             raise no_split(str(path), name, split, sorted(shards))
         files = [LocalFile(p) for p in shards[split]]
-        return parquet_dataset(files, str(path), name, split, configs, verify=verify, vector=vector)
+        return parquet_shards(files, str(path), name, split, configs, verify=verify, vector=vector)
     if path.is_dir() and shards_in(path):  # the folder of one config
-        return open_local(path.parent, path.name, split, verify=verify, vector=vector)
+        return find_activations(path.parent, path.name, split, verify=verify, vector=vector)
     if path.is_dir() and (path / "state.json").is_file():
         return _open_saelens(path, config)
     pile = find_pile(path)
@@ -145,7 +114,7 @@ def open_local(
     sources: list[Source] = []
     for file in splits[split]:
         sources += open_file(file, verify=verify, vector=vector)
-    return ActivationDataset(sources, config=name, split=split, path=str(path), configs=list(pile))
+    return Found(sources, name, split, str(path), list(pile))
 
 
 def find_pile(path: Path) -> dict[str, dict[str, list[Path]]]:
@@ -193,31 +162,18 @@ def _open_npy(path: Path) -> Source:
 
 
 def _open_safetensors(path: Path, wanted: str | None) -> list[Source]:
-    file = LocalFile(path)
-    try:
-        size = bytearray(8)
-        file.read_into(0, [memoryview(size)])
-        length = int.from_bytes(size, "little")
-        if length > min(file.size, 100 << 20):
-            raise ValueError(f"a header of {length} bytes")
-        head = bytearray(length)
-        file.read_into(8, [memoryview(head)])
-        header: dict[str, Any] = json.loads(bytes(head))
-        matrices = {
-            k: v for k, v in header.items() if k != "__metadata__" and len(v["shape"]) >= 2 and v["dtype"] in _FLOATS
-        }
-    except (ValueError, KeyError, TypeError) as error:
-        raise FormatError(path, "a safetensors file", f"something else ({error})") from error
-    if wanted is None and len({v["shape"][-1] for v in matrices.values()}) == 1 and len(matrices) == 1:
+    tensors = safetensors_header(path).tensors
+    matrices = {k: v for k, v in tensors.items() if len(v.shape) >= 2 and v.dtype in _FLOATS}
+    if wanted is None and len({v.shape[-1] for v in matrices.values()}) == 1 and len(matrices) == 1:
         wanted = next(iter(matrices))
     if wanted not in matrices:
         raise DataError(
             f"{path} holds {len(matrices)} matrices; say which are the activations",
             hint=f"vector=... out of {', '.join(matrices) or 'none'}",
         )
-    shape, start = matrices[wanted]["shape"], 8 + length + matrices[wanted]["data_offsets"][0]
-    rows = int(np.prod(shape[:-1]))
-    return [RawSource(file, start, (rows, shape[-1]), _FLOATS[matrices[wanted]["dtype"]], str(path))]
+    chosen = matrices[wanted]
+    shape = (int(np.prod(chosen.shape[:-1])), chosen.shape[-1])
+    return [RawSource(LocalFile(path), chosen.start, shape, _FLOATS[chosen.dtype], str(path))]
 
 
 def _open_pt(path: Path, wanted: str | None) -> Source:
@@ -254,7 +210,7 @@ def _open_pt(path: Path, wanted: str | None) -> Source:
     return TensorSource(loaded.flatten(0, -2), str(path), labels)
 
 
-def _open_saelens(path: Path, config: str | int | None) -> ActivationDataset:
+def _open_saelens(path: Path, config: str | int | None) -> Found:
     """A folder written by SAELens' CacheActivationsRunner (`datasets` Arrow files, one context per row)."""
     state, info = read_json(path / "state.json"), read_json(path / "dataset_info.json")
     features = info.get("features", {})
@@ -272,7 +228,7 @@ def _open_saelens(path: Path, config: str | int | None) -> ActivationDataset:
         source = ArrowSource(path / Path(entry["filename"]).name, by_name[name], samples)
         samples += source.n_samples
         sources.append(source)
-    return ActivationDataset(sources, config=name, split="train", path=str(path), configs=list(by_name))
+    return Found(sources, name, "train", str(path), list(by_name))
 
 
 def by_name_key(by_name: Mapping[str, str], config: str | int | None) -> str | int | None:

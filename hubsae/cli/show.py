@@ -60,10 +60,10 @@ def command(
 
 def _dataset_repo(repo: str, revision: str | None) -> dict[str, Any] | None:
     """What an activation dataset of that name holds, or None if there is none."""
-    from hubsae.activations import describe
+    from hubsae.hub.activations import describe
 
     try:
-        return describe(repo if revision is None else f"{repo}@{revision}")
+        return describe(repo, revision=revision)
     except HubSAEError:
         return None
 

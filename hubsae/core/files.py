@@ -1,4 +1,4 @@
-"""Files on disk: written whole or not at all, hashed, and never outside their folder."""
+"""Files on disk: written whole or not at all, hashed, never outside their folder; and what a safetensors file holds."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from hubsae.core.errors import FormatError
+
+MAX_HEADER = 100 << 20
+"""Bytes: what the safetensors format allows."""
 
 
 @contextmanager
@@ -38,7 +41,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
         # mkstemp makes files private; a release should be as readable as any other file
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, 0o666 & ~umask())
         os.replace(temporary, final)
     except BaseException:
         with suppress(FileNotFoundError):
@@ -46,7 +49,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The process's file mode mask."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
@@ -82,7 +86,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FormatError(path, "a JSON file", "no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: bad text, bad JSON, integers of ten thousand digits
         raise FormatError(path, "JSON", f"text that does not parse ({error})") from error
 
 
@@ -90,6 +94,61 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
     """The sha256 of a file's bytes, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class StoredTensor(NamedTuple):
+    """One tensor as a safetensors header lists it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    """Where its bytes begin, from the start of the file."""
+    stop: int
+
+
+class SafetensorsHeader(NamedTuple):
+    """What a safetensors file says of itself at its beginning."""
+
+    tensors: dict[str, StoredTensor]
+    notes: dict[str, str]
+
+
+def safetensors_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
+    """Names, types, shapes and places of the tensors in a safetensors file, without their data.
+
+    >>> from safetensors.numpy import save_file
+    >>> import numpy as np
+    >>> with tempfile.TemporaryDirectory() as d:
+    ...     save_file({"b": np.zeros(3, dtype="float32")}, Path(d) / "a.safetensors")
+    ...     safetensors_header(Path(d) / "a.safetensors").tensors["b"].shape
+    (3,)
+    """
+    file = Path(path)
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        if size < 8 or length > min(MAX_HEADER, size - 8):
+            raise FormatError(
+                file,
+                "a safetensors file",
+                f"{size} bytes whose header claims {length}",
+                hint="the file is truncated or of another kind; download it again",
+            )
+        text = handle.read(length)
+    try:
+        header = json.loads(text)
+        notes = header.pop("__metadata__", None) or {}
+        tensors = {
+            name: StoredTensor(
+                str(item["dtype"]),
+                tuple(int(n) for n in item["shape"]),
+                *(8 + length + int(n) for n in item["data_offsets"]),
+            )
+            for name, item in header.items()
+        }
+        return SafetensorsHeader(tensors, {str(k): str(v) for k, v in notes.items()})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise FormatError(file, "a safetensors header", f"one that does not parse ({error})") from error
 
 
 def safe_join(root: str | os.PathLike[str], *parts: str) -> Path:

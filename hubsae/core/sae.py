@@ -210,7 +210,7 @@ class SAE(nn.Module):
     @classmethod
     def build(cls, config: SAEConfig, tensors: dict[str, Tensor], **parts: Any) -> Self:
         """An SAE of the class that users get, with `from_pretrained`, `push_to_hub` and the rest; as `SAE(...)`."""
-        return factory.sae_class(cls)(config, tensors, **parts)
+        return factory.user_class(cls)(config, tensors, **parts)
 
     @classmethod
     def random(cls, config: SAEConfig, *, seed: int = 0) -> Self:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hubsae.core.config import SAEConfig
 from hubsae.core.errors import ConfigError, FormatError
-from hubsae.core.files import write_json_atomic
+from hubsae.core.files import safetensors_header, write_json_atomic
 from hubsae.core.metadata import FILE_NAME as METADATA_NAME
 from hubsae.core.metadata import Metadata, NormalizerInfo
 from hubsae.core.normalizer import Normalizer
@@ -194,16 +194,10 @@ def read_normalizer(folder: Path) -> Normalizer | None:
     tensors = io.read_safetensors(file)
     if set(tensors) != {"mean", "std"}:
         raise FormatError(file, "the tensors mean and std", ", ".join(sorted(tensors)) or "none")
-    note = _safetensors_note(file)
+    note = safetensors_header(file).notes
     return Normalizer(
         tensors["mean"], tensors["std"], int(note.get("count", "0")), json.loads(note.get("norm_percentiles", "{}"))
     )
-
-
-def _safetensors_note(file: Path) -> dict[str, str]:
-    with file.open("rb") as handle:
-        size = int.from_bytes(handle.read(8), "little")
-        return json.loads(handle.read(size)).get("__metadata__") or {}
 
 
 def read_sparsity(folder: Path) -> Tensor | None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from hubsae.core.errors import ConfigError, FormatError
+from hubsae.core.files import umask
 from hubsae.core.sae import SAE
 from hubsae.formats import native
 from hubsae.formats.base import Format, Overrides
@@ -91,18 +92,12 @@ def _write_folder(found: Format, sae: SAE, target: Path) -> Path:
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         found.write(sae, scratch)
-        os.chmod(scratch, 0o777 & ~_umask())
+        os.chmod(scratch, 0o777 & ~umask())
         os.replace(scratch, target)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
     return target
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def convert(

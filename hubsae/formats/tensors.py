@@ -22,12 +22,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hubsae.core import files
 from hubsae.core.errors import FormatError
 from hubsae.core.files import atomic_path, read_json
 
 Paths = str | os.PathLike[str]
 
-MAX_HEADER = 100 << 20  # what the safetensors format allows
 MAX_JSON = 256 << 20
 MAX_INFLATION = 32  # compressed archives of weights stay far below this
 PICKLES = (".pt", ".pth", ".bin")
@@ -57,25 +57,8 @@ def read_small_json(path: Paths) -> Any:
 
 def safetensors_header(path: Paths) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Names, types and shapes in a safetensors file, without its data."""
-    file = require_file(path, "a safetensors file")
-    with file.open("rb") as handle:
-        size = int.from_bytes(handle.read(8), "little")
-        if file.stat().st_size < 8 or size > min(MAX_HEADER, file.stat().st_size - 8):
-            raise FormatError(
-                file,
-                "a safetensors file",
-                f"{file.stat().st_size} bytes whose header claims {size}",
-                hint="the file is truncated or of another kind; download it again",
-            )
-        try:
-            header = json.loads(handle.read(size))
-            return {
-                name: (str(item["dtype"]), tuple(int(n) for n in item["shape"]))
-                for name, item in header.items()
-                if name != "__metadata__"
-            }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise FormatError(file, "a safetensors header", f"one that does not parse ({error})") from error
+    header = files.safetensors_header(require_file(path, "a safetensors file"))
+    return {name: (tensor.dtype, tensor.shape) for name, tensor in header.tensors.items()}
 
 
 def read_safetensors(path: Paths, *, device: str = "cpu", names: tuple[str, ...] | None = None) -> dict[str, Tensor]:

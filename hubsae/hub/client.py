@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hubsae.core.errors import HubSAEError
-from hubsae.hub.errors import AccessError, OfflineError, explained
+from hubsae.hub.errors import AccessError, OfflineError
+from hubsae.hub.explain import explained
 from hubsae.hub.retry import RetryPolicy, retrying
 from hubsae.version import __version__
 
@@ -120,6 +122,19 @@ class HubClient:
         """Tell whoever listens."""
         if self.notify is not None:
             self.notify(line)
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """The client library's own progress bars are off meanwhile: two live displays garble each other."""
+        from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+        were_disabled = are_progress_bars_disabled()
+        disable_progress_bars()
+        try:
+            yield
+        finally:
+            if not were_disabled:
+                enable_progress_bars()
 
     def retry(self, call: Callable[[], T], what: str) -> T:
         """Run one request, again after transient failures."""
@@ -235,21 +250,13 @@ class HubClient:
         folder = repo_folder_name(repo_id=repo_id, repo_type=repo_type)
         return Path(self.cache_dir) / folder / "snapshots" / sha
 
-    def read_range(self, repo_id: str, path: str, start: int, stop: int, *, revision: str | None = None) -> bytes:
-        """The bytes [start, stop) of a remote file, without downloading the rest."""
-        from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import get_session, hf_raise_for_status
-
-        url = hf_hub_url(repo_id, path, revision=revision, endpoint=self.endpoint)
-
-        def ask() -> bytes:
-            headers: dict[str, Any] = {**self.api._build_hf_headers(), "Range": f"bytes={start}-{stop - 1}"}
-            answer = get_session().get(url, headers=headers, follow_redirects=True, timeout=30)
-            hf_raise_for_status(answer)
-            return answer.content[: stop - start]
-
+    def safetensors_header(self, repo_id: str, path: str, *, revision: str | None = None) -> dict[str, dict[str, Any]]:
+        """Type and shape of each tensor of a remote file, from its first bytes."""
         with explained(self, repo_id, revision=revision, path=path):
-            return self.retry(ask, f"reading {path}")
+            found = self.retry(
+                lambda: self.api.parse_safetensors_file_metadata(repo_id, path, revision=revision), f"reading {path}"
+            )
+        return {name: {"dtype": info.dtype, "shape": list(info.shape)} for name, info in found.tensors.items()}
 
     # -- changing ----------------------------------------------------------------------------------------------
 

@@ -7,20 +7,18 @@ import os
 from pathlib import Path
 from typing import Any
 
-from hubsae.core.files import safe_join
+from hubsae.core.files import safe_join, safetensors_header
+from hubsae.core.text import format_bytes
 from hubsae.hub.catalog import Catalog, Entry, checked_filters, open_catalog
 from hubsae.hub.client import HubClient
-
-MAX_HEADER = 100 << 20
-FIRST_READ = 64 << 10
 
 
 class SAETable(list[dict[str, Any]]):
     """A list of rows (dicts) that prints as a table, in a terminal and in a notebook.
 
     >>> print(SAETable([{"id": "layer6", "layer": 6, "k": 64, "bytes": 51_416_064}]))
-    id      layer   k   size
-    layer6      6  64  51 MB
+    id      layer   k     size
+    layer6      6  64  51.4 MB
     """
 
     columns_first = ("id", "layer", "stage", "architecture", "d_in", "d_sae", "k", "hook_point")
@@ -189,36 +187,20 @@ def _small_json(client: HubClient, catalog: Catalog, path: str) -> Any:
 
 
 def _header(client: HubClient, catalog: Catalog, path: str) -> dict[str, dict[str, Any]]:
-    """Names, types and shapes from the first bytes of a safetensors file."""
+    """Names, types and shapes of a safetensors file: of the one here, or from the first bytes of the remote one."""
     if catalog.root is not None:
-        with open(safe_join(catalog.root, path), "rb") as file:
-            start = file.read(FIRST_READ)
-            size = int.from_bytes(start[:8], "little")
-            if 8 + size > len(start) and size <= MAX_HEADER:
-                start += file.read(8 + size - len(start))
+        place = safe_join(catalog.root, path)
     else:
-        cached = client.cached_snapshot(str(catalog.repo_id), str(catalog.sha)) / path
-        if cached.is_file():
-            with open(cached, "rb") as file:
-                size = int.from_bytes(file.read(8), "little")
-                start = size.to_bytes(8, "little") + file.read(min(size, MAX_HEADER))
-        else:
-            repo, sha = str(catalog.repo_id), str(catalog.sha)
-            start = client.read_range(repo, path, 0, FIRST_READ, revision=sha)
-            size = int.from_bytes(start[:8], "little")
-            if FIRST_READ < 8 + size <= MAX_HEADER:
-                start += client.read_range(repo, path, len(start), 8 + size, revision=sha)
-    header = json.loads(start[8 : 8 + size])
-    return {
-        name: {"dtype": value["dtype"], "shape": value["shape"]}
-        for name, value in header.items()
-        if name != "__metadata__"
-    }
+        place = client.cached_snapshot(str(catalog.repo_id), str(catalog.sha)) / path
+        if not place.is_file():
+            return client.safetensors_header(str(catalog.repo_id), path, revision=str(catalog.sha))
+    tensors = safetensors_header(place).tensors
+    return {name: {"dtype": tensor.dtype, "shape": list(tensor.shape)} for name, tensor in tensors.items()}
 
 
 def _text(value: Any, column: str) -> str:
     if value is None:
         return ""
     if column == "bytes":
-        return f"{value / 1e6:.0f} MB" if value >= 1e6 else f"{value / 1e3:.0f} kB"
+        return format_bytes(value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from hubsae.core.errors import ConfigError, HubSAEError, nearest
 from hubsae.core.files import safe_join, sha256_file
+from hubsae.core.progress import progress
 from hubsae.formats.base import Overrides
 from hubsae.formats.names import parse_name
-from hubsae.hub import progress
 from hubsae.hub.catalog import CACHE_NOTES, FILTERS, Catalog, Entry, ExpectedFile, open_catalog
 from hubsae.hub.client import HubClient
 from hubsae.hub.errors import IntegrityError, OfflineError
@@ -122,12 +122,14 @@ def pull(
     if catalog.root is not None or catalog.repo_id is None or catalog.sha is None:
         raise HubSAEError(f"{repo} is a local folder already", hint="pull takes a repo on the Hub: name/repo")
     whole = len(selected) == len(catalog.entries)
-    with progress.shown(bar) as report:
-        files = [file for entry in selected for file in entry.files]
-        report.start(f"downloading from {repo}", len(files), sum(f.size or 0 for f in files))
+    files = [file for entry in selected for file in entry.files]
+    with (
+        client.quiet(),
+        progress(f"downloading from {repo}", sum(f.size or 0 for f in files), "bytes", show=bar) as task,
+    ):
         for entry in selected:
             fetch(client, catalog, entry, force=force_download, everything=True)
-            report.advance(len(entry.files), entry.size or 0)
+            task.advance(entry.size or 0)
     extra = catalog.manifest.files if catalog.manifest is not None and whole else []
     for file in extra:
         _fetch_file(client, catalog, ExpectedFile(file.path, file.size, file.sha256), force_download)

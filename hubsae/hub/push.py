@@ -18,7 +18,7 @@ from hubsae.core.errors import HubSAEError
 from hubsae.core.metadata import Metadata
 from hubsae.formats.manifest import Manifest
 from hubsae.formats.release import Release as PackagedRelease
-from hubsae.hub import cardtext, progress, upload
+from hubsae.hub import cardtext, upload
 from hubsae.hub.client import HubClient
 from hubsae.hub.errors import AccessError, OfflineError, RepoNotFoundError, RevisionNotFoundError
 from hubsae.hub.merge import CardOptions, Merge, Release, open_release, pickles
@@ -122,10 +122,7 @@ def _push(
     if revision != "main" and not told.pr:
         client.ensure_branch(repo_id, revision)
     message = told.message or _message(release.manifest)
-    with progress.shown(bar) as report:
-        published = upload.publish(
-            client, repo_id, merge, message=message, revision=revision, pr=told.pr, progress=report
-        )
+    published = upload.publish(client, repo_id, merge, message=message, revision=revision, pr=told.pr, bar=bar)
     if told.tag:
         client.ensure_tag(repo_id, told.tag, published.commit)
     return PushResult(plan, published, told.tag)

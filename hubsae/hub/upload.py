@@ -28,9 +28,10 @@ from typing import TYPE_CHECKING, Any
 
 from hubsae.core.errors import HubRequestError, HubSAEError
 from hubsae.core.files import sha256_file
+from hubsae.core.progress import progress
 from hubsae.hub.client import HubClient, RemoteFile
-from hubsae.hub.errors import ConflictError, IntegrityError, explained
-from hubsae.hub.progress import Progress, Silent
+from hubsae.hub.errors import ConflictError, IntegrityError
+from hubsae.hub.explain import explained
 from hubsae.hub.retry import asked_pause, describe, is_transient, retrying, status_of
 
 if TYPE_CHECKING:
@@ -167,10 +168,9 @@ def publish(
     revision: str = "main",
     repo_type: str = "model",
     pr: bool = False,
-    progress: Progress | None = None,
+    bar: bool | None = None,
 ) -> Published:
     """Bring a branch (or a pull request against it) to what `build` asks for; see the module's docstring."""
-    progress = progress or Silent()
     target, pr_url = revision, None
     if pr:
         base = look(client, repo_id, revision, repo_type=repo_type)
@@ -188,7 +188,7 @@ def publish(
             commit, committed = state.head, refused > 0
             break
         additions = _additions(diff.sent)
-        _send(client, repo_id, additions, diff, target, repo_type, progress)
+        _send(client, repo_id, additions, diff, target, repo_type, bar)
         made = _commit(client, repo_id, additions, diff, state.head, target, message, repo_type)
         if made is not None:
             _check(client, repo_id, made, contents, repo_type)
@@ -236,11 +236,14 @@ def _send(
     diff: Diff,
     revision: str,
     repo_type: str,
-    progress: Progress,
+    bar: bool | None,
 ) -> None:
     """Upload what goes into large-object storage; the branch does not change yet."""
-    progress.start(f"uploading to {repo_id}", len(additions), diff.bytes_to_send)
-    with explained(client, repo_id, revision=revision, repo_type=repo_type, writing=True):
+    with (
+        client.quiet(),
+        progress(f"uploading to {repo_id}", diff.bytes_to_send, "bytes", show=bar) as task,
+        explained(client, repo_id, revision=revision, repo_type=repo_type, writing=True),
+    ):
         for group, size in _groups(diff.sent, additions):
 
             def send(group: list[Any] = group) -> None:
@@ -253,7 +256,7 @@ def _send(
                 )
 
             _with_lfs_as_fallback(client, send)
-            progress.advance(len(group), size)
+            task.advance(size)
 
 
 def _with_lfs_as_fallback(client: HubClient, send: Callable[[], None]) -> None:

@@ -79,7 +79,7 @@ def resolve(start: Any) -> SAE | None:
             from hubsae.formats.registry import read
 
             return read(start)
-        return factory.sae_class(SAE).from_pretrained(start)
+        return factory.user_class(SAE).from_pretrained(start)
     raise ConfigError(f"cannot start from {type(start).__name__}", hint="pass a HubSAE, or the path of one")
 
 

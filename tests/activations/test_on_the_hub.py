@@ -17,8 +17,9 @@ import torch
 from hubsae import localhub
 from hubsae.activations import ActivationDataset, ActivationWriter
 from hubsae.core.errors import DataError, FormatError, NotFoundError
+from hubsae.hub.activations import open_remote
 from hubsae.hub.client import HubClient
-from hubsae.hub.datasets import open_remote, plan_push, push_activations
+from hubsae.hub.datasets import plan_push, push_activations
 from hubsae.hub.retry import RetryPolicy
 
 ROOT = Path(__file__).parents[2]

@@ -1,0 +1,221 @@
+"""The client library's exceptions, said so that the reader knows what to do next.
+
+Finding the nearest valid names costs further requests; they are made only once something has failed, and never
+replace the first error by one of their own.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
+
+from hubsae.core.errors import HubRequestError, HubSAEError, NotFoundError, nearest
+from hubsae.hub.errors import AccessError, DiskFullError, OfflineError, RepoNotFoundError, RevisionNotFoundError
+from hubsae.hub.retry import describe, status_of
+
+T = TypeVar("T")
+
+
+class Asker(Protocol):
+    """What an explanation needs of a client: where it asks, and further questions."""
+
+    endpoint: str
+    cache_dir: Any
+
+    @property
+    def api(self) -> Any:
+        """The client library's API object."""
+        ...
+
+    @property
+    def offline(self) -> bool:
+        """Whether only the cache may be used."""
+        ...
+
+    def page(self, repo_id: str | None, repo_type: str = "model", revision: str | None = None) -> str:
+        """The web address of a repo."""
+        ...
+
+    def whoami(self) -> str:
+        """The name behind the token."""
+        ...
+
+
+@contextmanager
+def explained(
+    client: Asker,
+    repo_id: str | None = None,
+    *,
+    revision: str | None = None,
+    path: str | None = None,
+    repo_type: str = "model",
+    writing: bool = False,
+) -> Iterator[None]:
+    """Let typed, readable errors out of the block instead of the client library's own."""
+    try:
+        yield
+    except HubSAEError:
+        raise
+    except Exception as error:
+        typed = explain(client, error, repo_id, revision, path, repo_type, writing)
+        if typed is None:
+            raise
+        raise typed from error
+
+
+def explain(
+    client: Asker,
+    error: BaseException,
+    repo_id: str | None,
+    revision: str | None = None,
+    path: str | None = None,
+    repo_type: str = "model",
+    writing: bool = False,
+) -> HubSAEError | None:
+    """The typed error for `error`, or None if it is not about the Hub."""
+    import httpx2
+    from huggingface_hub import errors as hf
+
+    where = f"{repo_id}@{revision}" if revision else str(repo_id)
+    if isinstance(error, ValueError) and isinstance(error.__cause__, Exception) and "Force download" in str(error):
+        return explain(client, error.__cause__, repo_id, revision, path, repo_type, writing)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return _disk_full(client, error)
+    if isinstance(error, hf.HFValidationError):
+        return RepoNotFoundError(
+            f"{repo_id!r} is neither a folder here nor a repo id",
+            hint="repo ids look like 'name/repo' (letters, digits, '-', '_', '.'); add '@revision' for a revision",
+        )
+    if isinstance(error, hf.GatedRepoError):
+        return AccessError(
+            f"{repo_id} is gated: its owners grant access on request",
+            hint=f"ask for access at {client.page(repo_id, repo_type)}, then log in with `hf auth login`",
+        )
+    if isinstance(error, hf.RevisionNotFoundError):
+        return _revision_not_found(client, repo_id, revision, repo_type)
+    if isinstance(error, hf.RepositoryNotFoundError):
+        return _repo_not_found(client, repo_id, repo_type)
+    if isinstance(error, hf.OfflineModeIsEnabled | hf.LocalEntryNotFoundError | hf.RevisionResolutionError):
+        cause = error.__cause__
+        if (
+            isinstance(cause, Exception)
+            and not isinstance(cause, hf.OfflineModeIsEnabled | hf.FileMetadataError)
+            and not client.offline
+        ):
+            return explain(client, cause, repo_id, revision, path, repo_type, writing)
+        return _offline(client, where, path)
+    if isinstance(error, hf.EntryNotFoundError):
+        return NotFoundError(f"{where} has no file {path!r}", hint=f"list its SAEs with: hubsae ls {where}")
+    status = status_of(error)
+    if status == 401:
+        return AccessError(
+            f"{client.endpoint} does not accept the token (401)",
+            hint="log in again with `hf auth login`, or set HF_TOKEN; `hf auth whoami` shows who you are",
+        )
+    if status == 403:
+        hint = "`hf auth whoami` shows who you are; a token for publishing needs the 'write' role"
+        if writing:
+            hint += f". Anyone who can read {repo_id} can propose the change instead: add --pr"
+        return AccessError(f"this token may not {'write to' if writing else 'read'} {where} (403)", hint=hint)
+    if status == 429:
+        return HubRequestError(
+            f"{client.endpoint} still limits the rate of requests after several tries (429)",
+            hint="nothing was published; run the same command again in a few minutes, it goes on where it stopped"
+            if writing
+            else "try again in a few minutes; a token (`hf auth login`) has a higher limit than no token",
+        )
+    if status is not None:
+        return HubRequestError(
+            f"{client.endpoint} answered {status} for {where}: {_server_message(error)}",
+            hint="run the same command again; it goes on where it stopped" if status >= 500 else None,
+        )
+    if isinstance(error, httpx2.UnsupportedProtocol | httpx2.InvalidURL):
+        return HubRequestError(
+            f"{client.endpoint!r} is not the address of a Hub",
+            hint="HF_ENDPOINT needs the scheme, e.g. HF_ENDPOINT=https://huggingface.co or http://127.0.0.1:8000",
+        )
+    if isinstance(error, httpx2.TransportError | ConnectionError | TimeoutError):
+        return HubRequestError(
+            f"cannot reach {client.endpoint} ({describe(error)})",
+            hint="check the network and HF_ENDPOINT; without a network, cached SAEs load with HF_HUB_OFFLINE=1",
+        )
+    return None
+
+
+def guess(client: Asker, ask: Callable[[], T], otherwise: T) -> T:
+    """Ask the Hub for something that would only improve an error message; whatever fails, go without."""
+    if client.offline:
+        return otherwise
+    try:
+        return ask()
+    except Exception:
+        return otherwise
+
+
+def _repo_not_found(client: Asker, repo_id: str | None, repo_type: str) -> HubSAEError:
+    if repo_id is None:
+        return AccessError(f"{client.endpoint} asks for a token", hint="log in with `hf auth login`")
+    if repo_type == "model" and guess(client, lambda: client.api.dataset_info(repo_id) is not None, False):
+        return RepoNotFoundError(
+            f"{repo_id} is a dataset on {client.endpoint}, not a repo of SAEs",
+            hint=f"activations are read with: ActivationDataset.open({repo_id!r})",
+        )
+    namespace, _, name = repo_id.rpartition("/")
+    names = guess(
+        client,
+        lambda: [m.id for m in client.api.list_models(author=namespace or None, limit=200)],
+        [],
+    )
+    hints = []
+    if names and (near := nearest(repo_id, names, most=5)):
+        hints.append(f"{namespace or 'the Hub'} has: {near}")
+    elif found := guess(client, lambda: [m.id for m in client.api.list_models(search=name, limit=5)], []):
+        hints.append(f"similar names: {', '.join(found)}")
+    who = guess(client, lambda: client.whoami(), None)
+    hints.append(
+        f"if it is private, you are logged in as {who!r} and need access to it"
+        if who
+        else "if it is private, log in with `hf auth login` or set HF_TOKEN"
+    )
+    return RepoNotFoundError(f"there is no repo {repo_id} on {client.endpoint}", hint="; ".join(hints))
+
+
+def _revision_not_found(client: Asker, repo_id: str | None, revision: str | None, repo_type: str) -> HubSAEError:
+    def ask() -> list[str]:
+        refs = client.api.list_repo_refs(str(repo_id), repo_type=repo_type, include_pull_requests=True)
+        pulls = [ref.ref for ref in refs.pull_requests or []]
+        return [ref.name for ref in refs.branches] + [ref.name for ref in refs.tags] + pulls
+
+    names = guess(client, ask, [])
+    hint = f"revisions there: {nearest(str(revision), names, most=8)}" if names else None
+    return RevisionNotFoundError(f"{repo_id} has no revision {revision!r}", hint=hint)
+
+
+def _offline(client: Asker, where: str, path: str | None) -> HubSAEError:
+    missing = f"{path} of {where}" if path else where
+    return OfflineError(
+        f"{missing} is not in the cache ({client.cache_dir}) and the Hub is not asked (offline)",
+        hint=f"once with a network: hubsae pull {where}; then HF_HUB_OFFLINE=1 works",
+    )
+
+
+def _disk_full(client: Asker, error: OSError) -> HubSAEError:
+    folder = error.filename or client.cache_dir
+    room = ""
+    try:
+        room = f" ({shutil.disk_usage(client.cache_dir).free / 1e9:.1f} GB free in {client.cache_dir})"
+    except OSError:
+        pass
+    return DiskFullError(
+        f"the disk is full: {folder}{room}; the unfinished file was removed",
+        "free some room (`hf cache ls`, `hf cache rm`), or move the cache: HF_HOME=/a/bigger/disk",
+    )
+
+
+def _server_message(error: BaseException) -> str:
+    message = getattr(error, "server_message", None)
+    text = str(message or error).strip()
+    return " ".join(text.split())[:300]
