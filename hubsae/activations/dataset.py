@@ -403,6 +403,18 @@ class ActivationDataset:
             out[first : first + part] = self._deliver(stored, out.dtype)
         return out
 
+    def rows(self, first: int, count: int, *, columns: Sequence[str] = (), dtype: torch.dtype | None = None) -> Batch:
+        """Rows `first` to `first + count` in storage order; with `columns`, as a dict like a batch."""
+        names = self._check_columns(columns)
+        count = max(0, min(count, self.n_rows - first))
+        stored = self._buffer(self.stored_dtype, count)
+        self._read(first, count, stored)
+        vectors = self._deliver(stored, dtype or self.dtype)
+        if not names:
+            return vectors
+        labels = self._labels(names, [(first, count)])
+        return {"vector": vectors, **{name: _as_tensor(column) for name, column in labels.items()}}
+
     def take(self, rows: Sequence[int] | np.ndarray, *, dtype: torch.dtype | None = None) -> Tensor:
         """The vectors of the given rows, in the given order."""
         wanted = np.asarray(rows, dtype=np.int64)

@@ -103,7 +103,6 @@ def _load(target: str, device: str, **filters: Any) -> dict[str, HubSAE]:
 def _reconstruct(
     saes: dict[str, HubSAE], path: str, config: str | None, split: str | None, release: Any, out: Path | None
 ) -> list[dict[str, Any]]:
-    from hubsae.cli._common import progress
     from hubsae.evals.reconstruction import reconstruction
     from hubsae.evals.record import activation_reader, record_reconstruction, stage_and_layer
     from hubsae.evals.results import ReconstructionResult
@@ -116,8 +115,7 @@ def _reconstruct(
     measured: dict[str, Any] = {}
     tokens, scopes = 0, []
     for data, group in together.values():
-        with progress(f"{data.config} {data.split}, {len(group)} SAEs", total=data.n_rows) as advance:
-            result = reconstruction(group, data, on_block=advance)
+        result = reconstruction(group, data, show=None, name=f"{data.config} {data.split}, {len(group)} SAEs")
         measured.update(result.saes)
         tokens, scopes = tokens + result.n_tokens, result.scopes
     whole = ReconstructionResult(measured, tokens, scopes)
@@ -163,7 +161,7 @@ def _splice(
 SHOWN = (
     ("nmse_pooled", None),
     ("fve", None),
-    ("fve", "no_position_0"),
+    ("fve", "not position_0"),
     ("l0", None),
     ("dead_fraction", None),
     ("delta_ce", None),

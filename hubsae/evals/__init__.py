@@ -11,7 +11,7 @@
 
 from hubsae.evals.chains import Link
 from hubsae.evals.comparison import Comparison, compare
-from hubsae.evals.definitions import DEFINITIONS, SCOPES, Measure, to_metrics
+from hubsae.evals.definitions import DEFINITIONS, Measure, to_metrics
 from hubsae.evals.drift import DriftReport, drift
 from hubsae.evals.reconstruction import reconstruction
 from hubsae.evals.results import ReconstructionResult, SAEReconstruction
@@ -19,7 +19,6 @@ from hubsae.evals.splice import SpliceResult, splice, splice_many
 
 __all__ = [
     "DEFINITIONS",
-    "SCOPES",
     "Comparison",
     "DriftReport",
     "Link",

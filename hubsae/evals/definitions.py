@@ -9,21 +9,14 @@ from typing import NamedTuple
 
 from hubsae.core.metadata import Metric
 
-SCOPES: dict[str, str] = {
-    "all": "every token",
-    "no_position_0": "every token except the first of its sequence, where massive activations sit",
-    "position_0": "the first token of each sequence only",
-    "prompt": "tokens of the prompt",
-    "response": "tokens of the response",
-    "prompt_no_position_0": "tokens of the prompt except the first of the sequence",
-}
-
 DEFINITIONS: dict[str, str] = {
     "mse": "Σ‖x − x̂‖² / (n·d): mean over tokens and dimensions, in raw activation space",
     "nmse_pooled": "mse / unbiased variance over all n·d elements (one scalar; dimension means not removed)",
     "fvu": "Σ‖x − x̂‖² / Σ‖x − mean(x)‖², the mean taken per dimension over the scope",
     "fve": "1 − fvu",
     "fve_centred": "1 − Σ‖e − mean(e)‖² / Σ‖x − mean(x)‖² with e = x − x̂: forgives a constant error",
+    "mse_per_sequence": "mean over sequences of the mean over their tokens of ‖x − x̂‖² / d",
+    "l0_per_sequence": "mean over sequences of the mean over their tokens of the number of latents with z ≠ 0",
     "cosine": "mean over tokens of cos(x, x̂)",
     "l2_ratio": "mean over tokens of ‖x̂‖ / ‖x‖",
     "relative_bias": "Σ‖x̂‖² / Σ x·x̂ : 1 where the reconstruction does not shrink",
@@ -60,7 +53,7 @@ class Measure(NamedTuple):
     value: float | None
     """None where it is not defined; `note` says why."""
     scope: str
-    """Key of SCOPES: which tokens."""
+    """Which tokens, in the words of `hubsae.core.scopes`."""
     n_tokens: int
     """Tokens it was computed on."""
     interval: tuple[float, float] | None

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hubsae.core.errors import DataError
+from hubsae.evals.accumulate import NOT_FIRST
 from hubsae.evals.chains import Group, Link, activations_for, make_groups
 from hubsae.evals.rates import Series, make_series
 from hubsae.evals.reconstruction import reconstruction
@@ -306,7 +307,7 @@ def _stage_rows(
                 nmse_after=own.value("nmse_pooled"),
                 fvu_before=None if before is None else before.value("fvu"),
                 fvu_after=own.value("fvu"),
-                fvu_after_no_position_0=own.value("fvu", "no_position_0") if "no_position_0" in result.scopes else None,
+                fvu_after_no_position_0=own.value("fvu", NOT_FIRST) if NOT_FIRST in result.scopes else None,
                 l0=own.value("l0"),
                 dead_fraction=own.value("dead_fraction"),
                 alive=int(alive.sum()),
@@ -325,7 +326,7 @@ def _cross_rows(links: list[Link], results: dict[str, ReconstructionResult]) -> 
         result = results[link.stage]
         for other in links:
             for metric in CROSS_METRICS:
-                for scope in [s for s in ("all", "no_position_0") if s in result.scopes]:
+                for scope in [s for s in ("all", NOT_FIRST) if s in result.scopes]:
                     measure = result[other.stage].get(metric, scope)
                     low, high = measure.interval or (None, None)
                     rows.append(

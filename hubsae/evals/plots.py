@@ -14,6 +14,7 @@ import numpy as np
 
 from hubsae.core.extras import require
 from hubsae.core.files import atomic_path
+from hubsae.evals.accumulate import NOT_FIRST
 from hubsae.evals.bootstrap import percentile_interval
 from hubsae.evals.comparison import Comparison
 from hubsae.evals.drift import DriftReport, GroupDrift
@@ -91,7 +92,7 @@ def _blank(axes: Any, used: int) -> None:
 
 def plot_nmse(report: DriftReport, path: Path, metric: str = "nmse_pooled") -> Path:
     """A metric along steps, one panel per layer; the control dashed; bands are bootstrap intervals."""
-    scope = "no_position_0" if any((metric, "no_position_0") in g.series for g in report.groups) else "all"
+    scope = NOT_FIRST if any((metric, NOT_FIRST) in g.series for g in report.groups) else "all"
     shown = [g for g in report.groups if (metric, scope) in g.series]
     columns, rows = _grid(len(shown))
     figure, axes = new_figure(columns, rows)
@@ -204,7 +205,7 @@ def _number(value: float, digits: int) -> str:
 
 def plot_cross(report: DriftReport, path: Path, metric: str = "fvu") -> Path:
     """The cross matrices: SAE of one stage on the activations of another."""
-    scope = "no_position_0" if any(r.scope == "no_position_0" for g in report.groups for r in g.cross) else "all"
+    scope = NOT_FIRST if any(r.scope == NOT_FIRST for g in report.groups for r in g.cross) else "all"
     columns, rows = _grid(len(report.groups))
     most = max(len(g.stages) for g in report.groups)
     size = max(2.6, 0.48 * most + 1.5)
@@ -314,7 +315,7 @@ def plot_deciles(result: ReconstructionResult, path: str | Path) -> Path:
     with house_style():
         figure, axes = new_figure(1, 1, width=5.2, height=3.2)
         axis = axes.flat[0]
-        scope = "no_position_0" if "no_position_0" in result.scopes else "all"
+        scope = NOT_FIRST if NOT_FIRST in result.scopes else "all"
         for number, sae in enumerate(result.saes.values()):
             points = [(d.decile, d.fve) for d in sae.deciles if d.scope == scope and d.fve is not None]
             if points:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from fractions import Fraction
 from functools import cache
 from itertools import pairwise
@@ -13,12 +12,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hubsae.activations.stats import MASSIVE
 from hubsae.core.errors import DataError
-from hubsae.core.sae import SAE
 from hubsae.evals import bootstrap
-from hubsae.evals.accumulate import BINS_PER_OCTAVE, ROW_STATS, Sums, rows_at_once
-from hubsae.evals.blocks import BLOCK_ROWS, CELLS, GROUPS, RUN_ROWS, SCOPE_CELLS
+from hubsae.evals.accumulate import (
+    ALL,
+    BINS_PER_OCTAVE,
+    BY_SEQUENCE,
+    FIRST,
+    GROUPS,
+    NOT_FIRST,
+    ROW_STATS,
+    RUN_ROWS,
+    Reconstruction,
+)
 from hubsae.evals.definitions import INTERVAL, Measure
+from hubsae.evals.passes import rows_at_once
 from hubsae.evals.results import (
     DENSITY_EDGES,
     DensityBin,
@@ -31,6 +40,8 @@ from hubsae.evals.sums import CompensatedSum
 
 # Below this share of Σ‖x‖² a variance is rounding: the activations are constant and ratios to it undefined.
 CONSTANT = 1e-12
+OF_SQUARES = ("mse", "nmse_pooled", "fvu", "fve", "fve_centred", "relative_bias")
+"""Metrics that a few tokens of huge norm decide."""
 
 
 class _Scope(NamedTuple):
@@ -38,7 +49,14 @@ class _Scope(NamedTuple):
 
     name: str
     cells: Tensor
+    """Rows of the per-cell sums that make it up."""
+    sequences: Tensor
+    """The sequence of each row of the per-sequence sums in it."""
+    rows: Tensor
+    """Those rows."""
     n: int
+    massive: str | None
+    """What to know about tokens of huge norm in it."""
     sst: float | None
     pooled_variance: float | None
     missing: str | None
@@ -60,7 +78,7 @@ class _Decile(NamedTuple):
     """Σ‖x − mean‖²; None where it is rounding."""
 
 
-def read_off(sums: Sums, saes: Mapping[str, SAE]) -> ReconstructionResult:
+def read_off(sums: Reconstruction) -> ReconstructionResult:
     """Measures of finished sums."""
     n_tokens = int(sums.inputs.n.sum())
     if not n_tokens:
@@ -70,49 +88,84 @@ def read_off(sums: Sums, saes: Mapping[str, SAE]) -> ReconstructionResult:
     deciles = _read_deciles(sums, x_by_cell)
     kind = _interval_kind(sums, scopes[0])
     out = {}
-    for name, sae in saes.items():
+    for name, sae in sums.models.items():
         batch_rule = sae.config.architecture == "batch_topk" and sae.config.threshold is None
         features = _features(sums, name, n_tokens)
         draws: dict[tuple[str, str], np.ndarray] = {}
         sse = sums.saes[name].bin_sse.value()
+        by_group = _by_group(sums.saes[name].stats.value(), scopes[0].cells)[:, ROW_STATS.index("sse")]
+        elements = _by_group(sums.inputs.n, scopes[0].cells).double() * sums.d
         out[name] = SAEReconstruction(
             name=name,
             measures=_measures(sums, name, scopes, kind, draws) + _feature_measures(sums, name, features),
             features=features,
             deciles=[_decile(sse, d) for d in deciles],
             histogram=_histogram(features),
-            batch_rule_rows=rows_at_once(sae.d_sae, BLOCK_ROWS) if batch_rule else None,
+            batch_rule_rows=rows_at_once(sae.d_sae) if batch_rule else None,
             draws=draws,
+            by_group=torch.stack([by_group, elements], 1)[elements > 0].numpy(),
+            own_scope=sae.metadata.own_scope,
         )
     return ReconstructionResult(out, n_tokens, [s.name for s in scopes])
 
 
-def _interval_kind(sums: Sums, everything: _Scope) -> str:
+def _interval_kind(sums: Reconstruction, everything: _Scope) -> str:
     units = int(everything.occupied.sum())
-    what = "whole samples" if sums.inputs.known_samples else f"runs of {RUN_ROWS} consecutive tokens"
+    what = "whole samples" if sums.inputs.known["sample_id"] else f"runs of {RUN_ROWS} consecutive tokens"
     return f"{INTERVAL} over {units} groups of {what}"
 
 
 def _by_cell(by_key: CompensatedSum) -> CompensatedSum:
-    """Sums per key [KEYS, ...] added up over the groups. [CELLS, ...]"""
+    """Sums per key [cells x groups, ...] added up over the groups. [cells, ...]"""
     folded = CompensatedSum()
-    folded.parts = by_key.parts.reshape(3, GROUPS, CELLS, *by_key.parts.shape[2:])
+    folded.parts = by_key.parts.reshape(3, -1, GROUPS, *by_key.parts.shape[2:]).transpose(1, 2)
     return folded.total()
 
 
 def _by_group(by_key: Tensor, cells: Tensor) -> Tensor:
-    """Values per key [KEYS, ...] added up over some cells. [GROUPS, ...]"""
-    return by_key.reshape(GROUPS, CELLS, *by_key.shape[1:])[:, cells].sum(1)
+    """Values per key [cells x groups, ...] added up over some cells. [groups, ...]"""
+    return by_key.reshape(-1, GROUPS, *by_key.shape[1:])[cells].sum(0)
 
 
-def _read_scopes(sums: Sums, x_by_cell: CompensatedSum) -> list[_Scope]:
+def _cells(sums: Reconstruction) -> dict[str, Tensor]:
+    """The cells of each scope that is reported. A scope that is empty is not, nor, unless it was asked for, one that
+    holds the same tokens as another before it; cells go by their pattern, whatever the order they were met in."""
+    patterns = sorted(sums.cells.of)
+    found: dict[str, Tensor] = {}
+    seen: set[tuple[int, ...]] = set()
+    for bit, name in enumerate(sums.names):
+        members = tuple(sums.cells.of[p] for p in patterns if p >> bit & 1)
+        if members and (members not in seen or name in sums.asked):
+            found[name] = torch.tensor(members)
+            seen.add(members)
+    return found
+
+
+def _massive(sums: Reconstruction, cells: Tensor) -> str | None:
+    """A warning where a scope holds tokens of more than MASSIVE times the median norm: they decide its sums."""
+    bins = sorted((norm, slot) for (_, norm), slot in sums.bins.of.items())
+    counts = np.cumsum([int(sums.inputs.bin_n[slot]) for _, slot in bins])
+    median = 2 ** ((bins[int(np.searchsorted(counts, counts[-1] / 2))][0] + 0.5) / BINS_PER_OCTAVE)
+    largest = math.sqrt(float(sums.inputs.largest[cells].max()))
+    if largest <= MASSIVE * median or median < 1e-20:
+        return None
+    return (
+        f"holds massive tokens (largest norm {largest:.4g}, median {median:.4g}): they dominate this number; "
+        f"see the scope {NOT_FIRST!r} or 'not massive'"
+    )
+
+
+def _read_scopes(sums: Reconstruction, x_by_cell: CompensatedSum) -> list[_Scope]:
     inputs, d = sums.inputs, sums.d
     norm2_by_cell = _by_cell(inputs.norm2)
     x_by_key, norm2_by_key = inputs.sum_x.value(), inputs.norm2.value()
     weights = cache(lambda units: torch.from_numpy(bootstrap.weights(units)))
     out = []
-    for name in sums.scopes():
-        cells = torch.tensor(SCOPE_CELLS[name])
+    pairs = list(sums.samples.of)
+    for name, cells in _cells(sums).items():
+        inside = set(cells.tolist())
+        rows = [row for row, (_, cell) in enumerate(pairs) if cell in inside]
+        _, sequences = np.unique([pairs[row][0] for row in rows], return_inverse=True)
         n_by_group = _by_group(inputs.n, cells)
         n = int(n_by_group.sum())
         (square,), unit = norm2_by_cell.total(cells).exact()
@@ -135,7 +188,10 @@ def _read_scopes(sums: Sums, x_by_cell: CompensatedSum) -> list[_Scope]:
             _Scope(
                 name=name,
                 cells=cells,
+                sequences=torch.from_numpy(sequences.reshape(-1)).long(),
+                rows=torch.tensor(rows, dtype=torch.int64),
                 n=n,
+                massive=_massive(sums, cells),
                 sst=None if missing else sst,
                 pooled_variance=None if flat else pooled / (n * d - 1),
                 missing=missing,
@@ -150,7 +206,7 @@ def _read_scopes(sums: Sums, x_by_cell: CompensatedSum) -> list[_Scope]:
 
 
 def _measures(
-    sums: Sums, name: str, scopes: list[_Scope], kind: str, keep: dict[tuple[str, str], np.ndarray]
+    sums: Reconstruction, name: str, scopes: list[_Scope], kind: str, keep: dict[tuple[str, str], np.ndarray]
 ) -> list[Measure]:
     state = sums.saes[name]
     by_cell, by_key, fired = _by_cell(state.stats), state.stats.value(), state.fired.cpu()
@@ -160,7 +216,26 @@ def _measures(
         error = state.error.total(scope.cells).value()
         drawn = scope.draws @ _by_group(by_key, scope.cells)[scope.occupied]
         out += _scope_measures(sums.d, scope, kind, keep, total, error, drawn, fired[scope.cells].sum(0))
+        out += _sequence_measures(sums, name, scope)
     return out
+
+
+def _sequence_measures(sums: Reconstruction, name: str, scope: _Scope) -> list[Measure]:
+    """Means over sequences of the mean over the tokens of each, which count a short text as much as a long one."""
+    if not len(scope.rows) or int(sums.inputs.sequence_n.sum()) != int(sums.inputs.n.sum()):
+        return []
+    count = int(scope.sequences.max()) + 1
+    n = torch.zeros(count, dtype=torch.float64)
+    n.index_add_(0, scope.sequences, sums.inputs.sequence_n[scope.rows].double())
+    values = torch.zeros(count, len(BY_SEQUENCE), dtype=torch.float64)
+    values.index_add_(0, scope.sequences, sums.saes[name].sequence.value()[scope.rows])
+    means = values / n[:, None]
+    mse, l0 = (math.fsum(means[:, column].tolist()) / count for column in range(2))
+    note = f"mean over {count} sequences"
+    return [
+        Measure("mse_per_sequence", mse / sums.d, scope.name, scope.n, None, None, note),
+        Measure("l0_per_sequence", l0, scope.name, scope.n, None, None, note),
+    ]
 
 
 def _scope_measures(
@@ -184,6 +259,8 @@ def _scope_measures(
             keep[metric, scope.name] = draws
         if value is not None and draws is not None and scope.draws.shape[1] > 1:
             interval = bootstrap.percentile_interval(draws)
+        if note is None and metric in OF_SQUARES:
+            note = scope.massive
         out.append(Measure(metric, value, scope.name, scope.n, interval, kind if interval else None, note))
 
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -227,21 +304,23 @@ def effective_features(counts: Tensor) -> float:
     return float(2 ** (-(share * share.log2()).sum()))
 
 
-def _features(sums: Sums, name: str, n_tokens: int) -> FeatureStats:
+def _features(sums: Reconstruction, name: str, n_tokens: int) -> FeatureStats:
     state = sums.saes[name]
     fired = state.fired.cpu()
     count = fired.sum(0)
+    bit = sums.names.index(FIRST) if FIRST in sums.names else None
+    first = [] if bit is None else [slot for pattern, slot in sums.cells.of.items() if pattern >> bit & 1]
     total = state.sum_z.value()
     return FeatureStats(
         count=count,
-        count_position_0=fired[3:].sum(0) if sums.inputs.known_positions else None,
+        count_position_0=fired[first].sum(0) if sums.inputs.known["position"] else None,
         mean=torch.where(count > 0, total / count.clamp_min(1), 0.0),
         max=state.max_z.cpu(),
         n_tokens=n_tokens,
     )
 
 
-def _feature_measures(sums: Sums, name: str, features: FeatureStats) -> list[Measure]:
+def _feature_measures(sums: Reconstruction, name: str, features: FeatureStats) -> list[Measure]:
     if features.count_position_0 is None:
         return []
     only = (features.count > 0) & (features.count == features.count_position_0)
@@ -258,18 +337,19 @@ def _histogram(features: FeatureStats) -> list[DensityBin]:
     return bars + [DensityBin(*edges, n) for edges, n in zip(pairwise(DENSITY_EDGES), counts, strict=True)]
 
 
-def _read_deciles(sums: Sums, x_by_cell: CompensatedSum) -> list[_Decile]:
+def _read_deciles(sums: Reconstruction, x_by_cell: CompensatedSum) -> list[_Decile]:
     inputs = sums.inputs
     out: list[_Decile] = []
-    scopes = [("all", (0, 1))] + ([("no_position_0", (0,))] if inputs.known_positions else [])
+    every = _cells(sums)
+    scopes = [(ALL, (0, 1))] + ([(NOT_FIRST, (0,))] if inputs.known["position"] and NOT_FIRST in every else [])
     for scope, firsts in scopes:
         # sorted by norm, hence in the same order whatever order the bins were met in
-        bins = sorted((norm, first, slot) for (first, norm), slot in inputs.bins.items() if first in firsts)
+        bins = sorted((norm, first, slot) for (first, norm), slot in sums.bins.of.items() if first in firsts)
         if not bins:
             continue
         slots = torch.tensor([slot for _, _, slot in bins])
         n = inputs.bin_n[slots].double()
-        mean = x_by_cell.total(torch.tensor(SCOPE_CELLS[scope])).value() / float(n.sum())
+        mean = x_by_cell.total(every[scope]).value() / float(n.sum())
         norm2 = inputs.bin_norm2.value()[slots]
         # Σ‖x − mean‖² of a bin from its sums
         spread = norm2 - 2 * (inputs.bin_x.value()[slots] @ mean) + n * torch.linalg.vecdot(mean, mean)

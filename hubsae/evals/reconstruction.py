@@ -1,83 +1,97 @@
 """How well SAEs reconstruct activations: one streaming pass, any number of SAEs, every number named.
 
-The pass itself is in `accumulate.py`; here its sums are read off as measures, per-latent statistics, a
-density histogram and explained variance by norm decile. The result is the same, bit for bit, for every batch
-size and every number of ranks.
+The pass is `passes.py`, what it adds up `accumulate.py`; the sums are read off as measures, per-latent statistics, a
+density histogram and explained variance by norm decile. The result is the same, bit for bit, for every batch size and
+every number of ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
+import torch  # noqa: F401  (used by the example)
 
+from hubsae.activations.ranks import Ranks
 from hubsae.core.errors import DataError
 from hubsae.core.sae import SAE
-from hubsae.evals.accumulate import Sums, rows_at_once
-from hubsae.evals.blocks import BLOCK_ROWS, iter_blocks, read_pieces
-from hubsae.evals.read_off import read_off
+from hubsae.core.scopes import Scope, parse
+from hubsae.evals.accumulate import Reconstruction
+from hubsae.evals.passes import Rows, name_saes, run_pass
 from hubsae.evals.results import ReconstructionResult
 
-__all__ = ["accumulate", "name_saes", "read_off", "reconstruction"]
+
+def own_scopes(saes: Mapping[str, SAE], columns: Sequence[str]) -> list[Scope]:
+    """The scopes that SAEs are for, by their records; one whose label columns are not there is warned about."""
+    found: dict[str, Scope] = {}
+    for label, sae in saes.items():
+        scope = parse(sae.metadata.own_scope, sae.metadata.training.massive_above)
+        missing = [c for c in scope.columns if c not in columns]
+        if missing:
+            warnings.warn(
+                f"SAE {label!r} is for the tokens {scope.name!r}; these activations have no column "
+                f"{missing[0]!r}, so its headline numbers cannot be measured on them",
+                stacklevel=3,
+            )
+        elif scope.name in found and found[scope.name].massive_above != scope.massive_above:
+            raise DataError(
+                f"SAE {label!r} draws the line of {scope.name!r} at another norm than those beside it",
+                hint="measure it in a pass of its own",
+            )
+        else:
+            found[scope.name] = scope
+    return list(found.values())
 
 
-def name_saes(saes: Mapping[str, SAE] | Sequence[SAE] | SAE) -> dict[str, SAE]:
-    """SAEs by name: the keys given, or their ids, or sae0, sae1, ..."""
-    if isinstance(saes, SAE):
-        saes = [saes]
-    if isinstance(saes, Mapping):
-        named = dict(saes)
-    else:
-        named = {}
-        for number, sae in enumerate(saes):
-            name = sae.metadata.id or f"sae{number}"
-            named[name if name not in named else f"{name}#{number}"] = sae
-    if not named:
-        raise DataError("no SAEs to evaluate")
-    return named
-
-
-def accumulate(
+def prepare(
     saes: Mapping[str, SAE] | Sequence[SAE] | SAE,
     activations: Any,
     *,
+    scopes: Sequence[str | Scope] = (),
+    columns: Mapping[str, Any] | None = None,
     batch_size: int | None = None,
-    position: Any = None,
-    is_prompt: Any = None,
-    sample_id: Any = None,
-    rank: int = 0,
-    world_size: int = 1,
-    on_block: Callable[[int], None] | None = None,
-) -> Sums:
-    """The sums of a pass, or of one rank's part of it; `merge` them and give them to `read_off`."""
+) -> tuple[Rows, dict[str, SAE], Reconstruction]:
+    """What a pass needs: the rows, the SAEs by name, and the accumulator of the metrics.
+
+    Scopes asked for may use `massive`; its bound is that of the SAEs' records.
+    """
     named = name_saes(saes)
-    columns = {"position": position, "is_prompt": is_prompt, "sample_id": sample_id}
-    pieces, labels, d = read_pieces(activations, columns, batch_size)
-    sums = Sums(named, d, labels)
-    for block in iter_blocks(pieces, rank=rank, world_size=world_size):
-        sums.add(block, named)
-        if on_block is not None:
-            on_block(block.x.shape[0])
-    return sums
+    rows = activations if isinstance(activations, Rows) else Rows(activations, columns, batch_size=batch_size)
+    own = own_scopes(named, rows.columns)
+    bound = next((s.metadata.training.massive_above for s in named.values() if s.metadata.training.massive_above), None)
+    asked = [scope if isinstance(scope, Scope) else parse(scope, bound) for scope in scopes]
+    for scope in asked:
+        missing = [c for c in scope.columns if c not in rows.columns]
+        if missing:
+            raise DataError(
+                f"scope {scope.name!r} needs the label column {missing[0]!r}",
+                hint=f"columns here: {', '.join(rows.columns)}",
+            )
+    return rows, named, Reconstruction(named, rows.columns, [*own, *asked])
 
 
 def reconstruction(
     saes: Mapping[str, SAE] | Sequence[SAE] | SAE,
     activations: Any,
     *,
+    scopes: Sequence[str | Scope] = (),
     batch_size: int | None = None,
     position: Any = None,
     is_prompt: Any = None,
     sample_id: Any = None,
-    on_block: Callable[[int], None] | None = None,
+    columns: Mapping[str, Any] | None = None,
+    ranks: Ranks | None = None,
+    show: bool | None = False,
+    name: str = "activations",
 ) -> ReconstructionResult:
     """Evaluate SAEs on the same activations in one pass.
 
-    `activations` is a tensor [tokens, d], a mapping with `x` and label columns, or an ActivationDataset.
-    Labels (`position` of the token in its sequence, `is_prompt`, `sample_id`) open the scopes and make the
-    intervals those of whole samples. `batch_size` only says how to read; it changes no number. Under torchrun
-    ranks share the work and all get the whole result.
+    `activations` is a tensor [tokens, d], a mapping with `x` and label columns, or an ActivationDataset. Labels
+    (`position` of the token in its sequence, `is_prompt`, `sample_id`, and any others in `columns`) open the scopes and
+    make the intervals those of whole samples. The usual scopes and each SAE's own are measured, and those in `scopes`,
+    such as "role=user & not position_0". `batch_size` only says how to read; it changes no number. Under torchrun ranks
+    share the work and all get the whole result.
 
     >>> from hubsae import HubSAE, SAEConfig
     >>> sae = HubSAE.random(SAEConfig(architecture="topk", d_in=4, d_sae=8, k=2))
@@ -86,45 +100,8 @@ def reconstruction(
     >>> result["sae0"].value("mse") == reconstruction(sae, x, batch_size=7)["sae0"].value("mse")
     True
     >>> reconstruction(sae, x, position=torch.arange(64) % 8).scopes
-    ['all', 'no_position_0', 'position_0']
+    ['all', 'not position_0', 'position_0']
     """
-    named = name_saes(saes)
-    rank, world_size = _ranks()
-    if world_size > 1:
-        _agree_on_products(named, rank)
-    sums = accumulate(
-        named,
-        activations,
-        batch_size=batch_size,
-        position=position,
-        is_prompt=is_prompt,
-        sample_id=sample_id,
-        rank=rank,
-        world_size=world_size,
-        on_block=on_block,
-    )
-    return read_off(sums if world_size == 1 else sums.gather(), named)
-
-
-def _ranks() -> tuple[int, int]:
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-def _agree_on_products(saes: Mapping[str, SAE], rank: int) -> None:
-    """Which backend multiplies is decided by a timed trial; ranks that decided differently would round differently."""
-    import torch.distributed as dist
-
-    from hubsae.kernels.linear import adopt, decisions
-
-    found: list[Any] = [None]
-    if rank == 0:
-        for sae in {sae.config: sae for sae in saes.values()}.values():
-            with torch.no_grad():
-                sae.encode_sparse(torch.zeros(rows_at_once(sae.d_sae, BLOCK_ROWS), sae.d_in, device=sae.device))
-        found = [decisions()]
-    dist.broadcast_object_list(found, src=0)
-    adopt(found[0])
+    labels = {"position": position, "is_prompt": is_prompt, "sample_id": sample_id, **(columns or {})}
+    rows, named, sums = prepare(saes, activations, scopes=scopes, columns=labels, batch_size=batch_size)
+    return run_pass(rows, named, [sums], ranks=ranks, show=show, name=name)[0]

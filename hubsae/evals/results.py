@@ -14,6 +14,7 @@ from torch import Tensor
 from hubsae.core.errors import DataError
 from hubsae.core.files import write_csv_atomic
 from hubsae.core.metadata import Metric
+from hubsae.core.scopes import parse
 from hubsae.evals.definitions import Measure, to_metrics
 
 DENSITY_EDGES = tuple(round(-8 + 0.25 * i, 2) for i in range(33))
@@ -79,11 +80,16 @@ class SAEReconstruction:
     draws: dict[tuple[str, str], np.ndarray]
     """Bootstrap values by (metric, scope). Two passes over the same samples draw the same groups, so the
     differences of their draws are paired."""
+    by_group: np.ndarray
+    """[groups, 2] squared error and number of elements of each group of samples, for comparisons in pairs"""
+    own_scope: str
+    """The tokens this SAE is for, by its record"""
 
     def get(self, metric: str, scope: str = "all") -> Measure:
         """A measure by name and scope, or an error that lists what there is."""
+        wanted = parse(scope).name
         for measure in self.measures:
-            if measure.name == metric and measure.scope == scope:
+            if measure.name == metric and measure.scope == wanted:
                 return measure
         names = sorted({m.name for m in self.measures})
         scopes = sorted({m.scope for m in self.measures})

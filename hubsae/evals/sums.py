@@ -51,10 +51,10 @@ class CompensatedSum:
         else:
             self.parts[:, rows] = fresh
 
-    def merge(self, other: CompensatedSum) -> None:
-        """Add what another rank or shard has summed."""
+    def merge(self, other: CompensatedSum, rows: Tensor | None = None) -> None:
+        """Add what another rank or shard has summed, row i of it to `rows[i]`."""
         for part in other.parts:
-            self.add(part)
+            self.add(part, rows)
 
     def total(self, rows: Tensor | None = None) -> CompensatedSum:
         """The sum over the first dimension, or over some of its rows, with nothing lost."""
@@ -110,23 +110,23 @@ class FixedPointSum:
     """
 
     def __init__(self, size: int):
-        self.limbs = torch.zeros(2, size, dtype=torch.int64)
+        self.parts = torch.zeros(2, size, dtype=torch.int64)
 
     def add(self, where: Tensor, values: Tensor) -> None:
         """Scatter-add `values` [m] to the entries `where` [m]."""
-        if self.limbs.device != values.device:
-            self.limbs = self.limbs.to(values.device)
+        if self.parts.device != values.device:
+            self.parts = self.parts.to(values.device)
         wide = values.double()
         high = (wide * 2.0**HIGH_BITS).round_()
         low = torch.sub(wide, high, alpha=2.0**-HIGH_BITS).mul_(2.0**LOW_BITS).round_()
-        self.limbs[0].index_add_(0, where, high.long())
-        self.limbs[1].index_add_(0, where, low.long())
+        self.parts[0].index_add_(0, where, high.long())
+        self.parts[1].index_add_(0, where, low.long())
 
     def merge(self, other: FixedPointSum) -> None:
         """Add what another rank or shard has summed."""
-        self.limbs = self.limbs + other.limbs.to(self.limbs.device)
+        self.parts = self.parts + other.parts.to(self.parts.device)
 
     def value(self) -> Tensor:
         """The sums as float64."""
-        limbs = self.limbs.cpu().double()
-        return limbs[0] * 2.0**-HIGH_BITS + limbs[1] * 2.0**-LOW_BITS
+        parts = self.parts.cpu().double()
+        return parts[0] * 2.0**-HIGH_BITS + parts[1] * 2.0**-LOW_BITS

@@ -142,7 +142,7 @@ def test_a_chain_that_does_not_change_has_no_ratio():
 
 def test_differences_between_stages_are_paired(report):
     """The same prompts are drawn for every stage, so a change is known better than its two ends."""
-    series = report.group().series["fvu", "no_position_0"]
+    series = report.group().series["fvu", "not position_0"]
     at_end = change(series, 30.0)
     width = at_end.interval[1] - at_end.interval[0]
     independent = np.sqrt(sum(np.ptp(np.percentile(series.draws[:, i], [2.5, 97.5])) ** 2 for i in (0, -1)))

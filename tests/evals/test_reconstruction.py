@@ -6,9 +6,10 @@ import torch
 
 from hubsae import evals
 from hubsae.activations import ActivationDataset
+from hubsae.activations.ranks import Ranks
 from hubsae.core.errors import DataError
-from hubsae.evals.blocks import BLOCK_ROWS
-from hubsae.evals.reconstruction import accumulate, read_off
+from hubsae.evals.passes import BLOCK_ROWS, run_pass
+from hubsae.evals.reconstruction import prepare
 
 
 @pytest.fixture(scope="module")
@@ -85,11 +86,36 @@ def test_every_number_is_bit_identical_for_any_batch_size(batch_size, saes, tabl
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
 def test_every_number_is_bit_identical_for_any_split_into_ranks(world_size, saes, table, result):
-    states = [accumulate(saes, table, rank=r, world_size=world_size, batch_size=1000 + r) for r in range(world_size)]
+    states = [part_of_rank(saes, table, Ranks(r, world_size)) for r in range(world_size)]
     merged = states.pop()
     for state in reversed(states):
         merged.merge(state)
-    assert everything(read_off(merged, saes)) == everything(result)
+    assert everything(merged.result()) == everything(result)
+
+
+def part_of_rank(saes, table, ranks):
+    rows, named, sums = prepare(saes, table, batch_size=1000 + ranks.rank)
+    for block in range(ranks.rank, 3, ranks.world_size):
+        run_pass(rows, named, [sums], blocks=(block, block + 1))
+    return sums
+
+
+def test_a_state_that_was_saved_and_loaded_goes_on_to_the_same_bits(saes, table, result, tmp_path):
+    rows, named, sums = prepare(saes, table)
+    run_pass(rows, named, [sums], blocks=(0, 1))
+    first = sums.save(tmp_path / "state.safetensors").read_bytes()
+    _, _, other = prepare(saes, table)
+    other.load(tmp_path / "state.safetensors")
+    assert other.save(tmp_path / "again.safetensors").read_bytes() == first
+    run_pass(rows, named, [other], blocks=(1, 3))
+    assert everything(other.result()) == everything(result)
+
+
+def test_states_of_other_scopes_are_not_merged(saes, table):
+    _, _, one = prepare(saes, table)
+    _, _, other = prepare(saes, table["x"])
+    with pytest.raises(DataError, match="different SAEs, widths or scopes"):
+        one.merge(other)
 
 
 def test_an_sae_scores_the_same_alone_and_among_others(saes, table, result):
@@ -148,7 +174,7 @@ def test_histogram_counts_every_latent_once(result):
 
 
 def test_deciles_hold_every_token_and_explain_what_a_direct_computation_does(saes, table, result):
-    rows = [d for d in result["topk"].deciles if d.scope == "no_position_0"]
+    rows = [d for d in result["topk"].deciles if d.scope == "not position_0"]
     assert [d.decile for d in rows] == sorted(d.decile for d in rows)
     keep = table["position"] > 0
     assert sum(d.n_tokens for d in rows) == int(keep.sum())
@@ -186,7 +212,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says(make_sae):
 
 def test_metrics_become_metadata_entries_and_tidy_rows(result, tmp_path):
     entries = result["topk"].metrics()
-    entry = next(m for m in entries if m.name == "fvu" and m.scope == "no_position_0")
+    entry = next(m for m in entries if m.name == "fvu" and m.scope == "not position_0")
     assert entry.n_tokens == 10_000 - 167 and entry.definition and entry.interval
     assert "whole samples" in entry.interval_kind
     written = result.write(tmp_path)
@@ -197,7 +223,7 @@ def test_metrics_become_metadata_entries_and_tidy_rows(result, tmp_path):
 def test_an_unknown_metric_or_scope_lists_what_there_is(result):
     with pytest.raises(DataError, match=r"metrics: .*nmse_pooled"):
         result["topk"].value("nmse")
-    with pytest.raises(DataError, match=r"scopes: .*no_position_0"):
+    with pytest.raises(DataError, match=r"scopes: .*not position_0"):
         result["topk"].value("mse", "bos")
 
 

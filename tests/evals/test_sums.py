@@ -75,6 +75,6 @@ def test_fixed_point_sum_is_exact_and_associative():
     two.add(where[order[:9000]], values[order[:9000]])
     other.add(where[order[9000:]], values[order[9000:]])
     two.merge(other)
-    assert torch.equal(one.limbs, two.limbs)
+    assert torch.equal(one.parts, two.parts)
     exact = torch.zeros(50, dtype=torch.float64).index_add_(0, where, values.double())
     assert torch.allclose(one.value(), exact, atol=1e-9, rtol=0)

@@ -110,7 +110,7 @@ def test_a_small_run_ends_in_a_release_with_every_number(run: Path) -> None:
         record = release.metadata(name)
         told = {(m.name, m.scope): m.value for m in record.metrics}
         assert told["fvu", "all"] == row.value("fvu")
-        assert told["fvu", "no_position_0"] == row.value("fvu@no_position_0")
+        assert told["fvu", "not position_0"] == row.value("fvu@no_position_0")
         assert record.hook.module_path == "model.layers.1" and record.training.split is not None
         assert (release.folder(name) / "sparsity.safetensors").is_file()
         if name.startswith("BatchTopK"):

@@ -19,10 +19,9 @@ from torch import Tensor
 from hubsae.core.files import atomic_path
 from hubsae.core.metadata import Metric
 from hubsae.core.sae import SAE
-from hubsae.evals.accumulate import ROW_STATS
-from hubsae.evals.blocks import CELLS, GROUPS
+from hubsae.evals import reconstruction
+from hubsae.evals.accumulate import NOT_FIRST
 from hubsae.evals.definitions import Measure, to_metrics
-from hubsae.evals.reconstruction import accumulate, read_off
 from hubsae.evals.splice import splice_many
 from hubsae.recipes.grid.analysis import FailedCell
 from hubsae.recipes.grid.cells import Cell, parse_id
@@ -65,17 +64,13 @@ def measure(
     out = Measured()
     finished = 0
     for part in _parts(saes, out):
-        sums = accumulate(part, activations)
-        reconstruction = read_off(sums, part)
+        found = reconstruction(part, activations)
         spliced = splice_many(
             model, tokenizer, {name: (sae, hook) for name, sae in part.items()}, texts, max_length=max_length
         )
-        elements = sums.inputs.n.reshape(GROUPS, CELLS).sum(1).double().numpy() * sums.d
         for name in part:
-            cell, ours, loss = parse_id(name), reconstruction[name], spliced[name]
-            sse = sums.saes[name].stats.value()[:, ROW_STATS.index("sse")].reshape(GROUPS, CELLS).sum(1).numpy()
-            occupied = elements > 0
-            out.units["mse"][cell] = Units(sse[occupied], elements[occupied])
+            cell, ours, loss = parse_id(name), found[name], spliced[name]
+            out.units["mse"][cell] = Units(ours.by_group[:, 0], ours.by_group[:, 1])
             texts_ = [row for row in loss.per_text if row["scope"] == "all"]
             added = np.array([row["ce_sae"] - row["ce_clean"] for row in texts_])
             out.units["delta_ce"][cell] = Units(added, np.array([row["n"] for row in texts_]))
@@ -87,13 +82,13 @@ def measure(
             if done is not None:
                 done(finished, name)
         for title, rows in (
-            ("reconstruction", reconstruction.rows()),
-            ("norm_deciles", reconstruction.decile_rows()),
-            ("density_histogram", reconstruction.histogram_rows()),
+            ("reconstruction", found.rows()),
+            ("norm_deciles", found.decile_rows()),
+            ("density_histogram", found.histogram_rows()),
             ("splice", [row for result in spliced.values() for row in result.rows()]),
         ):
             out.tables.setdefault(title, []).extend(rows)
-        del part, sums, reconstruction, spliced
+        del part, found, spliced
         gc.collect()
     return out
 
@@ -120,11 +115,11 @@ def _parts(saes: Mapping[str, Callable[[], SAE]], out: Measured) -> Iterator[dic
 def _chosen(measures: Sequence[Measure]) -> list[Measure]:
     """What a grid reports of each SAE."""
     everything = [m for m in measures if m.scope == "all" and m.name in FULL]
-    return everything + [m for m in measures if m.scope == "no_position_0" and m.name in WITHOUT_FIRST]
+    return everything + [m for m in measures if m.scope == NOT_FIRST and m.name in WITHOUT_FIRST]
 
 
 def _key(measure: Measure) -> str:
-    return measure.name if measure.scope == "all" else f"{measure.name}@{measure.scope}"
+    return measure.name if measure.scope == "all" else f"{measure.name}@no_position_0"
 
 
 def _number(measure: Measure) -> Number:
