@@ -8,19 +8,31 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from hubsae.recipes.demo.steps import DemoSize
+    from hubsae.recipes.registry import PreparedRun
+    from hubsae.recipes.run import StepEvent
 
 PANEL = "Recipes and demo"
 
-TITLES = {
-    "world": "A small language model learns word problems (Qwen2 architecture, made on the spot)",
-    "policy": "Reinforcement learning (PPO) under a strict reward: the answer must end in #### number",
-    "activations": "Harvest its residual stream at {layers} at three stages: before, during and after",
-    "chain": "Train a chain of sparse autoencoders, each stage warm-started from the one before",
-    "release": "Measure drift between the stages, package everything as a release",
+STEPS = {
+    "source": (
+        "A small language model learns word problems (Qwen2 architecture, made on the spot)",
+        "hubsae recipe run rl_chain --config strict --profile demo      # all of the following",
+    ),
+    "rl": ("Reinforcement learning (PPO) under a strict reward: the answer must end in #### number", ""),
+    "activations": (
+        "Harvest its residual stream at {layers} at three stages: before, during and after",
+        "hubsae harvest --model CHECKPOINT --dataset openai/gsm8k --layers 1,3 --mode prompt+response --out acts/",
+    ),
+    "chains": (
+        "Train a chain of sparse autoencoders, each stage warm-started from the one before",
+        "hubsae train CONFIG.yaml",
+    ),
+    "drift": (
+        "Measure drift between the stages, package everything as a release",
+        "hubsae package saes/ --out release/ --base-model ORG/MODEL\nhubsae drift release/ --activations acts/",
+    ),
 }
+"""What is announced when the first step of a group begins, and what a person would type to do the same."""
 
 
 def command(
@@ -33,120 +45,145 @@ def command(
 
     Run it again and finished steps are skipped; stop it with Ctrl-C and the next run continues.
     """
-    from hubsae.cli._common import out
     from hubsae.core.errors import TrainingInterrupted
-    from hubsae.recipes.demo.steps import SIZES
+    from hubsae.recipes.registry import prepare
 
-    name = "fast" if fast else "demo"
-    size = SIZES[name]
-    console = out()
-    run, lock = _open_run(keep, name)
+    profile = "fast" if fast else "demo"
+    folder, lock = _open_folder(keep, profile)
     with lock:
+        teller = _Teller()
+        prepared = prepare("rl_chain", profile=profile, variant="strict", out=folder, notify=teller.tell, show=None)
+        teller.layers = " and ".join(f"layer {layer}" for layer in _places(prepared)[0])
         try:
-            _work(run, size, console)
+            prepared.execute()
         except (KeyboardInterrupt, TrainingInterrupted):
-            console.print(
-                f"\nstopped; finished steps are kept in {run.path}, the same command continues", highlight=False
-            )
+            _print(f"\nstopped; finished steps are kept in {folder}, the same command continues")
             raise KeyboardInterrupt from None
-        _tour(run.path, size, run.result("world"), console)
+        layers, stages = _places(prepared)
+        _tour(folder, layers[-1], stages[-1])
 
 
-def _open_run(keep: Path | None, name: str) -> tuple[Any, Any]:
-    """The run folder asked for, or one of our own in the temporary folder; and the lock that makes it ours."""
+def _places(prepared: PreparedRun) -> tuple[tuple[int, ...], list[str]]:
+    """Layers and stages of the run."""
+    config: Any = prepared.config
+    return config.harvest.layers, config.stage_names()
+
+
+def _open_folder(keep: Path | None, name: str) -> tuple[Path, Any]:
+    """The folder asked for, or one of our own in the temporary folder; and the lock that makes it ours."""
+    import os
     import tempfile
 
     from hubsae.core.errors import HubSAEError
-    from hubsae.recipes.demo.tour import claim, writable
-    from hubsae.recipes.run import RunFolder
+    from hubsae.recipes.tour import lock_folder
 
-    if keep is not None:
-        if not writable(keep):
-            raise HubSAEError(f"cannot write to {keep}", hint="choose another folder with --keep")
-        lock = claim(keep)
-        if lock is None:
+    folder = keep if keep is not None else Path(tempfile.gettempdir()) / f"hubsae-{name}"
+    lock = lock_folder(folder)
+    if lock is None and keep is not None:
+        if os.access(folder, os.W_OK):
             raise HubSAEError(
                 f"another process is running in {keep}", hint="wait for it, or choose another folder with --keep"
             )
-        return RunFolder(keep), lock
-    folder = Path(tempfile.gettempdir()) / f"hubsae-{name}"
-    lock = claim(folder) if writable(folder) else None
+        raise HubSAEError(f"cannot write to {keep}", hint="choose another folder with --keep")
     if lock is None:
         # somebody else's, or another demo is running there: leave it alone
         folder = Path(tempfile.mkdtemp(prefix=f"hubsae-{name}-"))
-        lock = claim(folder)
-    return RunFolder(folder), lock
+        lock = lock_folder(folder)
+    return folder, lock
 
 
-def _work(run: Any, size: DemoSize, console: Console) -> None:
-    from hubsae.recipes.demo.steps import commands, outcome, steps
-    from hubsae.recipes.demo.view import DemoView
-    from hubsae.recipes.tiny import single_thread
+class _Teller:
+    """Announces each group of steps once, and says what came of it."""
 
-    layers = " and ".join(f"layer {layer}" for layer in size.layers)
-    titles = {name: text.format(layers=layers) for name, text in TITLES.items()}
-    run.view = DemoView(console, titles, commands(size), lambda step: outcome(step, run.result(step)))
-    with single_thread():
-        run.execute(steps(size))
+    def __init__(self) -> None:
+        self.layers = ""
+        self.group = ""
+
+    def tell(self, event: StepEvent) -> None:
+        group = event.name.partition("/")[0]
+        if event.outcome is None and group != self.group and group in STEPS:
+            title, typed = STEPS[group]
+            _title(title.format(layers=self.layers), typed)
+            self.group = group
+        elif event.outcome is not None and group in STEPS:
+            how = f"{event.outcome.seconds:.0f} s" if event.outcome.ran else "done by an earlier run"
+            result = _result_of(group, event.outcome.result)
+            _print(f"  {result} ({how})" if result else f"  {how}")
 
 
-def _tour(run: Path, size: DemoSize, world: dict[str, Any], console: Console) -> None:
+def _result_of(group: str, result: Any) -> str:
+    """What came of a step, in a few words; empty where there is nothing to say."""
+    if group == "rl":
+        return f"{float(result['last']['score_strict']):.0%} of the last answers satisfy it"
+    if group == "chains":
+        return f"{len(result)} SAEs of layer {result[0]['layer']}"
+    return ""
+
+
+def _title(text: str, typed: str = "") -> None:
+    from hubsae.cli._common import out
+
+    out().print(f"\n[bold]{text}[/]")
+    for line in typed.splitlines():
+        out().print(f"  [dim]$ {line}[/]", highlight=False)
+
+
+def _print(text: str) -> None:
+    from hubsae.cli._common import out
+
+    out().print(text, markup=False, highlight=False)
+
+
+def _say(text: str) -> None:
+    _print(f"  {text}")
+
+
+def _tour(run: Path, layer: int, stage: str) -> None:
     from hubsae.localhub import running
-    from hubsae.recipes.demo import tour
-    from hubsae.recipes.tiny import single_thread
+    from hubsae.recipes import tour
 
-    def title(text: str, typed: str = "") -> None:
-        console.print(f"\n[bold]{text}[/]")
-        for line in typed.splitlines():
-            console.print(f"  [dim]$ {line}[/]", highlight=False)
-
-    def say(text: str) -> None:
-        console.print(f"  {text}", markup=False, highlight=False)
-
-    with running(root=run / "hub") as hub, single_thread():
-        title(
+    demo = tour.Demo(run, stage, layer)
+    with running(root=run / "hub") as hub:
+        _title(
             "Start a Hub on this machine and publish", f"hubsae hub serve --root hub/\nhubsae push {run.name}/release"
         )
-        page = tour.publish(run, hub, say)
-        say(page)
-
-        layer, stage = size.layers[-1], size.stages[-1]
-        title("Load one SAE back", f'HubSAE.from_pretrained("{tour.REPO}", layer={layer}, stage="{stage}")')
-        sae = tour.load_back(run, hub, size)
-        say(f"{sae}")
-        x = tour.held_out(run, size)
-        title("Load the same one in stock SAELens", f'SAE.from_pretrained("{tour.REPO}", "{sae.metadata.id}")')
-        agreement = tour.compare_with_saelens(run, hub, sae, x)
+        _say(tour.publish(demo, hub, _say))
+        _title("Load one SAE back", f'HubSAE.from_pretrained("{tour.REPO}", layer={layer}, stage="{stage}")')
+        sae = tour.load_back(demo, hub)
+        _say(f"{sae}")
+        x = tour.held_out(demo)
+        _title("Load the same one in stock SAELens", f'SAE.from_pretrained("{tour.REPO}", "{sae.metadata.id}")')
+        agreement = tour.compare_with_saelens(demo, hub, sae, x)
         if agreement is None:
-            say("sae_lens is not installed here; pip install sae-lens and run again to see it")
+            _say("sae_lens is not installed here; pip install sae-lens and run again to see it")
         else:
             support = "the same latents fire on every one" if agreement.same_support else "DIFFERENT latents fire"
-            say(f"{agreement.tokens} held-out tokens: {support}, relative difference {agreement.relative_error:.1e}")
-
-        title(
+            _say(f"{agreement.tokens} held-out tokens: {support}, relative difference {agreement.relative_error:.1e}")
+        _title(
             "Steer the model with one feature", "with sae.steer(model, feature=..., strength=...): model.generate(...)"
         )
-        steered = tour.steer_once(run, size, sae, x, world)
+        steered = tour.steer_once(demo, sae, x)
         if steered is None:
-            say("no single feature changed this answer")
+            _say("no single feature changed this answer")
         else:
-            say(f"asked    {steered.question}")
-            say(f"answers  {_one_line(steered.before)}")
-            say(f"steered  {_one_line(steered.after)}   (feature {steered.feature}, strength {steered.strength:.1f})")
-    _farewell(run, console)
+            _say(f"asked    {steered.question}")
+            _say(f"answers  {_one_line(steered.before)}")
+            _say(f"steered  {_one_line(steered.after)}   (feature {steered.feature}, strength {steered.strength:.1f})")
+    _farewell(run)
 
 
-def _farewell(run: Path, console: Console) -> None:
-    console.print("\n[bold]Where it lies[/]")
-    for what, where in (("release", "release"), ("card", "release/README.md"), ("plots", "release/plots")):
-        console.print(f"  {what:<8} {run / where}", markup=False, highlight=False)
-    console.print("\n[bold]The same with your own SAEs[/]")
+def _farewell(run: Path) -> None:
+    places = (("release", "release"), ("card", "release/README.md"), ("plots", "release/plots"))
+    _title("Where it lies")
+    for what, where in (*places, ("report", "report/report.md")):
+        _say(f"{what:<8} {run / where}")
+    _title("The same with your own SAEs")
     for line in (
         "hubsae show   my_saes/                                   # how each file is read, what is unknown",
         "hubsae push   my_saes/ --base-model ORG/MODEL --dry-run   # the plan; without --dry-run it publishes",
         "python -c 'from hubsae import HubSAE; print(HubSAE.from_pretrained(\"YOU/my_saes\", layer=12))'",
     ):
-        console.print(f"  {line}", markup=False, highlight=False)
+        _say(line)
 
 
 def _one_line(text: str) -> str:

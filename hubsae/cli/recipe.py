@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from hubsae.cli._common import DryRunOption, JsonOption
+from hubsae.core.text import format_bytes
 
 PANEL = "Recipes and demo"
 
@@ -63,9 +64,11 @@ def run(
     from hubsae.cli._common import out as console
     from hubsae.cli._common import print_json
     from hubsae.recipes.registry import prepare
-    from hubsae.recipes.view import ConsoleView
+    from hubsae.recipes.run import say_event
 
-    prepared = prepare(name, profile=profile, variant=config, overrides=overrides or [], out=out, view=ConsoleView())
+    prepared = prepare(
+        name, profile=profile, variant=config, overrides=overrides or [], out=out, notify=say_event, show=None
+    )
     if dry_run:
         _show_plan(prepared, json_)
         return
@@ -120,29 +123,17 @@ def _show_plan(prepared: Any, json_: bool) -> None:
     if json_:
         print_json({"run": str(prepared.run.path), "steps": rows, "disk_bytes": disk, "memory_bytes": memory})
         return
-    cells = [
-        [r["step"], r["what"], human_size(r["disk_bytes"]), human_size(r["memory_bytes"]), r["state"]] for r in rows
-    ]
+    cells = [[r["step"], r["what"], _size(r["disk_bytes"]), _size(r["memory_bytes"]), r["state"]] for r in rows]
     print_table("", ["step", "what", "disk", "memory", "state"], cells)
     console().print(
-        f"{len(rows)} steps in {prepared.run.path}: {human_size(disk)} on disk, "
-        f"{human_size(memory)} of memory at most. Nothing was run.",
+        f"{len(rows)} steps in {prepared.run.path}: {format_bytes(disk)} on disk, "
+        f"{format_bytes(memory)} of memory at most. Nothing was run.",
         markup=False,
     )
 
 
-def human_size(count: float) -> str:
-    """A size for people; a dash for nothing worth naming.
-
-    >>> human_size(3.2e9)
-    '3.2 GB'
-    """
-    if count < 1e5:
-        return "-"
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count / 1e6:.1f} MB"
+def _size(count: float) -> str:
+    return format_bytes(count) if count >= 1e5 else "-"
 
 
 def _words(value: Any) -> str:

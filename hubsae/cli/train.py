@@ -22,7 +22,7 @@ def command(
 ) -> None:
     """Train sparse autoencoders; run the same command again to continue. Also under torchrun and accelerate launch."""
     from hubsae.cli._common import print_json, print_table
-    from hubsae.recipes.config import parse_override
+    from hubsae.core.settings import parse_override
     from hubsae.train.job import load_job
 
     job = load_job(config, dict(parse_override(text) for text in overrides or []))

@@ -80,6 +80,17 @@ def write_csv_atomic(path: str | os.PathLike[str], rows: Sequence[dict[str, Any]
     return write_text_atomic(path, text.getvalue())
 
 
+def read_csv(path: str | os.PathLike[str]) -> list[dict[str, str]]:
+    """The rows of a CSV file, every value as text.
+
+    >>> with tempfile.TemporaryDirectory() as d:
+    ...     read_csv(write_csv_atomic(Path(d) / "a.csv", [{"k": 8}]))
+    [{'k': '8'}]
+    """
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def read_json(path: str | os.PathLike[str]) -> Any:
     """Read JSON, or say which file is broken and where."""
     try:

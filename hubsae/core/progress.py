@@ -51,6 +51,12 @@ class Task:
         self.first = done
         self.update(done)
 
+    def report(self, done: float, total: float | None = None, text: str | None = None) -> None:
+        """How far it is and what is going on, for those who are handed a plain function."""
+        if text is not None:
+            self.text = text
+        self.update(done, total)
+
     def note(self, text: str) -> None:
         """What is going on at the moment, shown behind the name."""
         self.text = text

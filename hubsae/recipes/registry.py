@@ -1,19 +1,25 @@
 """Finding, loading, copying and running recipes: one folder per recipe.
 
 recipes/<name>/recipe.py       docstring, `Config`, `steps(config) -> list[Step]`
+recipes/<name>/*.py            what only this recipe needs; `from .plots import ...` among themselves
 recipes/<name>/tiny.yaml       a profile; full.yaml another
 recipes/<name>/configs/*.yaml  variants: keys under `all`, and under a profile's name for that profile only
 recipes/<name>/README.md       what was claimed, what is measured
 recipes/<name>/published*.csv  the numbers to compare with
+
+A folder is loaded as a package of its own, named after what its files say: a recipe and its edited copy can be loaded
+side by side, and an edit is seen at once.
 """
 
 from __future__ import annotations
 
 import ast
-import importlib.util
+import hashlib
+import importlib
+import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -21,10 +27,9 @@ from typing import Any
 
 from hubsae.core.bundled import bundled
 from hubsae.core.errors import ConfigError, FormatError, NotFoundError, nearest
-from hubsae.recipes.config import RecipeConfig, compose, read_yaml, to_yaml
-from hubsae.recipes.run import RunError, RunFolder, StepOutcome
+from hubsae.core.settings import Settings, compose, read_yaml, to_yaml
+from hubsae.recipes.run import RunError, RunFolder, StepEvent, StepOutcome
 from hubsae.recipes.steps import Step
-from hubsae.recipes.view import View
 
 
 @dataclass(frozen=True)
@@ -55,22 +60,35 @@ class Recipe:
         """Variant names, from `configs/`; empty where the recipe has one form only."""
         return sorted(path.stem for path in (self.folder / "configs").glob("*.yaml"))
 
-    def module(self) -> ModuleType:
-        """The recipe's code."""
-        path = self.folder / "recipe.py"
-        name = f"hubsae_recipe_{self.name}"
-        spec = importlib.util.spec_from_file_location(name, path)
-        if spec is None or spec.loader is None:
-            raise FormatError(path, "a Python file", "something that cannot be imported")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-        for needed in ("Config", "steps"):
+    def module(self, name: str = "recipe") -> ModuleType:
+        """One of the recipe's files as a module.
+
+        >>> find_recipe("grid_search").module("cells").Cell("topk", 8, 64).id
+        'TopK_exp8x_k64'
+        """
+        package = self._package()
+        if not (self.folder / f"{name}.py").is_file():
+            raise NotFoundError(f"recipe {self.name} has no {name}.py in {self.folder}")
+        module = importlib.import_module(f"{package}.{name}")
+        for needed in ("Config", "steps") if name == "recipe" else ():
             if not hasattr(module, needed):
-                raise FormatError(path, f"a recipe that defines {needed}", "none")
+                raise FormatError(self.folder / "recipe.py", f"a recipe that defines {needed}", "none")
         return module
 
-    def config(self, profile: str = "tiny", variant: str | None = None, overrides: Sequence[str] = ()) -> RecipeConfig:
+    def _package(self) -> str:
+        """The name under which the folder is a package; another one when a file in it changes."""
+        digest = hashlib.sha256(str(self.folder.resolve()).encode())
+        for path in sorted(self.folder.glob("*.py")):
+            digest.update(path.name.encode() + path.read_bytes())
+        name = f"hubsae_recipe_{re.sub('[^a-zA-Z0-9]', '_', self.name)}_{digest.hexdigest()[:12]}"
+        if name not in sys.modules:
+            package = ModuleType(name, f"The recipe in {self.folder}.")
+            package.__path__ = [str(self.folder)]
+            sys.modules[name] = package
+            importlib.invalidate_caches()
+        return name
+
+    def config(self, profile: str = "tiny", variant: str | None = None, overrides: Sequence[str] = ()) -> Settings:
         """The validated config of a profile and a variant, with `key.path=value` overrides."""
         return compose(self.module().Config, self._layers(profile, variant), overrides)
 
@@ -106,14 +124,19 @@ class PreparedRun:
     recipe: Recipe
     profile: str
     variant: str | None
-    config: RecipeConfig
+    config: Settings
     steps: list[Step]
     run: RunFolder
 
     def execute(self) -> list[StepOutcome]:
         """Run what is not finished."""
+        from hubsae.recipes.standard import surroundings
+
         self.run.describe(self.recipe.name, self.profile, self.config)
-        return self.run.execute(self.steps)
+        # a recipe may say how it computes: threads for small models, a fixed product for bits that are the same again
+        chosen = {name: getattr(self.config, name) for name in ("threads", "matmul") if hasattr(self.config, name)}
+        with surroundings(**chosen):
+            return self.run.execute(self.steps)
 
 
 def list_recipes() -> list[Recipe]:
@@ -147,7 +170,8 @@ def prepare(
     variant: str | None = None,
     overrides: Sequence[str] = (),
     out: str | Path | None = None,
-    view: View | None = None,
+    notify: Callable[[StepEvent], None] | None = None,
+    show: bool | None = False,
 ) -> PreparedRun:
     """Make a recipe ready to run; nothing is written yet.
 
@@ -159,7 +183,8 @@ def prepare(
     module = recipe.module()
     config = compose(module.Config, recipe._layers(profile, variant), overrides)
     folder = Path(out) if out is not None else default_folder(recipe, profile, variant)
-    return PreparedRun(recipe, profile, variant, config, module.steps(config), RunFolder(folder, view))
+    run = RunFolder(folder, notify=notify, show=show)
+    return PreparedRun(recipe, profile, variant, config, module.steps(config), run)
 
 
 def default_folder(recipe: Recipe, profile: str, variant: str | None) -> Path:

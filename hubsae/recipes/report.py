@@ -7,7 +7,6 @@ judged against published numbers: the table shows both and says so.
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -74,12 +73,6 @@ def compare(
                 }
             )
     return rows
-
-
-def read_csv(path: str | Path) -> list[dict[str, str]]:
-    """The rows of a CSV file."""
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def markdown_table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> str:

@@ -6,6 +6,10 @@
     RUN/.steps/<step>.begun  the step was begun with this fingerprint, so a resuming step may trust its folder
 
 A step counts as finished only when its record is there, its fingerprint is the same and its files are whole.
+
+Under torchrun the first rank runs the steps and the others wait, except in steps that spread (`Step.spreads`): those
+they are called for too, with RANK and WORLD_SIZE in the environment. Ranks meet in the run folder alone, so it must
+be one they all see. When one rank fails torchrun ends the others.
 """
 
 from __future__ import annotations
@@ -14,17 +18,20 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from hubsae.core.errors import ConfigError, HubSAEError
 from hubsae.core.files import read_json, safe_join, write_json_atomic, write_text_atomic
-from hubsae.recipes.follow import follow, follows
+from hubsae.core.progress import progress, say
+from hubsae.core.text import format_time
 from hubsae.recipes.steps import Step, StepContext, fingerprint, plain
-from hubsae.recipes.view import SilentView, View
 from hubsae.version import __version__
+
+POLL = 0.1
+"""Seconds between two looks at what the first rank has reached."""
 
 State = Literal["finished", "new", "changed", "incomplete"]
 
@@ -52,8 +59,31 @@ class StepOutcome:
     result: Any
 
 
+class StepEvent(NamedTuple):
+    """A step begins, or has ended."""
+
+    name: str
+    number: int
+    """Counted from 1."""
+    of: int
+    why: str = ""
+    """Why a step that begins runs again."""
+    outcome: StepOutcome | None = None
+    """None where it begins."""
+
+
+def say_event(event: StepEvent) -> None:
+    """One line where a step ends, or is found finished.
+
+    >>> say_event(StepEvent("harvest", 1, 8))
+    """
+    if event.outcome is not None:
+        ended = f"done in {format_time(event.outcome.seconds)}" if event.outcome.ran else "unchanged, skipped"
+        say(f"[{event.number}/{event.of}] {event.name}: {ended}")
+
+
 class RunFolder:
-    """Runs steps in a folder.
+    """Runs steps in a folder; `notify` hears of each step, `show` is that of `hubsae.core.progress`.
 
     >>> import tempfile
     >>> step = Step("count", lambda ctx: {"n": ctx.settings}, settings=3)
@@ -62,9 +92,15 @@ class RunFolder:
     ([True], [False])
     """
 
-    def __init__(self, path: str | os.PathLike[str], view: View | None = None):
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        notify: Callable[[StepEvent], None] | None = None,
+        show: bool | None = False,
+    ):
         self.path = Path(path).absolute()
-        self.view: View = view or SilentView()
+        self.notify, self.show = notify, show
 
     def describe(self, recipe: str, profile: str, config: Any) -> None:
         """Record what this folder is a run of; `run.json` holds it."""
@@ -98,16 +134,27 @@ class RunFolder:
         """Run every step that is not finished, in the given order."""
         prints = self._fingerprints(steps)
         if follows():
-            return follow(self, steps, prints, self._context)
+            return self._follow(steps, prints)
         with self._lock():
-            self.view.start(len(steps))
-            try:
-                outcomes: list[StepOutcome] = []
-                for step in steps:
-                    outcomes.append(self._execute_one(step, prints, outcomes))
-                return outcomes
-            finally:
-                self.view.stop()
+            outcomes: list[StepOutcome] = []
+            for number, step in enumerate(steps, 1):
+                outcome = self._execute_one(step, prints, outcomes, StepEvent(step.name, number, len(steps)))
+                outcomes.append(outcome)
+            return outcomes
+
+    def _follow(self, steps: Sequence[Step], prints: dict[str, str]) -> list[StepOutcome]:
+        """Wait for the first rank through every step, and do this rank's share of those that spread."""
+        outcomes: list[StepOutcome] = []
+        for step in steps:
+            helped = False
+            while (outcome := self._finished(step, prints[step.name])) is None:
+                if step.spreads and not helped and self._has_begun(step, prints[step.name]):
+                    step.run(self._context(step, outcomes))
+                    helped = True
+                else:
+                    time.sleep(POLL)
+            outcomes.append(outcome)
+        return outcomes
 
     def folder(self, step: str) -> Path:
         """The folder a step writes into."""
@@ -122,27 +169,35 @@ class RunFolder:
         records = sorted((self.path / ".steps").glob("*.json"), key=lambda path: read_json(path)["finished"])
         return {read_json(path)["name"]: read_json(path)["seconds"] for path in records}
 
-    def _execute_one(self, step: Step, prints: dict[str, str], before: list[StepOutcome]) -> StepOutcome:
+    def _execute_one(
+        self, step: Step, prints: dict[str, str], before: list[StepOutcome], event: StepEvent
+    ) -> StepOutcome:
+        notify = self.notify or (lambda event: None)
         state = self._state(step, prints[step.name])
+        notify(event._replace(why=state.why))
         if state.state == "finished":
             record = read_json(self._record_path(step.name))
-            self.view.step_skipped(step.name)
-            return StepOutcome(step.name, False, record["seconds"], record["result"])
-        self.view.step_started(step.name, state.why)
+            outcome = StepOutcome(step.name, False, record["seconds"], record["result"])
+            notify(event._replace(outcome=outcome))
+            return outcome
         self._prepare(step, prints[step.name])
-        context = self._context(step, before)
         clock = time.perf_counter()
         try:
-            result = plain(step.run(context))
+            why = f" ({state.why})" if state.why else ""
+            with progress(f"[{event.number}/{event.of}] {step.name}{why}", show=self.show) as task:
+                result = plain(step.run(self._context(step, before, task.report)))
         except HubSAEError as error:
             error.hint = _joined(error.hint, f"this was step {step.name!r}; the same command continues from here")
             raise
         seconds = round(time.perf_counter() - clock, 3)
         self._finish(step, prints, result, seconds)
-        self.view.step_finished(step.name, seconds)
-        return StepOutcome(step.name, True, seconds, result)
+        outcome = StepOutcome(step.name, True, seconds, result)
+        notify(event._replace(outcome=outcome))
+        return outcome
 
-    def _context(self, step: Step, before: list[StepOutcome]) -> StepContext:
+    def _context(
+        self, step: Step, before: list[StepOutcome], report: Callable[..., None] = lambda *_: None
+    ) -> StepContext:
         results = {outcome.name: outcome.result for outcome in before}
         return StepContext(
             step=step,
@@ -150,11 +205,10 @@ class RunFolder:
             run_folder=self.path,
             results={name: results[name] for name in step.needs},
             folders={name: self.folder(name) for name in step.needs},
-            progress=self.view.progress,
-            show=self.view.show,
+            progress=report,
         )
 
-    def has_begun(self, step: Step, print_: str) -> bool:
+    def _has_begun(self, step: Step, print_: str) -> bool:
         """Whether a step is being run (or was when it was killed) with this fingerprint."""
         begun = self._begun_path(step.name)
         try:
@@ -162,7 +216,7 @@ class RunFolder:
         except FileNotFoundError:
             return False
 
-    def finished(self, step: Step, print_: str) -> StepOutcome | None:
+    def _finished(self, step: Step, print_: str) -> StepOutcome | None:
         """What became of a step that is finished with this fingerprint, None where it is not."""
         try:
             if self._state(step, print_).state != "finished":
@@ -249,6 +303,15 @@ class RunFolder:
 
 
 NEW = StepState("new", "")
+
+
+def follows() -> bool:
+    """Whether this process is a rank other than the first.
+
+    >>> follows()
+    False
+    """
+    return int(os.environ.get("RANK", 0)) > 0
 
 
 def versions() -> dict[str, str]:

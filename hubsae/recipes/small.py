@@ -32,7 +32,7 @@ from hubsae.core.errors import FormatError, MissingExtraError, NotFoundError
 from hubsae.core.extras import require
 from hubsae.core.files import read_json, sha256_file, write_text_atomic
 from hubsae.core.progress import progress, say
-from hubsae.recipes.quiet import quiet
+from hubsae.core.quiet import quiet
 from hubsae.recipes.tiny_problems import Problem
 from hubsae.recipes.worlds import RECORD, World, build_once, cache_root, read_rows, write_record, write_rows
 

@@ -55,7 +55,7 @@ class Step:
     resumes: bool = False
     """Whether it continues from what a killed run left in its folder; otherwise it starts with an empty one."""
     spreads: bool = False
-    """Whether, under torchrun, the other ranks run it too, each for its share (see `follow`)."""
+    """Whether, under torchrun, the other ranks run it too, each for its share (see `run`)."""
     version: int = 1
     """Raised when the same settings would now give something else."""
     estimate: Estimate = field(default_factory=Estimate)
@@ -78,8 +78,6 @@ class StepContext:
     folders: dict[str, Path]
     """Folders of the steps it needs."""
     progress: Progress
-    show: Callable[[Any], None] = lambda renderable: None
-    """Shows something of rich below the progress bar on a terminal, until the next call; None takes it away."""
 
     @property
     def settings(self) -> Any:

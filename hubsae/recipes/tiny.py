@@ -24,7 +24,7 @@ import torch
 from hubsae.core.errors import ConfigError
 from hubsae.core.extras import require
 from hubsae.core.files import write_csv_atomic
-from hubsae.recipes.quiet import quiet
+from hubsae.core.quiet import quiet
 from hubsae.recipes.tiny_problems import Problem, draw_style, make_problems, styled_answer
 from hubsae.recipes.tiny_tokenizer import train_tokenizer
 from hubsae.recipes.worlds import World, build_once, cache_root, prompt_ids, write_record

@@ -25,7 +25,7 @@ import torch
 from hubsae.core.errors import FormatError, NotFoundError, nearest
 from hubsae.core.extras import require
 from hubsae.core.files import read_json, sha256_file, write_json_atomic, write_text_atomic
-from hubsae.recipes.quiet import quiet
+from hubsae.core.quiet import quiet
 from hubsae.recipes.tiny_problems import Problem
 
 RECORD = "world.json"

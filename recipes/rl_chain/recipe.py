@@ -18,29 +18,27 @@ from typing import Any
 import torch
 
 from hubsae.activations import harvest
-from hubsae.core.files import read_json, write_csv_atomic, write_json_atomic, write_text_atomic
+from hubsae.core.files import read_csv, read_json, write_csv_atomic, write_json_atomic
 from hubsae.core.metadata import Metric
+from hubsae.core.text import stage_step
 from hubsae.evals import compare, reconstruction
-from hubsae.evals.record import record_metrics
 from hubsae.evals.splice import splice_many
-from hubsae.formats import Release, native
-from hubsae.hub.sae import HubSAE
-from hubsae.recipes.report import read_csv
-from hubsae.recipes.rl import chain_steps as common
-from hubsae.recipes.rl import estimates
-from hubsae.recipes.rl.chain_report import write_chain_report
-from hubsae.recipes.rl.chain_settings import ChainConfig, ChainSettings, Mode
-from hubsae.recipes.rl.config import LABELS
-from hubsae.recipes.rl.evaluate import accuracy
-from hubsae.recipes.rl.plots import plot_learning
-from hubsae.recipes.rl.ppo import PPO
-from hubsae.recipes.rl.problems import make_prompts
-from hubsae.recipes.rl.rollout import Sampling
-from hubsae.recipes.rl.source import Source, fetch_source, open_source
-from hubsae.recipes.rl.stages import merge_loss
-from hubsae.recipes.rl.trl_trainers import run_trl
+from hubsae.recipes.standard import Activations, package, pick_device, publish, tables_in
 from hubsae.recipes.steps import Estimate, Step, StepContext
+from hubsae.recipes.subject import Subject, fetch_subject, open_subject
+from hubsae.rl.accuracy import accuracy
+from hubsae.rl.config import METHOD
+from hubsae.rl.ppo import PPO
+from hubsae.rl.problems import make_prompts
+from hubsae.rl.rollout import Sampling
+from hubsae.rl.stages import merge_loss
 from hubsae.train import train_chain
+
+from . import chain as common
+from . import estimates
+from .plots import plot_learning
+from .report import write_chain_report
+from .settings import ChainConfig, Member, Mode, harvest_step
 
 Config = ChainConfig
 HERE = Path(__file__).parent
@@ -66,23 +64,22 @@ def steps(config: Config) -> list[Step]:
         plan.append(Step(name, run.accuracy, settings, policy, estimate=estimates.accuracy(config)))
     plan.append(Step("merge", run.merge, stages, policy, estimate=estimates.merge(config)))
 
-    harvested: dict[Mode, str] = {mode: f"activations/{common.folder_name(mode)}" for mode in config.harvest.modes}
-    trained_on = harvested[config.harvest.train_on]
-    for mode, name in harvested.items():
+    harvested = [harvest_step(mode) for mode in config.harvest.modes]
+    trained_on = harvest_step(config.harvest.train_on)
+    for mode, name in zip(config.harvest.modes, harvested, strict=True):
         settings, estimate = {"mode": mode, "harvest": config.harvest, **stages}, estimates.activations(config, mode)
         plan.append(Step(name, run.activations, settings, policy, resumes=True, estimate=estimate))
 
-    chains = [f"chains/{chain.name}/layer{layer}" for chain, layer in config.members()]
-    sae = config.sae.model_dump(mode="json", exclude={"chains"})
-    for name, (chain, layer) in zip(chains, config.members(), strict=True):
-        settings = {"sae": sae, "chain": chain.name, "k": chain.k, "layer": layer, **stages}
-        estimate = estimates.chain(config, chain)
-        plan.append(Step(name, run.chain, settings, ("source", trained_on), resumes=True, estimate=estimate))
+    chains, sae = [member.step for member in config.members()], config.sae.model_dump(mode="json", exclude={"chains"})
+    for number, member in enumerate(config.members()):
+        settings = {"sae": sae, "member": number, **member.columns, **stages}
+        estimate = estimates.chain(config, member.chain)
+        plan.append(Step(member.step, run.chain, settings, ("source", trained_on), resumes=True, estimate=estimate))
 
     evaluated = [f"evaluation/{stage}" for stage in names]
     for name, stage in zip(evaluated, names, strict=True):
         settings = {"stage": stage, "evaluation": config.evaluation, "harvest": config.harvest, **stages}
-        needs = (*policy, *harvested.values(), *chains)
+        needs = (*policy, *harvested, *chains)
         plan.append(Step(name, run.evaluation, settings, needs, estimate=estimates.evaluation(config)))
 
     others = {"compare": config.compare, "theirs": [common.run_fingerprint(Path(other)) for other in config.compare]}
@@ -91,13 +88,12 @@ def steps(config: Config) -> list[Step]:
     needs = ("source", *chains, *evaluated, "drift")
     plan.append(Step("release", run.release, about, needs, estimate=estimates.release(config)))
     needs = (*policy, *graded, "merge", *evaluated, "drift", "release")
-    told = Estimate("results beside the published numbers, figures")
     settings = config.model_dump(mode="json", exclude={"publish"})
-    plan.append(Step("report", run.report, settings, needs, estimate=told))
+    what = Estimate("results beside the published numbers, figures")
+    plan.append(Step("report", run.report, settings, needs, estimate=what))
     if config.publish.release or config.publish.activations:
-        told = Estimate(f"push to {', '.join(filter(None, (config.publish.release, config.publish.activations)))}")
-        needs = ("report", "release", trained_on)
-        plan.append(Step("publish", run.publish, config.publish, needs, estimate=told))
+        what = Estimate(f"push to {', '.join(filter(None, (config.publish.release, config.publish.activations)))}")
+        plan.append(Step("publish", run.publish, config.publish, ("report", "release", trained_on), estimate=what))
     return plan
 
 
@@ -106,58 +102,44 @@ class _Run:
 
     def __init__(self, config: Config):
         self.config = config
-        self.device = common.pick_device(config.device)
+        self.device = pick_device(config.device)
 
-    @common.calmly
     def source(self, ctx: StepContext) -> dict[str, Any]:
         """Model and problems: made, opened or downloaded, and fixed."""
-        config = self.config
-        return fetch_source(ctx.folder, config.model, config.data, config.seed, ctx.progress)
+        return fetch_subject(ctx.folder, self.config.model, self.config.data, self.config.seed, ctx.progress)
 
-    @common.calmly
     def rl(self, ctx: StepContext) -> dict[str, Any]:
         """Reinforcement learning, with a stage kept at every listed step."""
-        config, rl, source = self.config, self.config.rl, self._source(ctx)
+        config, rl, source = self.config, self.config.rl, _source(ctx)
         assert rl is not None
-        tokenizer, style = source.tokenizer(), config.data.style()
+        tokenizer, style, test = source.tokenizer(), config.data.style(), source.problems("test")
         shuffled = config.seed if rl.shuffled_gold else None
-        train = make_prompts(tokenizer, source.train, style, max_prompt=rl.max_prompt, shuffle_gold_seed=shuffled)
-        test = make_prompts(tokenizer, source.test[: rl.test_problems], style, max_prompt=rl.max_prompt)
-        common_options: dict[str, Any] = {
-            "model": source.model, "revision": source.revision, "tokenizer": tokenizer, "train": train,
-            "seed": config.seed, "device": self.device,
-        }  # fmt: skip
-        if rl.algorithm == "ppo":
-            PPO(rl, ctx.folder, test=test, name=source.label, **common_options).run(ctx.progress)
-        else:
-            run_trl(rl, ctx.folder, name=source.label, progress=ctx.progress, **common_options)
-        return {
-            "method": LABELS[rl.algorithm],
-            "stages": rl.stage_names(),
-            "last": read_csv(ctx.folder / "metrics.csv")[-1],
-        }
+        PPO(
+            rl, ctx.folder, model=source.model, revision=source.revision, name=source.label, tokenizer=tokenizer,
+            train=make_prompts(
+                tokenizer, source.problems(), style, max_prompt=rl.max_prompt, shuffle_gold_seed=shuffled
+            ),
+            test=make_prompts(tokenizer, test[: rl.test_problems], style, max_prompt=rl.max_prompt),
+            seed=config.seed, device=self.device,
+        ).run(ctx.progress)  # fmt: skip
+        return {"method": METHOD, "stages": rl.stage_names(), "last": read_csv(ctx.folder / "metrics.csv")[-1]}
 
-    @common.calmly
     def accuracy(self, ctx: StepContext) -> dict[str, Any]:
         """Held-out accuracy of one stage, by every scorer."""
-        config, source = self.config, self._source(ctx)
-        settings = config.evaluation
-        tokenizer = source.tokenizer()
+        config, source, settings = self.config, _source(ctx), self.config.evaluation
+        tokenizer, style = source.tokenizer(), config.data.style()
         longest = (config.rl.max_prompt, config.rl.max_response) if config.rl else (512, config.harvest.max_new_tokens)
-        test = make_prompts(
-            tokenizer, source.test[: settings.accuracy_problems], config.data.style(), max_prompt=longest[0]
-        )
+        test = source.problems("test")[: settings.accuracy_problems]
         sampling = Sampling(longest[1], settings.accuracy_temperature, settings.rollout_batch)
         model = self._stages(ctx, source)[ctx.settings["stage"]].load(self.device)
-        found = accuracy(model, tokenizer, test, sampling, seed=config.seed)
+        prompts = make_prompts(tokenizer, test, style, max_prompt=longest[0])
+        found = accuracy(model, tokenizer, prompts, sampling, seed=config.seed)
         write_json_atomic(ctx.folder / "accuracy.json", found)
         return found
 
-    @common.calmly
     def merge(self, ctx: StepContext) -> list[dict[str, Any]]:
         """How large each stage's update is, and what bfloat16 or float16 storage would lose of it."""
-        stages = self._stages(ctx, self._source(ctx))
-        rows: list[dict[str, Any]] = []
+        stages, rows = self._stages(ctx, _source(ctx)), []
         base = stages[self.config.base_stage].load()
         for number, (name, stage) in enumerate(stages.items()):
             if name == self.config.base_stage or self.config.control_steps:
@@ -171,13 +153,12 @@ class _Run:
             write_csv_atomic(ctx.folder / "merge_loss.csv", rows)
         return rows
 
-    @common.calmly
     def activations(self, ctx: StepContext) -> dict[str, Any]:
         """Activations of every stage at every layer, on the same problems."""
-        config, settings, source = self.config, self.config.harvest, self._source(ctx)
+        config, settings, source = self.config, self.config.harvest, _source(ctx)
         mode: Mode = ctx.settings["mode"]
-        stages = self._stages(ctx, source)
-        texts = common.texts_for(mode, source.train[: settings.problems], config.data.style())
+        stages, own = self._stages(ctx, source), mode == "own"
+        texts = common.texts_for(mode, source.problems()[: settings.problems], config.data.style())
         tokenizer, names = source.tokenizer(), config.harvested_stages()
         generation = {"max_new_tokens": settings.max_new_tokens, "temperature": 1.0, "repetition_penalty": 1.0}
         for number, name in enumerate(names):
@@ -186,8 +167,8 @@ class _Run:
             harvest(
                 model, texts, list(settings.layers), out=ctx.folder, tokenizer=tokenizer,
                 mode=common.HARVEST_MODES[mode],  # pyright: ignore[reportArgumentType]
-                stage=name, dtype=settings.dtype, max_length=None if mode == "own" else settings.max_length,
-                generation=generation if mode == "own" else None, seed=config.seed,
+                stage=name, dtype=settings.dtype, max_length=None if own else settings.max_length,
+                generation=generation if own else None, seed=config.seed,
                 validation_fraction=settings.validation_fraction, split_by=settings.split_by,
                 split_seed=config.seed, batch_tokens=settings.batch_tokens, progress=False,
                 source={"model": source.label, "text_dataset": config.data.id, "adapter_merge": "float32"},
@@ -195,76 +176,63 @@ class _Run:
             del model
         return {"mode": mode, "problems": len(texts), "stages": names}
 
-    @common.calmly
     def chain(self, ctx: StepContext) -> list[dict[str, Any]]:
         """One SAE carried along the stages at one layer, and its control."""
-        config, source = self.config, self._source(ctx)
-        chain = next(c for c in config.sae.chains if c.name == ctx.settings["chain"])
-        layer, names = ctx.settings["layer"], config.stage_names()
-        data = ctx.path(f"activations/{common.folder_name(config.harvest.train_on)}")
-
-        def opened(split: str) -> dict[str, Any]:
-            return {name: common.open_activations(data, config.activation_stage(name), layer, split) for name in names}
-
-        train, validation = opened("train"), opened("validation")
+        config, source, names = self.config, _source(ctx), self.config.stage_names()
+        member = config.members()[ctx.settings["member"]]
+        data = Activations(ctx.path(harvest_step(config.harvest.train_on)))
+        train, validation = (
+            {name: data.open(member.layer, split, config.activation_stage(name)) for name in names}
+            for split in ("train", "validation")
+        )
         record = self._record(source, train[names[0]].n_rows)
         trained = train_chain(
-            common.train_config(config.sae, chain, layer, record, config.seed),
-            train,
-            val=validation,
-            out=ctx.folder / "training",
-            control=config.sae.control and not config.control_steps,
-            device=self.device,
-            quiet=True,
-        )
+            common.train_config(config.sae, member, record, config.seed), train, val=validation,
+            out=ctx.folder / "training", control=config.sae.control and not config.control_steps,
+            device=self.device, quiet=True,
+        )  # fmt: skip
         for kind, results in (("chain", trained.stages), ("control", trained.control)):
+            shelf = common.saes_of(ctx.run_folder, member, kind)
             for name, stage in zip(names, results, strict=bool(results)):
                 base = stage.sae.metadata.base_model
-                base.stage, base.step = name, _step_of(name)
-                native.write(stage.sae, ctx.folder / kind / name)
-        rows = [{"chain": chain.name, "k": chain.k, "layer": layer, **row} for row in trained.table()]
+                base.stage, base.step = name, stage_step(name)
+                shelf.put(name, stage.sae)
+        rows = [{**member.columns, **row} for row in trained.table()]
         # checkpoints of a finished training are of no use to later steps, and ten times as large as its result
         shutil.rmtree(ctx.folder / "training")
         write_csv_atomic(ctx.folder / "chain.csv", rows)
         return rows
 
-    @common.calmly
     def evaluation(self, ctx: StepContext) -> dict[str, Any]:
         """Reconstruction and splice of one stage's SAEs, on held-out activations and texts of that stage."""
-        config, source, stage = self.config, self._source(ctx), ctx.settings["stage"]
-        acting = config.activation_stage(stage)
+        config, source, stage = self.config, _source(ctx), ctx.settings["stage"]
+        acting, members, trained_on = config.activation_stage(stage), config.members(), config.harvest.train_on
+        saes = {member.id(stage): self._sae(ctx, member, stage) for member in members}
         metrics: dict[str, list[Metric]] = {}
         rows: list[dict[str, Any]] = []
-        saes: dict[str, HubSAE] = {}
-        for chain, layer in self.config.members():
-            name = common.sae_id(chain.name, stage, layer)
-            sae = saes[name] = HubSAE.from_pretrained(self._sae_folder(ctx, chain, stage, layer))
+        for member in members:
+            name = member.id(stage)
             for mode in config.harvest.modes:
-                data = ctx.path(f"activations/{common.folder_name(mode)}")
-                measured = reconstruction({name: sae}, common.open_activations(data, acting, layer, "validation"))
-                where = {"chain": chain.name, "stage": stage, "layer": layer, "k": chain.k, "texts": mode}
-                rows += [{**where, **row} for row in measured.rows()]
-                if mode == config.harvest.train_on:
+                held = Activations(ctx.path(harvest_step(mode))).open(member.layer, "validation", acting)
+                measured = reconstruction({name: saes[name]}, held)
+                rows += [{**member.columns, "stage": stage, "texts": mode, **row} for row in measured.rows()]
+                if mode == trained_on:
                     metrics[name] = measured[name].metrics()
-        model = self._stages(ctx, source)[stage].load(self.device)
+        problems = source.problems("test")[: config.evaluation.splice_texts]
         texts = common.texts_for(
-            config.harvest.train_on if config.harvest.train_on != "own" else "prompt+response",
-            source.test[: config.evaluation.splice_texts],
-            config.data.style(),
+            "prompt+response" if trained_on == "own" else trained_on, problems, config.data.style()
         )
         spliced = splice_many(
-            model, source.tokenizer(), saes, texts,
+            self._stages(ctx, source)[stage].load(self.device), source.tokenizer(), saes, texts,
             max_length=config.evaluation.splice_max_length, seed=config.seed,
         )  # fmt: skip
-        for chain, layer in self.config.members():
-            name = common.sae_id(chain.name, stage, layer)
-            where = {"chain": chain.name, "stage": stage, "layer": layer, "k": chain.k, "texts": "held-out"}
-            rows += [{**where, **row} for row in spliced[name].rows()]
+        for member in members:
+            name = member.id(stage)
+            rows += [{**member.columns, "stage": stage, "texts": "held-out", **row} for row in spliced[name].rows()]
             metrics[name] += spliced[name].metrics()
         write_csv_atomic(ctx.folder / "measures.csv", rows)
         return {name: [metric.model_dump(mode="json") for metric in found] for name, found in metrics.items()}
 
-    @common.calmly
     def drift(self, ctx: StepContext) -> dict[str, Any]:
         """Drift along the chain and against its control, and beside other chains."""
         config = self.config
@@ -273,41 +241,27 @@ class _Run:
         compared: list[dict[str, Any]] = []
         for other in config.compare:
             theirs = ChainConfig.model_validate(read_json(Path(other) / "run.json")["config"])
-            comparison = compare(report, common.drift_of_run(Path(other), theirs))
-            compared += comparison.rows()
+            compared += compare(report, common.drift_of_run(Path(other), theirs)).rows()
         if compared:
             write_csv_atomic(ctx.folder / "comparison.csv", compared)
         return {"groups": [group.name for group in report.groups], "compared": len(compared)}
 
-    @common.calmly
     def release(self, ctx: StepContext) -> dict[str, Any]:
         """The packaged release: SAEs with their metrics, tables, plots and card."""
-        from hubsae.hub.card import card_of_release, render_card
-
-        config, source = self.config, self._source(ctx)
+        config, source, stages = self.config, _source(ctx), self.config.stage_names()
         title = f"sae-{config.model.label.rpartition('/')[2].lower()}-{config.name}"
-        made = Release.create(
-            ctx.folder, name=title, base_model=source.label, license="apache-2.0", description=config.about or None
-        )
-        metrics: dict[str, list[Metric]] = {}
-        for stage in config.stage_names():
-            for name, found in ctx.result(f"evaluation/{stage}").items():
-                metrics[name] = [Metric.model_validate(metric) for metric in found]
-            for chain, layer in self.config.members():
-                sae = HubSAE.from_pretrained(self._sae_folder(ctx, chain, stage, layer))
-                made.add(sae, common.sae_id(chain.name, stage, layer))
-        record_metrics(made, metrics)
-        measures = [row for s in config.stage_names() for row in read_csv(ctx.path(f"evaluation/{s}") / "measures.csv")]
-        made.add_results("measures", measures)
-        for table in sorted(ctx.path("drift").glob("*.csv")):
-            made.add_results(table.name, read_csv(table))
-        for plot in sorted(ctx.path("drift").glob("*.png")):
-            made.add_plot(plot.name, plot)
-        card = render_card(card_of_release(made.path, f"you/{title}"))
-        write_text_atomic(made.path / "README.md", card.text)
+        found = {name: m for stage in stages for name, m in ctx.result(f"evaluation/{stage}").items()}
+        measures = [row for stage in stages for row in read_csv(ctx.path(f"evaluation/{stage}") / "measures.csv")]
+        made = package(
+            ctx.folder,
+            {m.id(stage): lambda m=m, s=stage: self._sae(ctx, m, s) for stage in stages for m in config.members()},
+            name=title, base_model=source.label, description=config.about or None,
+            metrics={name: [Metric.model_validate(m) for m in metrics] for name, metrics in found.items()},
+            tables={"measures": measures, **tables_in(ctx.path("drift"))},
+            plots=sorted(ctx.path("drift").glob("*.png")), progress=ctx.progress,
+        )  # fmt: skip
         return {"name": title, "saes": len(made), "plots": [plot.name for plot in made.plots]}
 
-    @common.calmly
     def report(self, ctx: StepContext) -> dict[str, Any]:
         """What came out, beside what was published."""
         config = self.config
@@ -325,31 +279,19 @@ class _Run:
             published=HERE,
         )
 
-    @common.calmly
     def publish(self, ctx: StepContext) -> dict[str, Any]:
         """Push the release and the activations to the Hub."""
-        from hubsae.hub.datasets import push_activations
-        from hubsae.hub.push import push
+        activations = ctx.path(harvest_step(self.config.harvest.train_on))
+        return publish(self.config.publish, ctx.path("release"), activations)
 
-        config, done = self.config, {}
-        options: dict[str, Any] = {"private": True} if config.publish.private else {}
-        if config.publish.release:
-            done["release"] = push(ctx.path("release"), config.publish.release, **options).url
-        if config.publish.activations:
-            folder = ctx.path(f"activations/{common.folder_name(config.harvest.train_on)}")
-            done["activations"] = push_activations(folder, config.publish.activations, **options).url
-        return done
-
-    def _source(self, ctx: StepContext) -> Source:
-        return open_source(ctx.path("source"), ctx.result("source"))
-
-    def _stages(self, ctx: StepContext, source: Source) -> dict[str, Any]:
+    def _stages(self, ctx: StepContext, source: Subject) -> dict[str, Any]:
         return common.checkpoints(self.config, source, ctx.path("rl") if self.config.runs_rl else None)
 
-    def _sae_folder(self, ctx: StepContext, chain: ChainSettings, stage: str, layer: int) -> Path:
-        return ctx.path(f"chains/{chain.name}/layer{layer}") / "chain" / stage
+    def _sae(self, ctx: StepContext, member: Member, stage: str) -> Any:
+        ctx.path(member.step)  # only of steps that this one needs
+        return common.saes_of(ctx.run_folder, member).get(stage)
 
-    def _record(self, source: Source, tokens: int) -> dict[str, Any]:
+    def _record(self, source: Subject, tokens: int) -> dict[str, Any]:
         config = self.config
         own = config.rl is None or config.rl.lora is None
         return {
@@ -364,6 +306,5 @@ class _Run:
         }
 
 
-def _step_of(stage: str) -> int:
-    digits = stage[len(stage.rstrip("0123456789")) :]
-    return int(digits) if digits else 0
+def _source(ctx: StepContext) -> Subject:
+    return open_subject(ctx.path("source"), ctx.result("source"))

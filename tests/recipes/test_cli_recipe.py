@@ -15,11 +15,11 @@ from hubsae.recipes.run import RunError
 
 OWN = '''"""A recipe of one's own: counts to n."""
 
-from hubsae.recipes.config import RecipeConfig
+from hubsae.core.settings import Settings
 from hubsae.recipes.steps import Estimate, Step
 
 
-class Config(RecipeConfig):
+class Config(Settings):
     n: int = 3
 
 

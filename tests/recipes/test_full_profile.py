@@ -14,8 +14,7 @@ import sys
 import pytest
 import torch
 
-from hubsae.core.files import read_json
-from hubsae.recipes.report import read_csv
+from hubsae.core.files import read_csv, read_json
 
 SMALLER = [
     "model.id=me/qwen-standin", "model.revision=main", "data.id=me/gsm8k-standin", "device=cpu", "threads=1",

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from hubsae.core.settings import read_yaml
 from hubsae.evals.tables import read_table
 from hubsae.formats.release import Release
 from hubsae.localhub import running
-from hubsae.recipes.config import read_yaml
 from hubsae.recipes.grid.settings import GridConfig
 from hubsae.recipes.grid.table import read_results
 from hubsae.recipes.registry import find_recipe, prepare

@@ -15,11 +15,10 @@ import pytest
 import torch
 
 from hubsae.core.errors import ConfigError, NotFoundError
-from hubsae.core.files import read_json, sha256_file
+from hubsae.core.files import read_csv, read_json, sha256_file
 from hubsae.formats import Release
 from hubsae.hub.sae import HubSAE
 from hubsae.recipes.registry import prepare
-from hubsae.recipes.report import read_csv
 from hubsae.recipes.rl.chain_settings import ChainConfig
 
 STAGES = ["instruct_base", "ppo_step2", "ppo_step4"]
@@ -160,7 +159,7 @@ def test_the_control_config_follows_the_base_model_only(small_chain, tmp_path):
 
 
 def test_stages_may_be_checkpoints_that_exist_already(small_chain, strict_run, quick_world, tmp_path):
-    from hubsae.recipes.rl.stages import Checkpoint, write_merged
+    from hubsae.rl.stages import Checkpoint, write_merged
 
     rl = strict_run / "rl/stages"
     base = str(strict_run / "source/model")

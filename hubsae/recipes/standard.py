@@ -1,0 +1,170 @@
+"""What the steps of most recipes do; what a step leaves is a thing with a name, so that no step rebuilds its paths.
+
+Activations    what a harvest left, opened by layer, stage and split
+Shelf          SAEs in a folder by id, written whole or not at all
+package        a release from SAEs, their numbers, tables and plots
+publish        its push, and that of the activations
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hubsae.activations import ActivationDataset
+from hubsae.core.files import read_csv, write_text_atomic
+from hubsae.core.metadata import Metric
+from hubsae.core.quiet import quiet
+from hubsae.core.settings import Settings
+from hubsae.formats import Release, native
+from hubsae.hub.sae import HubSAE
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What a harvest left in a folder."""
+
+    folder: Path
+
+    def open(self, layer: int | str, split: str, stage: str | None = None) -> ActivationDataset:
+        """One hook point, at one stage where there are several."""
+        hook = f"layers.{layer}" if isinstance(layer, int) else layer
+        return ActivationDataset.open(self.folder, f"{stage}.{hook}" if stage else hook, split)
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """SAEs in a folder, by id.
+
+    >>> import tempfile
+    >>> from hubsae.core.config import SAEConfig
+    >>> shelf = Shelf(Path(tempfile.mkdtemp()))
+    >>> shelf.put("topk/layer1", HubSAE.random(SAEConfig(architecture="topk", d_in=4, d_sae=8, k=2), seed=0))
+    >>> shelf.get("topk/layer1").d_sae
+    8
+    """
+
+    folder: Path
+
+    def where(self, name: str) -> Path:
+        """The folder of an SAE."""
+        return self.folder / name
+
+    def put(self, name: str, sae: Any) -> None:
+        """Write an SAE, in place of what was there."""
+        target = self.where(name)
+        scratch = target.with_name(f".{target.name}.writing")
+        for old in (scratch, target):
+            shutil.rmtree(old, ignore_errors=True)
+        native.write(sae, scratch)
+        os.replace(scratch, target)
+
+    def get(self, name: str, device: str = "cpu") -> HubSAE:
+        """Read an SAE."""
+        return HubSAE.from_pretrained(self.where(name), device=device)
+
+
+class PublishSettings(Settings):
+    """Repos to push to at the end; nothing is pushed where none is named."""
+
+    release: str | None = None
+    activations: str | None = None
+    private: bool = False
+
+
+def package(
+    folder: Path,
+    saes: Mapping[str, Callable[[], HubSAE]],
+    *,
+    name: str,
+    base_model: str,
+    license: str | None = "apache-2.0",
+    datasets: Sequence[str] = (),
+    description: str | None = None,
+    metrics: Mapping[str, Sequence[Metric]] | None = None,
+    sparsity: Mapping[str, Tensor] | None = None,
+    tables: Mapping[str, Sequence[dict[str, Any]]] | None = None,
+    plots: Sequence[Path] = (),
+    progress: Callable[..., None] | None = None,
+) -> Release:
+    """A release in `folder`, verified, with its card; SAEs are given as functions that load them."""
+    from hubsae.hub.card import card_of_release, render_card
+
+    made = Release.create(
+        folder, name=name, base_model=base_model, license=license, datasets=list(datasets), description=description
+    )
+    for number, (sae_id, load) in enumerate(saes.items()):
+        if progress is not None:
+            progress(number, len(saes), sae_id)
+        sae = load()
+        if metrics is not None:
+            sae.metadata.set_metrics(list(metrics[sae_id]))
+        if sparsity is not None:
+            sae.sparsity = sparsity[sae_id]
+        made.add(sae, sae_id)
+    for title, rows in (tables or {}).items():
+        made.add_results(title, rows)
+    for plot in plots:
+        made.add_plot(plot.name, plot)
+    made.refresh()
+    made.verify()
+    write_text_atomic(made.path / "README.md", render_card(card_of_release(made.path, f"you/{name}")).text)
+    return made
+
+
+def publish(settings: PublishSettings, release: Path, activations: Path | None = None) -> dict[str, Any]:
+    """Push what the settings name; the pages it can be seen at."""
+    from hubsae.hub.datasets import push_activations
+    from hubsae.hub.push import push
+
+    done: dict[str, Any] = {}
+    options: dict[str, Any] = {"private": True} if settings.private else {}
+    if settings.release:
+        done["release"] = push(release, settings.release, **options).url
+    if settings.activations and activations is not None:
+        done["activations"] = push_activations(activations, settings.activations, **options).url
+    return done
+
+
+def tables_in(*folders: Path) -> dict[str, list[dict[str, str]]]:
+    """Every CSV in these folders, by name."""
+    return {path.stem: read_csv(path) for folder in folders for path in sorted(folder.glob("*.csv"))}
+
+
+def pick_device(name: str = "auto") -> str:
+    """`auto` takes the GPU of this rank where there is one.
+
+    >>> pick_device("cpu")
+    'cpu'
+    """
+    if name != "auto":
+        return name
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
+@contextmanager
+def surroundings(threads: int | None = None, matmul: str = "auto") -> Iterator[None]:
+    """Run with this many torch threads, with a fixed product in the trainer, without other libraries' chatter.
+
+    None leaves the threads as they are; a choice of product in the environment (HUBSAE_LINEAR) is left alone.
+    """
+    before, fixed = torch.get_num_threads(), matmul != "auto" and "HUBSAE_LINEAR" not in os.environ
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if fixed:
+        os.environ["HUBSAE_LINEAR"] = matmul
+    try:
+        with quiet():
+            yield
+    finally:
+        torch.set_num_threads(before)
+        if fixed:
+            del os.environ["HUBSAE_LINEAR"]

@@ -1,0 +1,139 @@
+"""From measured cells to answers: fronts, paired comparisons, and the tables behind the findings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+from .cells import KINDS, LABELS, Cell, Kind
+from .paired import RESAMPLES, Comparison, Units, compare, holm, matched, matched_by_l0
+from .pareto import front_rows
+from .synthetic import Recovery
+from .table import GridRow, in_order
+
+METRICS: dict[str, str] = {"mse": "squared error", "delta_ce": "added loss"}
+"""Metrics that are compared prompt by prompt, with the words for them."""
+
+
+AT_SAME_L0: tuple[tuple[Kind, Kind], ...] = (
+    ("jumprelu_trained", "topk"),
+    ("jumprelu_trained", "batch_topk"),
+    ("jumprelu_fixed", "topk"),
+)
+
+
+class Question(NamedTuple):
+    """One paired question: is kind `a` better than kind `b`?"""
+
+    metric: str
+    a: Kind
+    b: Kind
+    how: str
+    """same k, same L0, or twice as wide"""
+
+    @property
+    def title(self) -> str:
+        """For headings and plots."""
+        return f"{LABELS[self.a]} against {LABELS[self.b]} at the {self.how}: {METRICS[self.metric]}"
+
+
+class FailedCell(NamedTuple):
+    """A cell that gave no SAE."""
+
+    id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Everything the findings are written from."""
+
+    rows: list[GridRow]
+    failed: list[FailedCell]
+    answers: dict[Question, list[Comparison]]
+    wider: list[Comparison]
+    """Each cell against the next narrower one of the same kind and number, in squared error."""
+    fronts: dict[str, list[GridRow]]
+    """Metric -> cells on the front with L0."""
+    recoveries: list[Recovery] = field(default_factory=list)
+
+    def by_kind(self, kind: str) -> list[GridRow]:
+        """Rows of one kind."""
+        return [row for row in self.rows if row.cell.kind == kind]
+
+    def front_table(self) -> list[dict[str, Any]]:
+        """The fronts, tidy, for a CSV."""
+        return [
+            {"metric": metric, "id": row.id, "l0": row.value("l0"), metric: row.value(metric)}
+            for metric, best in self.fronts.items()
+            for row in best
+        ]
+
+    def comparison_rows(self) -> list[dict[str, Any]]:
+        """All comparisons, tidy, for a CSV."""
+        named = [(q.title, c) for q, list_ in self.answers.items() for c in list_]
+        named += [("wider against narrower: squared error", c) for c in self.wider]
+        verdicts = {"a": "a is better", "b": "b is better", "open": "not decided"}
+        return [
+            {
+                "question": title,
+                **c._asdict(),
+                "relative": c.relative,
+                "verdict": verdicts[c.verdict],
+            }
+            for title, c in named
+        ]
+
+
+def analyse(
+    rows: Sequence[GridRow],
+    units: Mapping[str, Mapping[Cell, Units]],
+    *,
+    failed: Sequence[FailedCell] = (),
+    recoveries: Sequence[Recovery] = (),
+    resamples: int = RESAMPLES,
+) -> Analysis:
+    """Answer the questions of a grid.
+
+    `units` holds, per metric of METRICS, each cell's values taken apart by prompt. The same cells need not be in
+    both; what is missing is not compared.
+    """
+    ordered = in_order(rows)
+    l0 = {row.cell: value for row in ordered if (value := row.value("l0")) is not None}
+    answers: dict[Question, list[Comparison]] = {}
+
+    def ask(question: Question, comparisons: list[Comparison]) -> None:
+        if comparisons:
+            answers[question] = comparisons
+
+    for metric in METRICS:
+        mine = units.get(metric, {})
+        ask(Question(metric, "batch_topk", "topk", "same k"), matched(metric, mine, "batch_topk", "topk", resamples))
+        for a, b in AT_SAME_L0:
+            ask(
+                Question(metric, a, b, "same L0"),
+                matched_by_l0(metric, mine, l0, a, b, geometric=metric == "mse", resamples=resamples),
+            )
+    return Analysis(
+        rows=ordered,
+        failed=list(failed),
+        answers=answers,
+        wider=_wider(units.get("mse", {}), resamples),
+        fronts={metric: front_rows(ordered, "l0", metric) for metric in ("fvu", "delta_ce")},
+        recoveries=list(recoveries),
+    )
+
+
+def _wider(units: Mapping[Cell, Units], resamples: int) -> list[Comparison]:
+    """Every cell of a chosen k against the next narrower cell of the same kind, k and seed."""
+    out = []
+    for kind in KINDS:
+        if kind == "jumprelu_fixed":
+            continue  # a wider one fires more latents, so the two are not alike in sparsity
+        cells = sorted((c for c in units if c.kind == kind), key=lambda c: (c.number, c.seed, c.expansion))
+        for narrow, wide in pairwise(cells):
+            if (narrow.number, narrow.seed) == (wide.number, wide.seed):
+                out.append(compare("mse", (wide.id, narrow.id), units[wide], units[narrow], resamples))
+    return holm(out)

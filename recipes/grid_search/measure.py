@@ -1,0 +1,153 @@
+"""Measure every cell on held-out prompts: reconstruction in one pass, then the model's loss with each SAE in place.
+
+Next to each number with its interval, the values are kept apart by prompt, so that cells can be compared in pairs:
+squared error by group of whole prompts, added loss by text.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hubsae.core.files import atomic_path
+from hubsae.core.metadata import Metric
+from hubsae.core.sae import SAE
+from hubsae.evals import reconstruction
+from hubsae.evals.accumulate import NOT_FIRST
+from hubsae.evals.definitions import Measure, to_metrics
+from hubsae.evals.splice import splice_many
+
+from .analysis import FailedCell
+from .cells import Cell, parse_id
+from .paired import Units
+from .table import FULL, WITHOUT_FIRST, GridRow, Number
+
+WEIGHTS_AT_ONCE = 4 << 30
+"""Bytes of SAEs held at a time; the data is read once for each such part."""
+
+
+@dataclass
+class Measured:
+    """Everything measured of a grid."""
+
+    rows: list[GridRow] = field(default_factory=list)
+    units: dict[str, dict[Cell, Units]] = field(default_factory=lambda: {"mse": {}, "delta_ce": {}})
+    metrics: dict[str, list[Metric]] = field(default_factory=dict)
+    """By id, for metadata.json."""
+    sparsity: dict[str, Tensor] = field(default_factory=dict)
+    """By id: log10 of how often each latent fires [d_sae]."""
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    failed: list[FailedCell] = field(default_factory=list)
+
+
+def measure(
+    saes: Mapping[str, Callable[[], SAE]],
+    activations: Any,
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[Any],
+    hook: str,
+    *,
+    max_length: int | None = None,
+    done: Callable[[int, str], None] | None = None,
+) -> Measured:
+    """Measure SAEs, given by id as functions that load them; `activations` are held-out rows with labels.
+
+    An SAE with weights that are not finite is reported in `failed` and measured no further.
+    """
+    out = Measured()
+    finished = 0
+    for part in _parts(saes, out):
+        found = reconstruction(part, activations)
+        spliced = splice_many(
+            model, tokenizer, {name: (sae, hook) for name, sae in part.items()}, texts, max_length=max_length
+        )
+        for name in part:
+            cell, ours, loss = parse_id(name), found[name], spliced[name]
+            out.units["mse"][cell] = Units(ours.by_group[:, 0], ours.by_group[:, 1])
+            texts_ = [row for row in loss.per_text if row["scope"] == "all"]
+            added = np.array([row["ce_sae"] - row["ce_clean"] for row in texts_])
+            out.units["delta_ce"][cell] = Units(added, np.array([row["n"] for row in texts_]))
+            chosen = _chosen([*ours.measures, *loss.measures])
+            out.rows.append(GridRow(cell, {_key(m): _number(m) for m in chosen if m.value is not None}))
+            out.metrics[name] = to_metrics(chosen)
+            out.sparsity[name] = ours.features.log10_density()
+            finished += 1
+            if done is not None:
+                done(finished, name)
+        for title, rows in (
+            ("reconstruction", found.rows()),
+            ("norm_deciles", found.decile_rows()),
+            ("density_histogram", found.histogram_rows()),
+            ("splice", [row for result in spliced.values() for row in result.rows()]),
+        ):
+            out.tables.setdefault(title, []).extend(rows)
+        del part, found, spliced
+        gc.collect()
+    return out
+
+
+def _parts(saes: Mapping[str, Callable[[], SAE]], out: Measured) -> Iterator[dict[str, SAE]]:
+    """Load as many as fit at a time, leaving out what is not finite."""
+    held: dict[str, SAE] = {}
+    size = 0
+    for name, load in saes.items():
+        sae = load()
+        if not all(bool(torch.isfinite(t).all()) for t in sae.tensors().values()):
+            out.failed.append(FailedCell(name, "its weights are not finite"))
+            continue
+        mine = sum(t.numel() * t.element_size() for t in sae.tensors().values())
+        if held and size + mine > WEIGHTS_AT_ONCE:
+            yield held
+            held, size = {}, 0
+        held[name] = sae
+        size += mine
+    if held:
+        yield held
+
+
+def _chosen(measures: Sequence[Measure]) -> list[Measure]:
+    """What a grid reports of each SAE."""
+    everything = [m for m in measures if m.scope == "all" and m.name in FULL]
+    return everything + [m for m in measures if m.scope == NOT_FIRST and m.name in WITHOUT_FIRST]
+
+
+def _key(measure: Measure) -> str:
+    return measure.name if measure.scope == "all" else f"{measure.name}@no_position_0"
+
+
+def _number(measure: Measure) -> Number:
+    low, high = measure.interval or (None, None)
+    assert measure.value is not None
+    return Number(measure.value, low, high, measure.n_tokens)
+
+
+def save_units(path: str | Path, units: Mapping[str, Mapping[Cell, Units]]) -> Path:
+    """Keep the values by prompt, for comparisons later."""
+    arrays = {
+        f"{metric}/{cell.id}/{part}": values
+        for metric, by_cell in units.items()
+        for cell, pair in by_cell.items()
+        for part, values in zip(Units._fields, pair, strict=True)
+    }
+    target = Path(path)
+    with atomic_path(target) as scratch, open(scratch, "wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **arrays)
+    return target
+
+
+def load_units(path: str | Path) -> dict[str, dict[Cell, Units]]:
+    """The inverse of `save_units`."""
+    found: dict[str, dict[Cell, dict[str, np.ndarray]]] = {}
+    with np.load(Path(path), allow_pickle=False) as file:
+        for key in file.files:
+            metric, name, part = key.split("/")
+            found.setdefault(metric, {}).setdefault(parse_id(name), {})[part] = file[key]
+    return {metric: {c: Units(**parts) for c, parts in by_cell.items()} for metric, by_cell in found.items()}

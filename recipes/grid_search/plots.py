@@ -1,0 +1,229 @@
+"""The pictures of a grid: fronts, dead latents, paired differences, ours beside the published one, true features."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hubsae.core.extras import require
+from hubsae.core.files import atomic_path
+
+from .cells import KINDS, LABELS
+from .paired import Comparison
+from .pareto import front_rows
+from .published import PublishedRow
+from .synthetic import Recovery
+from .table import GridRow
+
+# told apart with every common kind of colour blindness (Okabe and Ito)
+COLORS = {"topk": "#0072B2", "batch_topk": "#D55E00", "jumprelu_fixed": "#7F7F7F", "jumprelu_trained": "#009E73"}
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LINES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1)))
+
+
+def pareto(path: str | Path, rows: Sequence[GridRow], metric: str, label: str) -> Path:
+    """L0 against a metric, with the front of all cells."""
+    figure, axes = new_figure()
+    have = [r for r in rows if r.value("l0") and r.value(metric) is not None]
+    expansions = sorted({r.cell.expansion for r in have})
+    for kind in KINDS:
+        for number, expansion in enumerate(expansions):
+            mine = [r for r in have if (r.cell.kind, r.cell.expansion) == (kind, expansion)]
+            mine.sort(key=lambda r: r.value("l0") or 0.0)
+            if not mine:
+                continue
+            x, y = [r.value("l0") for r in mine], [r.value(metric) for r in mine]
+            axes.plot(
+                x, y, color=COLORS[kind], marker=MARKERS[number % len(MARKERS)], linestyle="-", linewidth=0.8,
+                markersize=5, alpha=0.9, zorder=3,
+            )  # fmt: skip
+            spread = [(r, r.numbers[metric]) for r in mine if r.numbers[metric].low is not None]
+            if spread:
+                axes.vlines(
+                    [r.value("l0") for r, _ in spread], [n.low for _, n in spread], [n.high for _, n in spread],
+                    color=COLORS[kind], linewidth=0.8, alpha=0.5,
+                )  # fmt: skip
+    best = front_rows(have, "l0", metric)
+    axes.plot(
+        [r.value("l0") for r in best], [r.value(metric) for r in best],
+        color="black", linewidth=5, alpha=0.12, zorder=1, solid_capstyle="round",
+    )  # fmt: skip
+    _log_x(axes, [r.value("l0") or 1.0 for r in have])
+    values = [r.value(metric) or 0.0 for r in have]
+    if values and min(values) > 0:
+        axes.set_yscale("log")
+    axes.set_xlabel("L0: active latents per token")
+    axes.set_ylabel(label)
+    axes.set_title(f"{label} against sparsity; grey band: the Pareto front", fontsize=10)
+    _legend(axes, [k for k in KINDS if any(r.cell.kind == k for r in have)], expansions)
+    return save_figure(figure, path)
+
+
+def dead_latents(path: str | Path, rows: Sequence[GridRow], n_tokens: int | None) -> Path:
+    """Share of latents that never fire, against L0."""
+    figure, axes = new_figure()
+    have = [r for r in rows if r.value("l0") and r.value("dead_fraction") is not None]
+    expansions = sorted({r.cell.expansion for r in have})
+    for kind in KINDS:
+        for number, expansion in enumerate(expansions):
+            mine = [r for r in have if (r.cell.kind, r.cell.expansion) == (kind, expansion)]
+            mine.sort(key=lambda r: r.value("l0") or 0.0)
+            axes.plot(
+                [r.value("l0") for r in mine], [100 * (r.value("dead_fraction") or 0.0) for r in mine],
+                color=COLORS[kind], marker=MARKERS[number % len(MARKERS)], linewidth=0.9, markersize=5,
+            )  # fmt: skip
+    _log_x(axes, [r.value("l0") or 1.0 for r in have])
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("L0: active latents per token")
+    axes.set_ylabel("dead latents, %")
+    tokens = f" on {n_tokens:,} held-out tokens" if n_tokens else ""
+    axes.set_title(f"Latents that never fire{tokens}", fontsize=10)
+    _legend(axes, [k for k in KINDS if any(r.cell.kind == k for r in have)], expansions)
+    return save_figure(figure, path)
+
+
+def differences(path: str | Path, comparisons: Sequence[Comparison], title: str, label: str) -> Path:
+    """Paired differences with their intervals, as a share of the second cell's value; left of zero the first wins."""
+    figure, axes = new_figure(height=1.4 + 0.32 * max(len(comparisons), 3))
+    for place, c in enumerate(reversed(comparisons)):
+        scale = 100 / abs(c.value_b) if c.value_b else math.nan
+        color = {"a": "#009E73", "b": "#D55E00", "open": "#7F7F7F"}[c.verdict]
+        axes.plot([c.low * scale, c.high * scale], [place, place], color=color, linewidth=1.6, solid_capstyle="butt")
+        axes.plot(c.difference * scale, place, "o", color=color, markersize=5)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(comparisons)), [c.a for c in reversed(comparisons)], fontsize=7)
+    axes.set_ylim(-0.7, len(comparisons) - 0.3)
+    axes.set_xlabel(label)
+    axes.set_title(title.replace(" at the ", "\nat the "), fontsize=10)
+    axes.margins(x=0.08)
+    axes.grid(axis="y", visible=False)
+    colors = (("#009E73", "first is better"), ("#D55E00", "second is better"), ("#7F7F7F", "not decided"))
+    handles = [_handle(color, "o", text) for color, text in colors]
+    figure.legend(handles=handles, fontsize=7, frameon=False, loc="outside lower center", ncols=3)
+    return save_figure(figure, path)
+
+
+def beside_published(path: str | Path, rows: Sequence[GridRow], published: Sequence[PublishedRow]) -> Path:
+    """Pooled NMSE and dead share by L0: the published grid left, this one right. Never one scale: other models."""
+    figure, axes = new_figure(rows=2, columns=2, width=8.2, height=6.2)
+    theirs: list[tuple[str, float, float, float, float]] = [
+        (p.kind, p.expansion, p.l0, p.nmse, 100 * p.dead) for p in published
+    ]
+    ours = [
+        (r.cell.kind, r.cell.expansion, r.value("l0") or 0.0, r.value("nmse_pooled") or math.nan,
+         100 * (r.value("dead_fraction") or 0.0))
+        for r in rows if r.value("l0")
+    ]  # fmt: skip
+    for column, (points, title) in enumerate(((theirs, "published (its validation split)"), (ours, "this run"))):
+        expansions = sorted({p[1] for p in points})
+        for row, (which, name) in enumerate(((3, "pooled NMSE"), (4, "dead latents, %"))):
+            panel = axes[row][column]
+            for kind in KINDS:
+                for number, expansion in enumerate(expansions):
+                    mine = sorted((p for p in points if (p[0], p[1]) == (kind, expansion)), key=lambda p: p[2])
+                    panel.plot(
+                        [p[2] for p in mine], [p[which] for p in mine], color=COLORS[kind], linewidth=0.9,
+                        marker=MARKERS[number % len(MARKERS)], markersize=4,
+                    )  # fmt: skip
+            _log_x(panel, [p[2] for p in points])
+            if row == 0:
+                panel.set_yscale("log")
+                panel.set_title(title, fontsize=10)
+            else:
+                panel.set_ylim(bottom=0)
+                panel.set_xlabel("L0", fontsize=8)
+            if column == 0:
+                panel.set_ylabel(name, fontsize=8)
+    kinds = [k for k in KINDS if any(p[0] == k for p in (*theirs, *ours))]
+    handles = [_handle(COLORS[kind], "", LABELS[kind]) for kind in kinds]
+    handles += [
+        _handle("black", MARKERS[i], place, line=False)
+        for i, place in enumerate(("narrowest of its grid", "second", "third"))
+    ]
+    figure.legend(handles=handles, fontsize=7, frameon=False, loc="outside lower center", ncols=4)
+    return save_figure(figure, path)
+
+
+def recovered_features(path: str | Path, found: Sequence[Recovery], n_features: int) -> Path:
+    """Share of the true directions that were found, against the number of latents."""
+    figure, axes = new_figure()
+    groups = sorted({(r.cell.kind, r.cell.number) for r in found}, key=lambda g: (list(KINDS).index(g[0]), g[1]))
+    seen: dict[str, int] = {}
+    for kind, number in groups:
+        mine = sorted((r for r in found if (r.cell.kind, r.cell.number) == (kind, number)), key=lambda r: r.d_sae)
+        style = seen[kind] = seen.get(kind, -1) + 1
+        letter = {"topk": "k", "batch_topk": "k", "jumprelu_fixed": "t", "jumprelu_trained": "L0 target"}[kind]
+        axes.plot(
+            [r.d_sae for r in mine], [100 * r.fraction for r in mine], color=COLORS[kind],
+            marker=MARKERS[style % len(MARKERS)], linestyle=LINES[style % len(LINES)], linewidth=1.2, markersize=5,
+            label=f"{LABELS[kind]}, {letter} {number:g}",
+        )  # fmt: skip
+    widths = sorted({r.d_sae for r in found})
+    axes.plot(
+        widths, [100 * min(1.0, w / n_features) for w in widths], color="black", linewidth=0.8, alpha=0.5,
+        label="most that many latents can hold",
+    )  # fmt: skip
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(widths, [str(w) for w in widths])
+    axes.minorticks_off()
+    axes.set_ylim(0, 103)
+    axes.set_xlabel("latents")
+    axes.set_ylabel("true features recovered, %")
+    axes.set_title(f"Synthetic data with {n_features} known features: found with cosine above 0.9", fontsize=10)
+    axes.legend(fontsize=7, frameon=False)
+    return save_figure(figure, path)
+
+
+# ---- shared ------------------------------------------------------------------------------------------------
+
+
+def new_figure(rows: int = 1, columns: int = 1, width: float = 6.4, height: float = 4.4) -> tuple[Any, Any]:
+    require("matplotlib", extra="plots")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for row in axes:
+        for panel in row:
+            panel.grid(True, which="major", alpha=0.25, linewidth=0.6)
+            panel.spines[["top", "right"]].set_visible(False)
+            panel.tick_params(which="both", labelsize=8)
+    return figure, axes[0][0] if rows == columns == 1 else axes
+
+
+def _log_x(axes: Any, values: Sequence[float]) -> None:
+    """A logarithmic axis with plain numbers; few values are ticked as they are."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    if not values:
+        return
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(LogLocator(base=2, numticks=12))
+    plain: Callable[[float, Any], str] = lambda value, _: f"{value:g}"  # noqa: E731
+    axes.xaxis.set_major_formatter(FuncFormatter(plain))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _handle(color: str, marker: str, text: str, *, line: bool = True) -> Any:
+    from matplotlib.lines import Line2D
+
+    style = "-" if line else "none"
+    return Line2D([], [], color=color, marker=marker, markersize=5, linewidth=0.9, linestyle=style, label=text)
+
+
+def _legend(axes: Any, kinds: Sequence[str], expansions: Sequence[float]) -> None:
+    """Colours are kinds, markers are expansions."""
+    handles = [_handle(COLORS[kind], "", LABELS[kind]) for kind in kinds]
+    handles += [_handle("black", MARKERS[i % len(MARKERS)], f"{e:g}x", line=False) for i, e in enumerate(expansions)]
+    axes.legend(handles=handles, fontsize=7, frameon=False)
+
+
+def save_figure(figure: Any, path: str | Path) -> Path:
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(target) as scratch:
+        # no time stamp, so that the same numbers give the same file
+        figure.savefig(scratch, format="png", metadata={"Software": None})
+    return target
