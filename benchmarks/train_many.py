@@ -28,9 +28,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from hubsae.activations import ActivationDataset, ActivationWriter
-from hubsae.recipes.grid.configs import train_configs
-from hubsae.recipes.grid.settings import SweepSettings, TrainSettings
+from hubsae.recipes.registry import find_recipe
 from hubsae.train import TrainConfig, TrainResult, train, train_many
+
+RECIPE = find_recipe("grid_search")
+configs, settings = (RECIPE.module("configs"), RECIPE.module("settings"))
+train_configs = configs.train_configs
+SweepSettings, TrainSettings = settings.SweepSettings, settings.TrainSettings
 
 
 class Shape(NamedTuple):

@@ -14,7 +14,7 @@ import pytest
 import hubsae
 
 ROOT = Path(hubsae.__file__).parent
-ROOMS = ["cli", "recipes", "hub", "index", "evals", "train", "activations", "formats", "core", "kernels"]
+ROOMS = ["cli", "recipes", "rl", "hub", "index", "train", "evals", "activations", "formats", "core", "kernels"]
 HEAVY = {
     "transformers", "datasets", "trl", "peft", "accelerate", "sae_lens", "onnx", "onnxruntime", "matplotlib",
     "numba", "scipy", "pyarrow", "pandas", "polars", "sparsify", "dictionary_learning",

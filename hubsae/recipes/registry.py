@@ -38,7 +38,7 @@ class Recipe:
 
     >>> recipe = find_recipe("rl_chain")
     >>> recipe.profiles
-    ['full', 'tiny']
+    ['demo', 'fast', 'full', 'tiny']
     """
 
     name: str

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from hubsae.recipes.registry import PreparedRun, prepare
-from hubsae.recipes.tiny import TinyWorld, tiny_world
 
 SMALL_CHAIN = [
-    "model.tiny_size=quick",
+    "model.size=quick",
     "rl.steps=4",
     "rl.save_steps=[2, 4]",
     "rl.prompts=8",
@@ -34,32 +31,6 @@ SMALL_CHAIN = [
     "evaluation.accuracy_problems=32",
     "evaluation.splice_texts=8",
 ]
-
-
-@pytest.fixture(scope="session")
-def cache_root(request: pytest.FixtureRequest) -> Path:
-    return Path(request.config.cache.mkdir("hubsae"))  # type: ignore[union-attr]
-
-
-@pytest.fixture(scope="session")
-def world_cache(cache_root: Path) -> Path:
-    return cache_root / "tiny"
-
-
-@pytest.fixture(scope="session")
-def quick_world(world_cache: Path) -> TinyWorld:
-    return tiny_world("quick", cache=world_cache)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _worlds_from_the_cache(cache_root: Path) -> Any:
-    before = os.environ.get("HUBSAE_CACHE")
-    os.environ["HUBSAE_CACHE"] = str(cache_root)
-    yield
-    if before is None:
-        del os.environ["HUBSAE_CACHE"]
-    else:
-        os.environ["HUBSAE_CACHE"] = before
 
 
 @pytest.fixture(scope="session")

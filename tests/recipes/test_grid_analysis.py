@@ -6,12 +6,23 @@ import numpy as np
 import pytest
 
 from hubsae.core.errors import ConfigError, DataError
-from hubsae.recipes.grid import analysis, findings, paired, published
-from hubsae.recipes.grid.cells import Cell, parse_id
-from hubsae.recipes.grid.paired import Units, compare, compare_between, holm, matched, matched_by_l0, sign_test
-from hubsae.recipes.grid.pareto import front
-from hubsae.recipes.grid.synthetic import Recovery
-from hubsae.recipes.grid.table import GridRow, Number, read_results, write_results
+from hubsae.recipes.registry import find_recipe
+
+RECIPE = find_recipe("grid_search")
+cells = RECIPE.module("cells")
+paired = RECIPE.module("paired")
+pareto = RECIPE.module("pareto")
+synthetic = RECIPE.module("synthetic")
+table = RECIPE.module("table")
+analysis = RECIPE.module("analysis")
+findings = RECIPE.module("findings")
+published = RECIPE.module("published")
+Cell, parse_id = cells.Cell, cells.parse_id
+Units, compare, compare_between, holm = paired.Units, paired.compare, paired.compare_between, paired.holm
+matched, matched_by_l0, sign_test = paired.matched, paired.matched_by_l0, paired.sign_test
+front = pareto.front
+Recovery = synthetic.Recovery
+GridRow, Number, read_results, write_results = table.GridRow, table.Number, table.read_results, table.write_results
 
 
 def test_published_claims_are_held_against_their_own_rows() -> None:
@@ -227,7 +238,7 @@ def test_results_are_read_back_as_they_were_written(tmp_path) -> None:
 
 def test_plots_are_drawn(tmp_path) -> None:
     pytest.importorskip("matplotlib")
-    from hubsae.recipes.grid import plots
+    plots = RECIPE.module("plots")
 
     rows, units = _grid()
     found = analysis.analyse(rows, units, resamples=200)

@@ -17,10 +17,13 @@ from hubsae.core.settings import read_yaml
 from hubsae.evals.tables import read_table
 from hubsae.formats.release import Release
 from hubsae.localhub import running
-from hubsae.recipes.grid.settings import GridConfig
-from hubsae.recipes.grid.table import read_results
 from hubsae.recipes.registry import find_recipe, prepare
 from hubsae.recipes.tiny import TinyWorld
+
+RECIPE = find_recipe("grid_search")
+settings, table = (RECIPE.module("settings"), RECIPE.module("table"))
+GridConfig = settings.GridConfig
+read_results = table.read_results
 
 SMALL = [
     "model.size=quick", "data.layer=1", "data.prompts=300", "data.texts=24", "data.validation_fraction=0.25",
@@ -44,6 +47,8 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 import torch
 from sae_lens import SAE
+
+
 repo, ids, x = sys.argv[1], json.loads(sys.argv[2]), torch.load(sys.argv[3])
 out = {}
 for name in ids:
@@ -161,7 +166,7 @@ def test_known_features_come_out_more_often_with_more_latents(run: Path) -> None
 
 def test_nothing_runs_twice_and_a_new_cell_runs_only_what_follows(run: Path) -> None:
     prepared = prepare("grid_search", profile="tiny", overrides=SMALL, out=run)
-    assert [o.ran for o in prepared.execute()] == [False] * 7
+    assert [o.ran for o in prepared.execute()] == [False] * 8
     states = prepare("grid_search", profile="tiny", overrides=[*SMALL, "sweep.ks=[4, 8]"], out=run)
     changed = {name for name, state in states.run.states(states.steps).items() if state.state == "changed"}
     assert changed == {"train", "measure", "analysis", "release", "report"}
@@ -181,7 +186,8 @@ def test_measuring_in_parts_changes_nothing_and_a_broken_sae_is_left_out(
 ) -> None:
     from hubsae.activations import ActivationDataset
     from hubsae.hub.sae import HubSAE
-    from hubsae.recipes.grid import measure as room
+
+    room = RECIPE.module("measure")
 
     held = ActivationDataset.open(run / "harvest", "layers.1", "validation")
     texts = [{"messages": [*quick_world.messages(p), {"role": "assistant", "content": p.answer}]}

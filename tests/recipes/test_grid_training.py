@@ -15,15 +15,18 @@ from torch import Tensor
 
 from hubsae.core.errors import ConfigError
 from hubsae.formats.native import read
-from hubsae.recipes.grid import training
-from hubsae.recipes.grid.cells import Cell, parse_id
-from hubsae.recipes.grid.configs import calibrated, first_threshold, train_configs
-from hubsae.recipes.grid.live import Live, as_table
-from hubsae.recipes.grid.memory import budget, cell_bytes
-from hubsae.recipes.grid.settings import SweepSettings, TrainSettings
-from hubsae.recipes.grid.training import cell_folder, groups_that_fit, outcomes, shares, train_cells
+from hubsae.recipes import sweep
+from hubsae.recipes.registry import find_recipe
+from hubsae.recipes.sweep import _bytes, cells_in, free_for_cells, groups_that_fit, outcomes, shares, train_cells
 from hubsae.train import TrainConfig, train
 from hubsae.train.data import TensorSource
+
+RECIPE = find_recipe("grid_search")
+cells, configs, settings = (RECIPE.module("cells"), RECIPE.module("configs"), RECIPE.module("settings"))
+Cell, parse_id = cells.Cell, cells.parse_id
+calibrated, first_threshold, train_configs = configs.calibrated, configs.first_threshold, configs.train_configs
+SweepSettings, TrainSettings = settings.SweepSettings, settings.TrainSettings
+
 
 D = 16
 
@@ -46,7 +49,7 @@ def _configs(x: Tensor, *kinds: str, **options) -> list[TrainConfig]:
 
 
 def _weights(folder: Path, name: str) -> dict[str, Tensor]:
-    return read(cell_folder(folder, name)).tensors()
+    return read(cells_in(folder).where(name)).tensors()
 
 
 def test_cells_trained_together_equal_cells_trained_alone(x: Tensor, tmp_path: Path) -> None:
@@ -65,7 +68,7 @@ def test_a_fixed_threshold_stays_and_a_trained_one_reaches_its_l0(x: Tensor, tmp
     configs = _configs(x, "jumprelu_fixed", "jumprelu_trained", epochs=30)
     train_cells(configs, x, tmp_path)
     for config in configs:
-        sae, cell = read(cell_folder(tmp_path, config.name)), parse_id(config.name)
+        sae, cell = read(cells_in(tmp_path).where(config.name)), parse_id(config.name)
         l0 = float((sae.encode(x) != 0).float().sum(1).mean())
         if cell.kind == "jumprelu_fixed":
             torch.testing.assert_close(sae.threshold, torch.full_like(sae.threshold, 0.2))
@@ -80,7 +83,7 @@ def test_a_calibrated_batchtopk_does_not_depend_on_the_batch(x: Tensor, tmp_path
     configs = _configs(x, "batch_topk")
     train_cells(configs, x, tmp_path, finish=lambda sae: calibrated(sae, x, 4096))
     for config in configs:
-        sae = read(cell_folder(tmp_path, config.name))
+        sae = read(cells_in(tmp_path).where(config.name))
         assert sae.config.threshold is not None
         whole = sae(x[:512])
         torch.testing.assert_close(torch.cat([sae(part) for part in x[:512].split(7)]), whole, rtol=1e-5, atol=1e-6)
@@ -94,7 +97,7 @@ def test_a_cell_that_diverges_is_reported_and_the_others_are_untouched(x: Tensor
     ended = train_cells([good[0], bad, *good[1:]], x, tmp_path / "with")
     assert [o.state for o in ended] == ["done", "failed", "done", "done", "done"]
     assert "loss" in str(ended[1].reason)
-    assert not cell_folder(tmp_path / "with", bad.name).exists()
+    assert not cells_in(tmp_path / "with").where(bad.name).exists()
     train_cells(good, x, tmp_path / "without")
     for config in good:
         for name, tensor in _weights(tmp_path / "with", config.name).items():
@@ -126,20 +129,20 @@ def test_an_error_that_is_not_a_cells_own_stops_the_run(x: Tensor, tmp_path: Pat
 
 def test_groups_respect_the_limit_and_keep_every_cell(x: Tensor) -> None:
     configs = _configs(x)
-    sizes = {c.name: cell_bytes(c, D) for c in configs}
+    sizes = {c.name: _bytes(c, D) for c in configs}
     for limit in (max(sizes.values()), 2 * max(sizes.values()), sum(sizes.values())):
         groups = groups_that_fit(configs, D, limit)
         assert sorted(n for g in groups for n in g) == sorted(sizes)
         assert all(sum(sizes[n] for n in g) <= limit for g in groups)
     assert len(groups_that_fit(configs, D, sum(sizes.values()))) == 1
     assert groups_that_fit(configs, D, 1) == [[c.name] for c in sorted(configs, key=lambda c: -sizes[c.name])]
-    assert budget("cpu") > 1 << 20
+    assert free_for_cells("cpu") > 1 << 20
 
 
 def test_grouping_changes_no_result(x: Tensor, tmp_path: Path) -> None:
     configs = _configs(x, "topk", "jumprelu_trained")
     together = train_cells(configs, x, tmp_path / "one")
-    limit = 2 * max(cell_bytes(c, D) for c in configs)
+    limit = 2 * max(_bytes(c, D) for c in configs)
     apart = train_cells(configs, x, tmp_path / "many", memory=limit)
     assert {o.group for o in together} == {8} and max(o.group for o in apart) < 8
     for config in configs:
@@ -186,38 +189,18 @@ def test_a_killed_run_keeps_finished_cells_and_continues_the_one_it_was_in(x: Te
     process.join()
     before = outcomes(folder, [c.name for c in configs])
     assert 0 < len(before) < len(configs)
-    stamps = {o.id: cell_folder(folder, o.id).stat().st_mtime_ns for o in before}
+    stamps = {o.id: cells_in(folder).where(o.id).stat().st_mtime_ns for o in before}
     plan = json.loads((folder / "plan-0-of-1.json").read_text())
     ended = train_cells(configs, _Slow(x), folder, memory=1 << 40)
     assert all(o.ok for o in ended)
     assert json.loads((folder / "plan-0-of-1.json").read_text()) == plan  # a group's state fits that group only
-    assert stamps == {name: cell_folder(folder, name).stat().st_mtime_ns for name in stamps}
+    assert stamps == {name: cells_in(folder).where(name).stat().st_mtime_ns for name in stamps}
     undisturbed = tmp_path / "undisturbed"
     train_cells(configs, x, undisturbed, memory=100_000)
     for config in configs:
         for name, tensor in _weights(folder, config.name).items():
             assert torch.equal(tensor, _weights(undisturbed, config.name)[name]), (config.name, name)
     assert not list(folder.glob("groups/*"))
-
-
-def test_the_live_table_reads_what_the_groups_write(x: Tensor, tmp_path: Path) -> None:
-    configs = _configs(x, "topk")
-    seen: list[list[dict]] = []
-
-    class _Watched(TensorSource):
-        def batches(self, *args, **options):
-            for batch in super().batches(*args, **options):
-                seen.append(live.rows(tmp_path))
-                yield batch
-
-    live = Live(None, [c.name for c in configs])
-    train_cells(configs, _Watched(x), tmp_path)
-    shares_ = [row[0]["share"] for row in seen]
-    assert shares_ == sorted(shares_) and 0 < shares_[-1] < 1
-    assert seen[-1][0]["state"] == "training" and seen[-1][0]["l0"] > 0
-    rows = live.rows(tmp_path)
-    assert [row["state"] for row in rows] == ["done"] * len(configs)
-    assert as_table(rows).row_count == len(configs)
 
 
 @pytest.mark.parametrize("density", [0.01, 0.1])
@@ -229,10 +212,10 @@ def test_the_first_threshold_gives_random_directions_the_density_asked_for(x: Te
 
 
 def test_what_counts_as_out_of_memory() -> None:
-    assert training.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
-    assert training.is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"))
-    assert not training.is_out_of_memory(RuntimeError("shapes do not match"))
-    assert not training.is_out_of_memory(ValueError("out of memory"))
+    assert sweep.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert sweep.is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"))
+    assert not sweep.is_out_of_memory(RuntimeError("shapes do not match"))
+    assert not sweep.is_out_of_memory(ValueError("out of memory"))
 
 
 def test_seeds_make_cells_of_their_own() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hubsae.recipes.report import Band, Report, compare, markdown_table, read_csv, summary_of
+from hubsae.core.files import read_csv
+from hubsae.recipes.report import Band, Report, compare, markdown_table, summary_of
 
 PUBLISHED = [
     {"layer": "6", "stage": "base", "mse": "0.0238", "n_dead": "43"},

@@ -18,8 +18,11 @@ from hubsae.core.errors import ConfigError, NotFoundError
 from hubsae.core.files import read_csv, read_json, sha256_file
 from hubsae.formats import Release
 from hubsae.hub.sae import HubSAE
-from hubsae.recipes.registry import prepare
-from hubsae.recipes.rl.chain_settings import ChainConfig
+from hubsae.recipes.registry import find_recipe, prepare
+
+RECIPE = find_recipe("rl_chain")
+settings = RECIPE.module("settings")
+ChainConfig = settings.ChainConfig
 
 STAGES = ["instruct_base", "ppo_step2", "ppo_step4"]
 
@@ -115,6 +118,9 @@ def hashes(run: Path) -> dict[str, str]:
 RUN = """
 import json, sys
 from hubsae.recipes.registry import prepare
+from hubsae.recipes.registry import find_recipe
+
+
 prepare("rl_chain", variant="strict", overrides=json.loads(sys.argv[2]), out=sys.argv[1]).execute()
 """
 
@@ -202,7 +208,7 @@ def test_comparing_with_what_is_no_run_says_so(small_chain, tmp_path):
 )
 def test_settings_that_contradict_each_other_are_refused_before_anything_runs(tmp_path, overrides, text):
     if text is None:
-        run = prepare("rl_chain", variant="strict", overrides=["model.tiny_size=quick", *overrides], out=tmp_path)
+        run = prepare("rl_chain", variant="strict", overrides=["model.size=quick", *overrides], out=tmp_path)
         with pytest.raises(NotFoundError, match="neither a folder nor a repo id"):
             run.execute()
         return

@@ -1,0 +1,37 @@
+"""The quick tiny world, built once and kept between test runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def cache_root(request: pytest.FixtureRequest) -> Path:
+    return Path(request.config.cache.mkdir("hubsae"))  # type: ignore[union-attr]
+
+
+@pytest.fixture(scope="session")
+def world_cache(cache_root: Path) -> Path:
+    return cache_root / "tiny"
+
+
+@pytest.fixture(scope="session")
+def quick_world(world_cache: Path) -> Any:
+    from hubsae.recipes.tiny import tiny_world
+
+    return tiny_world("quick", cache=world_cache)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _worlds_from_the_cache(cache_root: Path) -> Any:
+    before = os.environ.get("HUBSAE_CACHE")
+    os.environ["HUBSAE_CACHE"] = str(cache_root)
+    yield
+    if before is None:
+        del os.environ["HUBSAE_CACHE"]
+    else:
+        os.environ["HUBSAE_CACHE"] = before
