@@ -53,7 +53,7 @@ def test_a_second_run_repeats_nothing(finished):
     folder, _ = finished
     done = demo("--keep", str(folder))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("done by an earlier run") == 5
+    assert done.stdout.count("done by an earlier run") == 6
     assert "no commit made" in done.stdout
 
 
