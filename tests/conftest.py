@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,3 @@ def quick_world(world_cache: Path) -> Any:
     from hubsae.recipes.tiny import tiny_world
 
     return tiny_world("quick", cache=world_cache)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _worlds_from_the_cache(cache_root: Path) -> Any:
-    before = os.environ.get("HUBSAE_CACHE")
-    os.environ["HUBSAE_CACHE"] = str(cache_root)
-    yield
-    if before is None:
-        del os.environ["HUBSAE_CACHE"]
-    else:
-        os.environ["HUBSAE_CACHE"] = before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,3 +58,14 @@ def strict_run(small_chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = small_chain(tmp_path_factory.mktemp("runs") / "strict")
     run.execute()
     return run.run.path
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _worlds_from_the_cache(cache_root: Path) -> Any:
+    before = os.environ.get("HUBSAE_CACHE")
+    os.environ["HUBSAE_CACHE"] = str(cache_root)
+    yield
+    if before is None:
+        del os.environ["HUBSAE_CACHE"]
+    else:
+        os.environ["HUBSAE_CACHE"] = before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,3 +41,14 @@ def make_ppo(quick_world) -> Callable[..., PPO]:
         )
 
     return make
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _worlds_from_the_cache(cache_root: Path) -> Any:
+    before = os.environ.get("HUBSAE_CACHE")
+    os.environ["HUBSAE_CACHE"] = str(cache_root)
+    yield
+    if before is None:
+        del os.environ["HUBSAE_CACHE"]
+    else:
+        os.environ["HUBSAE_CACHE"] = before
