@@ -14,7 +14,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -26,16 +26,19 @@ from hubsae.core.quiet import quiet
 from hubsae.core.settings import Settings
 from hubsae.core.text import MESSAGE_KEYS, TEXT_KEYS
 from hubsae.hub.client import HubClient
+from hubsae.recipes.worlds import World
 from hubsae.rl.problems import Question
 
-WORLDS = ("tiny",)
+WORLDS = ("tiny", "small")
 """Names that `world` knows; anything else is a folder or an id on a Hub."""
+COPIED_BELOW = 50_000_000
+"""Bytes below which a world's model is copied into the run."""
 
 
 class ModelSettings(Settings):
     """The language model."""
 
-    id: str = Field(description="Model on the Hub, a folder, or the name of a world (tiny).")
+    id: str = Field(description="Model on the Hub, a folder, or the name of a world: tiny, small.")
     revision: str | None = None
     dtype: str | None = Field(default=None, description="Type it runs in; default: as its checkpoint says.")
     size: str = Field(default="tiny", description="Size of the tiny world: tiny, or quick for tests.")
@@ -53,7 +56,8 @@ class ModelSettings(Settings):
 class DataSettings(Settings):
     """The texts."""
 
-    id: str = Field(description="Dataset on the Hub, a folder, or the name of a world, whose problems it then is.")
+    id: str = Field(description="Dataset on the Hub, a folder, or the name of a world.")
+    kind: Literal["problems", "chats", "texts"] = Field(default="problems", description="Which rows of a world.")
     config: str | None = Field(default="main", description="Config of the dataset.")
     revision: str | None = None
     train_split: str = "train"
@@ -101,8 +105,8 @@ class Subject:
         return [Question(row["question"], row["answer"]) for row in rows]
 
 
-def world(name: str, *, size: str = "tiny", seed: int = 0, progress: Any = None) -> Any:
-    """A world by name: model, tokenizer, problems, made on this machine.
+def world(name: str, *, size: str = "tiny", seed: int = 0, progress: Any = None) -> World:
+    """A world by name: model, tokenizer, problems, chats and texts, made on this machine and kept.
 
     >>> world("tiny").model_path    # doctest: +SKIP
     """
@@ -110,6 +114,10 @@ def world(name: str, *, size: str = "tiny", seed: int = 0, progress: Any = None)
         from hubsae.recipes.tiny import tiny_world
 
         return tiny_world(size, seed, progress=progress)
+    if name == "small":
+        from hubsae.recipes.small import small_world
+
+        return small_world()
     raise NotFoundError(f"no world {name!r}", hint=f"worlds: {', '.join(WORLDS)}")
 
 
@@ -124,10 +132,14 @@ def fetch_subject(
                 hint="set both to the same world, or neither to one",
             )
         made = world(model.id, size=model.size, seed=seed, progress=progress)
-        train, test = ([p.record() for p in rows] for rows in (made.train_problems, made.test_problems))
-        # copied, so that the run stays whole when the cache is emptied
-        shutil.copytree(made.model_path, folder / "model")
-        found: dict[str, Any] = {"model": "model", "revision": None}
+        train, test = (getattr(made, f"{split}_{data.kind}") for split in ("train", "test"))
+        train, test = ([row if isinstance(row, dict) else row.record() for row in rows] for rows in (train, test))
+        found: dict[str, Any] = {"model": str(made.model_path), "revision": None, "world": made.folder.name}
+        if sum(path.stat().st_size for path in made.model_path.iterdir()) < COPIED_BELOW:
+            # so that the run stays whole when the cache is emptied
+            shutil.copytree(made.model_path, folder / "model")
+            found["model"] = "model"
+        label, dataset = model.name or made.model_id, f"{made.folder.name.partition('-')[0]}-{data.kind}"
     else:
         commit = _pinned(data.id, data.revision, "dataset")
         train, test = (_rows(data, split, commit) for split in (data.train_split, data.test_split))
@@ -135,10 +147,11 @@ def fetch_subject(
         pinned = _pinned(model.id, model.revision, "model")
         found = {"model": str(Path(model.id).resolve()) if here else model.id, "revision": pinned}
         found["data_revision"] = commit
+        label, dataset = model.label, data.id
     for split, rows in (("train", train), ("test", test)):
         lines = [json.dumps(row, ensure_ascii=False) for row in rows]
         write_text_atomic(folder / f"{split}.jsonl", "\n".join(lines) + "\n")
-    return {**found, "label": model.label, "dataset": data.id, "train": len(train), "test": len(test)}
+    return {**found, "label": label, "dataset": dataset, "train": len(train), "test": len(test)}
 
 
 def open_subject(folder: Path, result: dict[str, Any]) -> Subject:
