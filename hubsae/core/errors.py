@@ -73,6 +73,10 @@ class TrainingError(HubSAEError):
     """Training cannot start or had to stop; the hint says where the last good state lies."""
 
 
+class WriteError(HubSAEError):
+    """A file could not be written; the message names it, the room it needs, and what is still whole."""
+
+
 class TrainingInterrupted(TrainingError):
     """Somebody asked training to stop (Ctrl-C), and it did so in good order."""
 

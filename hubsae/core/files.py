@@ -7,13 +7,15 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from hubsae.core.errors import FormatError
+from hubsae.core.errors import FormatError, WriteError
+from hubsae.core.text import format_bytes
 
 MAX_HEADER = 100 << 20
 """Bytes: what the safetensors format allows."""
@@ -54,6 +56,49 @@ def umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str], need: int | None = None, still_good: str = "") -> Iterator[None]:
+    """Whatever goes wrong with a write in here (a full disk above all) is one `WriteError`.
+
+    `need` is the room in bytes that the write takes; `still_good` says what the failure did not touch.
+
+    >>> with writing("/nowhere/x"):
+    ...     open("/nowhere/x", "w")
+    Traceback (most recent call last):
+    ...
+    hubsae.core.errors.WriteError: cannot write /nowhere/x: No such file or directory
+      -> free some room and start the same command again
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = error.strerror if isinstance(error, OSError) else _io_reason(error)
+        if reason is None:
+            raise
+        text = f"cannot write {path}: {reason}"
+        if need is not None:
+            text += f"; it needs {format_bytes(need)}{_free(Path(path))}"
+        hint = f"{still_good}; " * bool(still_good) + "free some room and start the same command again"
+        raise WriteError(text, hint=hint) from error
+
+
+def _io_reason(error: Exception) -> str | None:
+    """What safetensors and torch say about a failed write, in types of their own."""
+    text = str(error)
+    if type(error).__name__ != "SafetensorError" and not isinstance(error, RuntimeError):
+        return None
+    known = ("No space left", "I/O error", "quota", "PytorchStreamWriter failed", "unexpected pos")
+    return text if any(sign in text for sign in known) else None
+
+
+def _free(path: Path) -> str:
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    with suppress(OSError):
+        return f", {format_bytes(shutil.disk_usage(path).free)} are free"
+    return ""
 
 
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> Path:
