@@ -26,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent / part) for part in ("", "tests")]
 
 
 class Case(NamedTuple):
@@ -136,9 +136,7 @@ def hubsae(case: Case, s: Start):
     cell = bank.cells[0]
     cell.W_dec.copy_(s.W), cell.W_enc.copy_(s.W), cell.vectors["b_dec"].copy_(s.b_dec)
     if case.arch == "jumprelu":
-        import math
-
-        cell.vectors["log_threshold"].fill_(math.log(s.theta))
+        cell.vectors["theta"].fill_(s.theta)
     if case.dead:
         cell.since_fired[: case.n // 2] = 10**12
     solo = Solo()
@@ -157,9 +155,8 @@ def hubsae(case: Case, s: Start):
 
 
 def textbook(case: Case, s: Start):
+    import reference as R
     import torch
-
-    from hubsae.kernels import reference as R
 
     if case.dead:
         return None

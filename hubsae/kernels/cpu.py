@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hubsae.kernels import chosen
-from hubsae.kernels.active import ActiveSet, LatentOrder
+from hubsae.kernels.active import ActiveSet
 
 with warnings.catch_warnings():
     # "Sparse CSR tensor support is in beta state" is said once: here, and not from a thread of a step, where filters
@@ -83,18 +83,3 @@ def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
     torch.cumsum(values, 0, dtype=torch.float64, out=total[1:])
     ends = total[offsets.long()]
     return (ends[1:] - ends[:-1]).to(values.dtype)
-
-
-def gradients(
-    entries: LatentOrder, residual: Tensor, x: Tensor, W_dec: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """All sparse gradients of a loss whose gradient with respect to the reconstruction is `residual`.
-
-    Returns dz [nnz] in latent order, gW_enc [n, d], gW_dec [n, d], gb_enc [n], with every entry passing its
-    gradient on to its pre-activation. The training step does the same tile by tile (`train/update.py`).
-    """
-    dz = entry_dots(W_dec, residual, entries.rows, entries.offsets)
-    starts = entries.offsets[:-1]
-    gW_dec = bag_sum(residual, entries.rows, starts, entries.values)
-    gW_enc = bag_sum(x, entries.rows, starts, dz)
-    return dz, gW_enc, gW_dec, segment_sum(dz, entries.offsets)

@@ -110,7 +110,7 @@ def stream_key(config: TrainConfig) -> tuple[Any, ...]:
     """What configs must agree on to be trained on one stream."""
     c = config
     every = (c.eval_every, c.eval_rows, c.checkpoint_every, c.log_every, c.loggers, c.parallel, c.kernels)
-    space = (c.normalize, c.max_norm_factor, c.val_fraction)
+    space = (c.normalize, c.exclude, c.max_norm_factor, c.val_fraction)
     # clipping and accumulation store gradients: cells that do not ask for it should not pay
     return (c.batch_size, c.epochs, c.tokens, c.data_seed, c.accumulate, c.clip is None, *space, *every)
 
@@ -130,14 +130,10 @@ def _startable(
     for i in members:
         d, config = as_source(sources[i]).d, configs[i]
         try:
-            width = config.width(d)
-            if config.k is not None and config.k > width:
-                raise ConfigError(
-                    f"{config.name}: k={config.k} is larger than d_sae={width}", hint="lower k or raise the expansion"
-                )
+            config.check(d)
             starts[i] = resolve(starts[i])
             if starts[i] is not None:
-                check_warm(config, d, width, starts[i])
+                check_warm(config, d, config.width(d), starts[i])
             good.append(i)
         except HubSAEError as error:
             results[i] = TrainResult(config.name, config, None, error=error)

@@ -1,104 +1,150 @@
-"""Saved state of a run: whole or not at all, the last one and the best ones, resumable to the bit.
+"""Saved states of a run: whole or not at all, provably as written, the last two of them, resumable to the bit.
 
-    RUN/config.json                      the settings of every cell
+    RUN/config.json                      the settings of every SAE
     RUN/log.jsonl                        one line per event
-    RUN/state/step_00001000/             everything a resume needs: NAME.safetensors per cell, state.json
-    RUN/best/NAME/step_00001000.safetensors + .json      weights and metric of the best ones
+    RUN/state/step_00001000/             everything a resume needs: a safetensors file per SAE, state.json
 
-A state is written beside its place, synced, and renamed; then older ones are removed. A kill leaves the old or the
-new one, never half of either.
+A state is written beside its place, synced, and renamed; a kill leaves the old or the new one, never half of either.
+`state.json` holds the sha256 of every file that belongs to the state (the log's lines up to it and the best
+checkpoints too) and of itself. A state that is not what was written is put aside and the one before it is taken.
 """
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import json
 import os
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from hubsae.core.errors import FormatError, TrainingError
-from hubsae.core.files import atomic_path, read_json, write_json_atomic
+from hubsae.core.errors import FormatError
+from hubsae.core.files import read_json, sha256_file, writing
+from hubsae.core.progress import say
 from hubsae.train.state import Cell
 
 _STEP = re.compile(r"step_(\d{8})")
 
 
-def save(run: Path, cells: list[Cell], step: int, state: dict[str, Any], *, suffix: str = "") -> Path:
-    """Write the state of `step` and remove older ones."""
+def save(run: Path, cells: list[Cell], step: int, state: dict[str, Any], *, suffix: str = "", keep: int = 2) -> Path:
+    """Write the state of `step`; afterwards the newest `keep` states are left."""
     folder = run / f"state{suffix}"
     target = folder / f"step_{step:08d}"
+    tensors = {cell: {name: t.contiguous().cpu() for name, t in cell.tensors().items()} for cell in cells}
+    need = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
+    _remove(states(folder)[: 1 - keep] if keep > 1 else [])  # room for the new one
+    last = next((s.name for s in reversed(states(folder)) if s != target), None)
     scratch: Path | None = None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".writing_", dir=folder))
-        for cell in cells:
-            tensors = {name: t.contiguous().cpu() for name, t in cell.tensors().items()}
-            _save_synced(tensors, scratch / f"cell{cell.index}.safetensors")
-        state = {**state, "step": step, "cells": [cell.scalars() for cell in cells]}
-        with open(scratch / "state.json", "w", encoding="utf-8") as file:
-            json.dump(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(scratch, target)
-        _sync_folder(folder)
-    except OSError as error:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
-        last = latest(run, suffix=suffix)
-        raise TrainingError(
-            f"cannot write the checkpoint of step {step} into {folder}: {error}",
-            hint=(f"the state of {last.name} is whole; " if last else "")
-            + "free some space and start the same command again: it goes on from the last checkpoint",
-        ) from error
-    for old in _states(folder):
-        if old != target:
-            shutil.rmtree(old, ignore_errors=True)
+    with writing(target, need, f"the state of {last} is whole" if last else "no state was written before"):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            scratch = Path(tempfile.mkdtemp(prefix=".writing_", dir=folder))
+            for cell in cells:
+                save_file(tensors[cell], scratch / f"cell{cell.index}.safetensors")
+            files = {path.name: sha256_file(path) for path in sorted(scratch.iterdir())}
+            found = {**state, "step": step, "cells": [cell.scalars() for cell in cells], "files": files}
+            (scratch / "state.json").write_text(json.dumps({**found, "sha256": _digest(found)}), encoding="utf-8")
+            for path in scratch.iterdir():
+                _sync(path)
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(scratch, target)
+            _sync(folder)
+        except BaseException:
+            if scratch is not None:
+                shutil.rmtree(scratch, ignore_errors=True)
+            raise
+    _remove(states(folder)[:-keep])
     return target
 
 
-def _save_synced(tensors: dict[str, Tensor], path: Path) -> None:
-    save_file(tensors, path)
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+def _digest(state: dict[str, Any]) -> str:
+    text = json.dumps(json.loads(json.dumps(state)), sort_keys=True)  # keys as they will be read
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _sync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # not every file system syncs folders
             os.fsync(handle)
-        finally:
-            os.close(handle)
+    finally:
+        os.close(handle)
 
 
-def _states(folder: Path) -> list[Path]:
+def drop_newer(state: Path) -> None:
+    """Remove the (damaged) states behind the one that a run goes on from."""
+    _remove([other for other in states(state.parent) if other.name > state.name])
+
+
+def _remove(folders: list[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def states(folder: Path) -> list[Path]:
+    """The states in a folder, oldest first."""
     if not folder.is_dir():
         return []
     return sorted(p for p in folder.iterdir() if _STEP.fullmatch(p.name))
 
 
 def latest(run: Path, *, suffix: str = "") -> Path | None:
-    """The newest whole state of a run; leavings of a kill are cleared."""
+    """The newest state of a run; leavings of a kill are cleared."""
     folder = run / f"state{suffix}"
     if folder.is_dir():
-        for leaving in folder.glob(".writing_*"):
-            shutil.rmtree(leaving, ignore_errors=True)
-    found = _states(folder)
-    return found[-1] if found else None
+        _remove(list(folder.glob(".writing_*")))
+    return next(reversed(states(folder)), None)
 
 
-def load(path: Path, cells: list[Cell]) -> dict[str, Any]:
-    """Fill cells from a state; the rest of it is returned."""
-    state = read_json(path / "state.json")
+def newest_whole(
+    run: Path, check: Callable[[dict[str, Any]], None], *, suffix: str = "", at_most: int | None = None
+) -> tuple[Path, dict[str, Any]] | None:
+    """The newest state that is as it was written, and its state.json; None where there is no state at all.
+
+    `check` looks at what a state names outside its folder, and raises a `FormatError` where that was damaged. A damaged
+    state is named, and the one before it is taken; where none is left the error is raised.
+    """
+    latest(run, suffix=suffix)
+    damage: FormatError | None = None
+    for path in reversed(states(run / f"state{suffix}")):
+        if at_most is not None and path.name > f"step_{at_most:08d}":
+            continue
+        try:
+            state = verify(path)
+            check(state)
+        except FormatError as error:
+            say(f"the state {path.name} is damaged, so it is not used: {error.message}")
+            damage = damage or error
+            continue
+        return path, state
+    if damage is not None:
+        hint = "no whole state is left: start over with resume=False (--fresh)"
+        raise FormatError(damage.path, damage.expected, damage.found, hint)
+    return None
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """state.json of a state, after every file in it was compared with its sha256."""
+    file = path / "state.json"
+    state = read_json(file)
+    said = state.pop("sha256", None) if isinstance(state, dict) else None
+    if said is None or _digest(state) != said:
+        raise FormatError(file, "a state that matches its own sha256", "one that does not")
+    for name, sha256 in state["files"].items():
+        if not (path / name).is_file() or sha256_file(path / name) != sha256:
+            raise FormatError(path / name, f"the file of sha256 {sha256[:12]}", "another or none")
+    return state
+
+
+def load(path: Path, cells: list[Cell], state: dict[str, Any]) -> None:
+    """Fill cells from a state."""
     if len(state["cells"]) != len(cells):
         raise FormatError(path, f"a state of {len(cells)} SAEs", f"one of {len(state['cells'])}")
     for cell, scalars in zip(cells, state["cells"], strict=True):
@@ -112,61 +158,3 @@ def load(path: Path, cells: list[Cell]) -> dict[str, Any]:
                 file, f"tensors of the same run ({wrong[0]} {expected.get(wrong[0])})", str(found.get(wrong[0]))
             )
         cell.load(tensors, scalars)
-    return state
-
-
-class Best:
-    """The best few checkpoints of one cell by a metric that should be low."""
-
-    def __init__(self, folder: Path | None, keep: int):
-        self.folder, self.keep = folder, keep
-        self.kept: list[dict[str, Any]] = []
-        self.memory: dict[int, dict[str, Tensor]] = {}
-
-    def offer(self, weights: dict[str, Tensor], entry: dict[str, Any]) -> bool:
-        """Keep these weights if they are among the best; `entry` has `step` and `value`."""
-        if self.keep == 0:
-            return False
-        ranked = sorted([*self.kept, entry], key=lambda e: (e["value"], e["step"]))
-        if entry not in ranked[: self.keep]:
-            return False
-        weights = {name: t.detach().clone().cpu() for name, t in weights.items()}
-        if self.folder is None:
-            self.memory[entry["step"]] = weights
-        else:
-            name = f"step_{entry['step']:08d}"
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                with atomic_path(self.folder / f"{name}.safetensors") as temporary:
-                    save_file(weights, temporary)
-                write_json_atomic(self.folder / f"{name}.json", entry)
-            except OSError as error:
-                raise TrainingError(
-                    f"cannot write the checkpoint of step {entry['step']} into {self.folder}: {error}",
-                    hint="free some space and start the same command again: it goes on from the last checkpoint",
-                ) from error
-        for dropped in ranked[self.keep :]:
-            self._drop(dropped["step"])
-        self.kept = ranked[: self.keep]
-        return True
-
-    def _drop(self, step: int) -> None:
-        self.memory.pop(step, None)
-        if self.folder is not None:
-            for suffix in (".json", ".safetensors"):
-                (self.folder / f"step_{step:08d}{suffix}").unlink(missing_ok=True)
-
-    def load(self, entry: dict[str, Any]) -> dict[str, Tensor]:
-        """The weights of a kept entry."""
-        if self.folder is None:
-            return self.memory[entry["step"]]
-        return load_file(self.folder / f"step_{entry['step']:08d}.safetensors")
-
-    def restore(self, kept: list[dict[str, Any]]) -> None:
-        """After a resume: what was kept at that step; files written later are dropped."""
-        self.kept = list(kept)
-        if self.folder is not None and self.folder.is_dir():
-            known = {f"step_{entry['step']:08d}" for entry in kept}
-            for file in self.folder.iterdir():
-                if file.stem not in known:
-                    file.unlink()

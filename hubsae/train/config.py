@@ -9,6 +9,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from hubsae.core.errors import ConfigError
+from hubsae.core.scopes import excluding
+
 Architecture = Literal["topk", "batch_topk", "jumprelu", "relu", "gated"]
 
 
@@ -25,6 +28,12 @@ class InitConfig(Part):
         default="tied",
         description="tied: the decoder's transpose; torch: nn.Linear's default; kaiming: kaiming-uniform.",
     )
+    encoder_scale: float | None = Field(
+        default=None,
+        gt=0,
+        description="tied: the encoder starts as this multiple of the decoder; default 0.1 for jumprelu, else 1. A jumprelu "
+        "SAE that starts with half of its latents open at full strength recovers fewer features.",
+    )
     decoder: Literal["random", "torch", "kaiming"] = Field(
         default="random", description="random: unit directions; torch: nn.Linear's default; kaiming: kaiming-uniform."
     )
@@ -32,7 +41,7 @@ class InitConfig(Part):
         default="mean", description="Start of the pre-bias (of b_dec where they are tied or there is none)."
     )
     rows: int = Field(default=65_536, ge=1, description="Rows of data the mean or median is taken over.")
-    threshold: float = Field(default=0.001, gt=0, description="jumprelu: first threshold of every latent.")
+    threshold: float = Field(default=0.01, gt=0, description="jumprelu: first threshold of every latent.")
 
 
 class AuxConfig(Part):
@@ -101,13 +110,18 @@ class SparsityConfig(Part):
         default=0.0, ge=0, description="jumprelu: coefficient of L0, or of (L0/target - 1)² with a target."
     )
     l0_target: float | None = Field(default=None, gt=0)
-    bandwidth: float = Field(default=0.001, gt=0, description="jumprelu: width of the straight-through estimator.")
+    bandwidth: float = Field(
+        default=0.05,
+        gt=0,
+        description="jumprelu: width of the straight-through estimator, in units of the pre-activations; with a narrow "
+        "one few tokens come near enough to a threshold to move it.",
+    )
     train_threshold: bool = Field(
         default=True,
         description="jumprelu: false leaves every threshold at init.threshold, so that nothing sets the sparsity.",
     )
     threshold_lr: float = Field(
-        default=1.0, gt=0, description="jumprelu: learning rate of the log thresholds, as a multiple of lr."
+        default=1.0, gt=0, description="jumprelu: learning rate of the thresholds, as a multiple of lr."
     )
     warmup_steps: int = Field(default=0, ge=0, description="The coefficient rises linearly from 0 over these steps.")
     warmup_tokens: int = Field(default=0, ge=0, description="In place of warmup_steps.")
@@ -150,8 +164,16 @@ class TrainConfig(Part):
         description="Input space: per-dimension mean and std; mean and one global std; or one scale that makes the "
         "mean norm sqrt(d_in). Folded into the weights of the result.",
     )
+    exclude: tuple[str, ...] = Field(
+        default=(),
+        description="Groups of tokens to leave out, by name: position_0, special, massive, template, role=user, or any "
+        "boolean label column. Part of the SAE's record: its own scope is what is left.",
+    )
     max_norm_factor: float | None = Field(
-        default=None, gt=0, description="Leave out tokens whose norm is above this multiple of the median norm."
+        default=None,
+        gt=0,
+        description="Leave out massive tokens: those whose norm is above this multiple of the median norm (exclude: "
+        "[massive] alone means 10).",
     )
 
     # the loss
@@ -179,9 +201,6 @@ class TrainConfig(Part):
     )
     unit_norm: bool = Field(default=True, description="Decoder rows are rescaled to norm one after each step.")
     project: bool = Field(default=True, description="The part of a decoder row's gradient along the row is removed.")
-    threshold_lr: float = Field(
-        default=0.01, gt=0, le=1, description="batch_topk: rate of the running inference threshold."
-    )
     seed: int = Field(default=0, description="Initialisation and resampling.")
 
     # while it runs
@@ -236,11 +255,29 @@ class TrainConfig(Part):
             raise ValueError(f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}")
         if self.accumulate > 1 and self.architecture == "batch_topk":
             raise ValueError("batch_topk selects over the whole batch, so it cannot be accumulated in parts")
-        if self.accumulate > 1 and (self.sparsity.l0_target is not None or self.loss == "fvu"):
-            raise ValueError(
-                "an L0 target and the fvu loss look at the whole batch; they cannot be accumulated in parts"
-            )
+        by_variance = self.loss == "fvu" or (self.aux is not None and self.aux.normalize)
+        if self.accumulate > 1 and (self.sparsity.l0_target is not None or by_variance):
+            what = "an L0 target, the fvu loss and aux.normalize"
+            raise ValueError(f"{what} look at the whole batch; they cannot be accumulated in parts")
+        excluding(self.exclude)
         return self
+
+    def check(self, d_in: int) -> None:
+        """Raise what only the width of the activations shows."""
+        width = self.width(d_in)
+        if self.k is not None and self.k > width:
+            raise ConfigError(f"{self.name}: k={self.k} is larger than d_sae={width}", "lower k or raise the expansion")
+
+    def steps(self, rows: int) -> tuple[int, int]:
+        """Steps of an epoch over `rows` tokens, and of the whole run."""
+        per_epoch = rows // self.batch_size
+        if per_epoch == 0:
+            raise ConfigError(
+                f"batch_size {self.batch_size} is larger than the data ({rows} rows)",
+                hint=f"set batch_size to at most {rows}",
+            )
+        wanted = self.tokens // self.batch_size if self.tokens is not None else round(self.epochs * per_epoch)
+        return per_epoch, max(1, wanted)
 
     def width(self, d_in: int) -> int:
         """Number of latents for activations of this width."""

@@ -7,14 +7,31 @@ A source has `d`, `n_rows`, `batches(batch_size, *, seed, epoch, rank, world_siz
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol, cast, runtime_checkable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from hubsae.core.errors import ConfigError, DataError
 from hubsae.core.normalizer import Normalizer
+from hubsae.core.scopes import NORM, Scope, excluding
 from hubsae.train.config import TrainConfig
+
+MASSIVE = 10.0
+"""`exclude: massive` leaves out tokens whose norm is above this many times the median, unless max_norm_factor says."""
+
+
+class Rows(NamedTuple):
+    """A batch with its labels."""
+
+    x: Tensor
+    """[rows, d]"""
+    labels: Mapping[str, Any]
+
+    def __len__(self) -> int:
+        return self.x.shape[0]
 
 
 @runtime_checkable
@@ -118,39 +135,111 @@ def split(source: Source, val: Any, fraction: float) -> tuple[Source, Source | N
     return TensorSource(source.rows[:-held]), TensorSource(source.rows[-held:])
 
 
-def every_row(source: Source, size: int) -> Iterator[Tensor]:
-    """All rows once, short last batch included; for validation."""
-    if isinstance(source, TensorSource):
-        yield from source.rows.split(size)
+@dataclass(frozen=True)
+class TokenSelection:
+    """Which tokens take part in training: all but the groups of `exclude` and those of a norm above `massive_above`."""
+
+    exclude: tuple[str, ...] = ()
+    massive_above: float | None = None
+
+    @staticmethod
+    def of(config: TrainConfig, massive_above: float | None) -> TokenSelection:
+        """What a config leaves out, with the bound that was found for `massive`."""
+        groups = dict.fromkeys((*config.exclude, *(("massive",) if config.max_norm_factor is not None else ())))
+        return TokenSelection(tuple(groups), massive_above)
+
+    @cached_property
+    def scope(self) -> Scope:
+        """The tokens that are left."""
+        return excluding(self.exclude, self.massive_above)
+
+    @property
+    def columns(self) -> list[str]:
+        """Label columns to read for it."""
+        return [column for column in self.scope.columns if column != NORM]
+
+    def batches(self, source: Source, size: int, **options: Any) -> Iterator[Rows]:
+        """Batches of a source with the labels it needs, nothing left out yet."""
+        if self.columns:
+            options["columns"] = self.columns
+        try:
+            stream = source.batches(size, **options)
+        except TypeError:
+            if not self.columns:
+                raise
+            raise ConfigError(
+                f"exclude={list(self.exclude)} needs the label columns {', '.join(self.columns)}, which "
+                f"{type(source).__name__} does not have",
+                hint="train on an ActivationDataset with these columns (from_tensor(x, position=...) makes one)",
+            ) from None
+        for batch in stream:
+            yield Rows(batch, {}) if isinstance(batch, Tensor) else Rows(batch["vector"], batch)
+
+    def kept(self, batch: Rows) -> Tensor:
+        """The rows of a batch that take part."""
+        scope = self.scope
+        if not scope.terms:
+            return batch.x
+        labels = dict(batch.labels)
+        if NORM in scope.columns:
+            labels[NORM] = batch.x.float().norm(dim=1).cpu()
+        chosen = torch.from_numpy(scope.mask(labels, len(batch))).to(batch.x.device)
+        return batch.x if bool(chosen.all()) else batch.x[chosen]
+
+
+def select_tokens(config: TrainConfig, source: Source) -> TokenSelection:
+    """What a config leaves out of a source; the bound for massive tokens is a multiple of the median norm."""
+    selection = TokenSelection.of(config, None)
+    if "massive" not in selection.exclude:
+        return selection
+    median = float(sample(source, 65_536, 0).norm(dim=1).median())
+    return TokenSelection(selection.exclude, (config.max_norm_factor or MASSIVE) * median)
+
+
+def every_row(source: Source, size: int, selection: TokenSelection) -> Iterator[Tensor]:
+    """All rows that take part, once, in order where the source has one; for validation."""
+    if isinstance(source, TensorSource) and not selection.columns:
+        stream: Iterator[Rows] = (Rows(part, {}) for part in source.rows.split(size))
     else:
-        yield from source.batches(size, seed=0, epoch=0)
+        stream = selection.batches(source, size, seed=0, epoch=0)
+    for batch in stream:
+        yield selection.kept(batch)
 
 
-def sample(source: Source, rows: int, seed: int) -> Tensor:
-    """Random rows in float32, the same for the same seed; all rows where there are no more."""
+def sample(source: Source, rows: int, seed: int, selection: TokenSelection | None = None) -> Tensor:
+    """Random rows in float32, the same for the same seed; all rows where there are no more.
+
+    With a selection, those of them that take part.
+    """
+    selection = selection or TokenSelection()
     rows = min(rows, source.n_rows)
-    generator = torch.Generator().manual_seed(seed)
     take = getattr(source, "take", None)
     if take is None:
-        return head(source, rows, seed)
+        return head(source, rows, seed, selection)
+    generator = torch.Generator().manual_seed(seed)
     if rows == source.n_rows:
         chosen = torch.arange(rows)
+    elif source.n_rows <= 1 << 24:
+        chosen = torch.randperm(source.n_rows, generator=generator)[:rows]
     else:
         # with replacement beyond a million rows: no permutation of the whole data set for a small sample
-        small = source.n_rows <= 1 << 24
-        chosen = torch.randperm(source.n_rows, generator=generator)[:rows] if small else None
-        if chosen is None:
-            chosen = torch.randint(source.n_rows, (rows,), generator=generator)
-    return take(chosen if isinstance(source, TensorSource) else chosen.numpy()).float()
+        chosen = torch.randint(source.n_rows, (rows,), generator=generator)
+    found = take(chosen if isinstance(source, TensorSource) else chosen.numpy()).float()
+    labels: dict[str, Any] = {}
+    if selection.columns:
+        columns = getattr(source, "columns", None)
+        if columns is None:
+            return head(source, rows, seed, selection)  # which says what is missing
+        labels = {name: column[chosen.numpy()] for name, column in columns(selection.columns).items()}
+    return selection.kept(Rows(found, labels))
 
 
-def head(source: Source, rows: int, seed: int) -> Tensor:
+def head(source: Source, rows: int, seed: int, selection: TokenSelection) -> Tensor:
     """The first rows of an epoch, without moving the source's place."""
     state = source.state_dict()
     parts, have = [], 0
-    stream = source.batches(min(rows, 8192), seed=seed, epoch=0)
-    for batch in stream:
-        parts.append(batch[: rows - have].float())
+    for batch in selection.batches(source, min(rows, 8192), seed=seed, epoch=0):
+        parts.append(selection.kept(batch)[: rows - have].float())
         have += parts[-1].shape[0]
         if have >= rows:
             break
@@ -161,20 +250,21 @@ def head(source: Source, rows: int, seed: int) -> Tensor:
     return torch.cat(parts)
 
 
-def normalizer(config: TrainConfig, source: Source) -> Normalizer | None:
-    """Statistics of the input space the config asks for, over the training data (at most 2^20 rows of it)."""
+def normalizer(config: TrainConfig, source: Source, selection: TokenSelection | None = None) -> Normalizer | None:
+    """Statistics of the input space the config asks for, over the tokens that take part (of at most 2^20)."""
     if config.normalize == "none":
         return None
+    selection = selection or TokenSelection()
     stats = getattr(source, "stats", None)
-    if stats is not None and hasattr(stats, "mean") and hasattr(stats, "std"):
+    if stats is not None and hasattr(stats, "mean") and hasattr(stats, "std") and not selection.exclude:
         mean = torch.as_tensor(stats.mean, dtype=torch.float64)
         std = torch.as_tensor(stats.std, dtype=torch.float64)
         count = int(getattr(stats, "count", source.n_rows))
         second = float((std.square() + mean.square()).sum())
         mean_norm = float(getattr(stats, "mean_norm", second**0.5))
     else:
-        x = sample(source, 1 << 20, 0)
-        _check_finite(x, "the activations")
+        x = sample(source, 1 << 20, 0, selection)
+        check_finite(x, "the activations")
         total, squares, norms = torch.zeros(source.d).double(), torch.zeros(source.d).double(), 0.0
         for part in x.split(8192):
             total += part.double().sum(0)
@@ -193,15 +283,8 @@ def normalizer(config: TrainConfig, source: Source) -> Normalizer | None:
     return Normalizer(mean.float(), std.float(), count)
 
 
-def norm_limit(config: TrainConfig, source: Source) -> float | None:
-    """Largest token norm that takes part in training."""
-    if config.max_norm_factor is None:
-        return None
-    x = sample(source, 65_536, 0)
-    return config.max_norm_factor * float(x.norm(dim=1).median())
-
-
-def _check_finite(x: Tensor, what: str) -> None:
+def check_finite(x: Tensor, what: str) -> None:
+    """Raise where rows hold NaN or infinity."""
     bad = (~torch.isfinite(x)).any(1)
     if bool(bad.any()):
         raise DataError(

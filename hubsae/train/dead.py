@@ -7,8 +7,8 @@ from torch import Tensor
 
 from hubsae.kernels import cpu
 from hubsae.kernels.active import ActiveSet
-from hubsae.train import step
 from hubsae.train.parallel import Solo
+from hubsae.train.select import select
 from hubsae.train.state import Cell
 
 
@@ -16,9 +16,9 @@ def reconstruct(cell: Cell, x: Tensor, comm: Solo) -> tuple[Tensor, Tensor]:
     """x̂ of a batch in training space [B, d], and on how many rows each latent fired [n]."""
     center = cell.center
     xc = x if center is None else x - center
-    selected = step.select(cell, xc, comm, x.shape[0])
+    selected = select(cell, xc, comm, x.shape[0])
     if selected.dense is not None:
-        out = selected.dense.decode(cell)
+        out = selected.dense.decode()
         fired = (selected.dense.z.detach() > 0).sum(0)
     else:
         active = ActiveSet.from_entries(selected.rows, selected.latents, selected.values, x.shape[0], cell.n)
@@ -53,6 +53,7 @@ def resample(cell: Cell, tokens: Tensor, comm: Solo) -> int:
         rows = rows if center is None else rows - center
     unit = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
     cell.W_dec[ids] = unit
+    cell.row_norms[ids] = 1
     if settings.method == "anthropic":
         alive = torch.ones(cell.n, dtype=torch.bool, device=ids.device)
         alive[ids] = False

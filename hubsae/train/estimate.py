@@ -15,7 +15,7 @@ import torch
 
 from hubsae.kernels.linear import linear
 from hubsae.train.config import TrainConfig
-from hubsae.train.step import CHUNK_ELEMENTS, CHUNK_ROWS
+from hubsae.train.select import CHUNK_ELEMENTS, CHUNK_ROWS
 from hubsae.train.update import TILE_ELEMENTS
 
 ENCODER_SHARE = 0.57
@@ -61,7 +61,7 @@ def estimate(config: TrainConfig, d_in: int, rows: int, device: torch.device, ra
     n, B = config.width(d_in), config.batch_size // ranks
     vectors = 2 * n + 2 * d_in if config.architecture in ("jumprelu", "gated") else n + 2 * d_in
     parameters = 2 * n * d_in + vectors
-    steps = (config.tokens or int(rows * config.epochs)) // config.batch_size
+    steps = config.steps(rows)[1]
     state = 12 * parameters
     stored = config.clip is not None or config.accumulate > 1 or (ranks > 1 and config.parallel == "data")
     part = B // config.accumulate

@@ -18,12 +18,11 @@ from hubsae.train.state import Cell
 from hubsae.version import __version__
 
 
-def to_sae(cell: Cell, space: Normalizer | None, weights: dict[str, Tensor] | None = None, **facts: Any) -> SAE:
-    """The SAE of a cell (or of saved `weights` of it) on raw activations.
+def to_sae(cell: Cell, space: Normalizer | None, t: dict[str, Tensor], **facts: Any) -> SAE:
+    """The SAE of a cell with weights `t` (as `current` gives them) on raw activations.
 
     The normaliser and an untied pre-bias fold into the weights exactly; the statistics are kept beside them.
     """
-    t = weights if weights is not None else current(cell)
     config = cell.config
     center = {"tied": t["b_dec"], "untied": t.get("b_pre"), "none": None}[config.pre_bias]
     gated = config.architecture == "gated"
@@ -39,8 +38,8 @@ def to_sae(cell: Cell, space: Normalizer | None, weights: dict[str, Tensor] | No
     mean, std = (None, None) if space is None else (space.mean, space.std)
     tensors, subtract = fold(trained, mean, std)
     if config.architecture == "jumprelu":
-        tensors["threshold"] = t["log_threshold"].float().exp().cpu()
-    threshold = facts.pop("threshold", cell.threshold)
+        tensors["threshold"] = t["theta"].float().clone().cpu()
+    threshold = facts.pop("threshold")
     sae_config = SAEConfig(
         architecture=config.architecture,
         d_in=t["W_enc"].shape[1],
@@ -71,6 +70,8 @@ def record(
     selection: str | None = None,
     resampled: int = 0,
     split: str | None = None,
+    exclude: list[str] | None = None,
+    massive_above: float | None = None,
 ) -> Metadata:
     """metadata.json of a training run; what the caller knows in `config.record` takes precedence."""
     s = config.schedule
@@ -101,6 +102,8 @@ def record(
         "warm_start": parent,
         "selection": selection,
         "split": split,
+        "exclude": exclude or None,
+        "massive_above": massive_above,
     }
     kind = {"none": "none", "mean_std": "mean_std"}.get(config.normalize, "scalar")
     data: dict[str, Any] = {

@@ -27,7 +27,8 @@ def fresh(cell: Cell, rows: Tensor) -> None:
     if config.unit_norm:
         cell.W_dec /= cell.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12)
     if config.init.encoder == "tied":
-        cell.W_enc.copy_(cell.W_dec)
+        scale = config.init.encoder_scale or (0.1 if config.architecture == "jumprelu" else 1.0)
+        torch.mul(cell.W_dec, scale, out=cell.W_enc)
     else:
         _fill(cell, cell.W_enc, config.init.encoder, d, generator, fan_in=d)
         if config.init.encoder == "torch":
@@ -37,8 +38,8 @@ def fresh(cell: Cell, rows: Tensor) -> None:
     if config.init.bias != "zeros":
         center = rows.double().mean(0) if config.init.bias == "mean" else geometric_median(rows)
         cell.vectors["b_pre" if config.pre_bias == "untied" else "b_dec"].copy_(center)
-    if "log_threshold" in cell.vectors:
-        cell.vectors["log_threshold"].fill_(math.log(config.init.threshold))
+    if "theta" in cell.vectors:
+        cell.vectors["theta"].fill_(config.init.threshold)
 
 
 def _fill(cell: Cell, out: Tensor, kind: str, d: int, generator: torch.Generator, *, fan_in: int) -> None:
@@ -129,18 +130,22 @@ def warm(cell: Cell, sae: SAE, space: Normalizer | None) -> None:
     cell.vectors["b_dec"].copy_(t.b_dec)
     if "b_pre" in cell.vectors:
         cell.vectors["b_pre"].copy_(t.b_dec)
-    if "log_threshold" in cell.vectors:
+    if "theta" in cell.vectors:
         has = sae.config.architecture == "jumprelu"
-        theta = sae.threshold.detach().clamp_min(1e-6) if has else torch.full((cell.total,), config.init.threshold)
-        cell.vectors["log_threshold"].copy_(theta[rows].log())
-    if config.unit_norm:
-        # the norm moves to the encoder side: z W_dec is unchanged for linear selections, and codes rescale
-        norms = cell.W_dec.norm(dim=1).clamp_min(1e-12)
-        if bool((norms - 1).abs().max() > 1e-3) and config.architecture in ("relu", "jumprelu"):
-            cell.W_dec /= norms[:, None]
-            cell.W_enc *= norms[:, None]
-            cell.vectors["b_enc"] *= norms
-            if "log_threshold" in cell.vectors:
-                cell.vectors["log_threshold"] += norms.log()
+        theta = sae.threshold.detach().clamp_min(0) if has else torch.full((cell.total,), config.init.threshold)
+        cell.vectors["theta"].copy_(theta[rows])
+    norms = cell.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    if config.unit_norm and bool((norms - 1).abs().max() > 1e-3):
+        if config.architecture in ("relu", "jumprelu"):
+            # the norm moves to the encoder side: the same function, codes in other units
+            cell.W_dec /= norms
+            cell.W_enc *= norms
+            cell.vectors["b_enc"] *= norms[:, 0]
+            if "theta" in cell.vectors:
+                cell.vectors["theta"] *= norms[:, 0]
+        else:
+            # there codes compete with each other, so other units would be another selection: rows keep their norms
+            cell.row_norms.copy_(norms)
+            cell.keeps_norms = True
     if config.architecture == "batch_topk":
         cell.threshold = sae.config.threshold

@@ -1,4 +1,4 @@
-"""What a run says while it goes: a JSONL log always, a progress bar on a terminal, other loggers when asked.
+"""What a run writes down while it goes: a JSONL log always, other loggers when asked.
 
 Every line has `event`, `step` and `cell`. Events: `train` (loss, mse, fvu, l0, dead, lr, tokens_per_s), `eval`,
 `before` (chains), `resample`, `checkpoint`, `failed`, `done`. A resumed run first drops the lines behind its
@@ -8,48 +8,50 @@ that begins with the lines kept.
 
 from __future__ import annotations
 
+import hashlib
 import json
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hubsae.core.errors import HubSAEError, MissingExtraError
+from hubsae.core.errors import FormatError, MissingExtraError
 from hubsae.core.extras import require
-from hubsae.core.files import write_csv_atomic, write_text_atomic
+from hubsae.core.files import write_csv_atomic, write_text_atomic, writing
 from hubsae.train.config import TrainConfig
 
 
 class Log:
     """Lines of a run, in memory and on disk."""
 
-    def __init__(self, run: Path | None, configs: list[TrainConfig], total_steps: int, *, quiet: bool = False):
+    def __init__(self, run: Path | None, config: TrainConfig):
         self.path = run / "log.jsonl" if run is not None else None
         self.lines: list[dict[str, Any]] = []
-        self.total, self.quiet = total_steps, quiet
-        self.start = time.perf_counter()
-        self._bar: Any = None
-        self._task: Any = None
         self._others: list[Callable[[dict[str, Any] | None], None]] | None = None
-        self._open = (configs[0], run)
-        for kind in configs[0].loggers:
+        self._open = (config, run)
+        for kind in config.loggers:
             _package(kind)  # said at once where it is missing; opened when there is a line to send
 
-    def resume(self, step: int) -> None:
-        """Keep the lines up to a checkpoint's step."""
-        if self.path is None or not self.path.exists():
+    def mark(self) -> dict[str, Any] | None:
+        """The lines so far, for a state: their size and sha256."""
+        if self.path is None:
+            return None
+        text = self.path.read_bytes()
+        return {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+
+    def check(self, mark: dict[str, Any] | None) -> None:
+        """Raise unless the file begins with the lines of a mark."""
+        if self.path is not None and mark is not None:
+            text = self.path.read_bytes()[: mark["bytes"]] if self.path.exists() else b""
+            if hashlib.sha256(text).hexdigest() != mark["sha256"]:
+                raise FormatError(self.path, f"{mark['bytes']} bytes of sha256 {mark['sha256'][:12]}", "others")
+
+    def resume(self, mark: dict[str, Any] | None) -> None:
+        """Keep the lines of a mark."""
+        if self.path is None or mark is None:
             return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the line a kill cut short
-            if entry["step"] <= step:
-                kept.append(entry)
-        self.lines = kept
-        write_text_atomic(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
+        text = self.path.read_bytes()[: mark["bytes"]].decode()
+        self.lines = [json.loads(line) for line in text.splitlines()]
+        write_text_atomic(self.path, text)
 
     def fresh(self) -> None:
         """Start an empty log."""
@@ -62,39 +64,16 @@ class Log:
         entry = {"event": event, "step": step, "cell": cell, **values}
         self.lines.append(entry)
         if self.path is not None:
-            try:
-                with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(entry) + "\n")
-            except OSError as error:
-                raise HubSAEError(
-                    f"cannot write {self.path}: {error}", hint="free some space and start again"
-                ) from error
+            with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
         if self._others is None:
             config, run = self._open
             self._others = [_open(kind, run, config, self.lines[:-1]) for kind in config.loggers]
         for other in self._others:
             other(entry)
 
-    def progress(self, step: int, text: str) -> None:
-        """Move the bar; nothing where stderr is not a terminal."""
-        if self.quiet or not sys.stderr.isatty():
-            return
-        if self._bar is None:
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            from rich.console import Console
-
-            self._bar = Progress(*columns, console=Console(stderr=True))
-            self._bar.start()
-            self._task = self._bar.add_task("training", total=self.total)
-        self._bar.update(self._task, completed=step, description=text)
-
     def close(self) -> None:
-        """Finish the bar and write the CSV."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        """Write the CSV, and close the other loggers."""
         if self.path is not None:
             train = [line for line in self.lines if line["event"] in ("train", "eval")]
             write_csv_atomic(self.path.with_suffix(".csv"), train)

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hubsae.core.errors import HubSAEError, TrainingError
+from hubsae.core.errors import HubSAEError
+from hubsae.core.files import writing
 from hubsae.core.metadata import Metric
 from hubsae.core.sae import SAE
 from hubsae.train.config import TrainConfig
@@ -43,27 +44,23 @@ class TrainResult:
         from hubsae.formats.registry import write, write_also
 
         assert self.sae is not None
-        try:
+        need = sum(tensor.numel() * tensor.element_size() for tensor in self.sae.tensors().values())
+        with writing(folder, need, "training is done and its last state is whole"):
             write(self.sae, folder, "native")
             write_also(self.sae, folder, [kind for kind in self.config.exports if kind != "safetensors"])
-        except OSError as error:
-            raise TrainingError(
-                f"cannot write {folder}: {error}",
-                hint="free some space and start the same command again; training itself is done",
-            ) from error
 
 
-def as_metadata(values: dict[str, float]) -> list[Metric]:
-    """Validation numbers as metadata metrics."""
+def as_metadata(values: dict[str, float], scope: str = "all") -> list[Metric]:
+    """Validation numbers as metadata metrics; `scope` is the SAE's own."""
     named = {
         "val_mse": ("mse", "mean over tokens and dimensions of (x - x̂)², raw activations"),
         "val_fvu": ("fvu", "Σ|x - x̂|² / Σ|x - mean(x)|², mean per dimension"),
         "val_l0": ("l0", "mean number of active latents per token"),
         "val_dead": ("dead_fraction", "share of latents that never fired on these tokens"),
     }
-    rows = int(values.get("val_rows", 0))
+    common: dict[str, Any] = {"n_tokens": int(values.get("val_rows", 0)), "scope": scope}
     return [
-        Metric(name=name, value=values[key], definition=text, n_tokens=rows, scope="validation", source="hubsae")
+        Metric(name=name, value=values[key], definition=text, source="hubsae, validation in training", **common)
         for key, (name, text) in named.items()
         if key in values
     ]

@@ -16,28 +16,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hubsae.core.errors import HubSAEError
+from hubsae.core.errors import HubSAEError, TrainingError
+from hubsae.core.sae import SAE
+from hubsae.train.best import Best
 from hubsae.train.config import TrainConfig
 
 MATRICES = ("W_enc", "W_dec", "m_enc", "v_enc", "m_dec", "v_dec")
+SCALARS = ("keeps_norms", "threshold", "tokens", "tokens_in_epoch", "first_loss", "sums", "resampled", "measured")
 
 
 class Cell:
     """One SAE in a bank: its settings, its rows, its vectors, its counters."""
 
-    def __init__(self, config: TrainConfig, bank: Bank, index: int, place: int, low: int, n: int):
-        self.config, self.index, self.place = config, index, place
+    def __init__(self, config: TrainConfig, bank: Bank, index: int, low: int, n: int):
+        self.config, self.index = config, index
         self.low, self.high, self.n = low, low + n, n
         rows = slice(self.low, self.high)
         self.W_enc, self.W_dec = bank.W_enc[rows], bank.W_dec[rows]
         self.m_enc, self.v_enc = bank.m_enc[rows], bank.v_enc[rows]
         self.m_dec, self.v_dec = bank.m_dec[rows], bank.v_dec[rows]
         d, options = bank.d_in, {"device": bank.device, "dtype": bank.dtype}
-        self.vectors: dict[str, Tensor] = {"b_enc": torch.zeros(n, **options), "b_dec": bank.b_dec[place]}
+        self.vectors: dict[str, Tensor] = {"b_enc": torch.zeros(n, **options), "b_dec": bank.b_dec[index]}
         if config.pre_bias == "untied":
             self.vectors["b_pre"] = torch.zeros(d, **options)
         if config.architecture == "jumprelu":
-            self.vectors["log_threshold"] = torch.zeros(n, **options)
+            self.vectors["theta"] = torch.zeros(n, **options)
         if config.architecture == "gated":
             # b_enc is the gate's bias
             self.vectors |= {"b_mag": torch.zeros(n, **options), "r_mag": torch.zeros(n, **options)}
@@ -51,10 +54,25 @@ class Cell:
         self.since_fired, self.fired_in_epoch = bank.since_fired[rows], bank.fired_in_epoch[rows]
         self.tokens_in_epoch = 0
         self.dead_last_epoch = torch.zeros(n, dtype=torch.bool, device=bank.device)
+        self.row_norms = bank.row_norms[rows]
+        """Norms that `unit_norm` keeps the decoder's rows at; other than one after a warm start from other norms."""
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.failed: HubSAEError | None = None
         self.lr = config.lr
         self.sparsity = 1.0
+        self.failed: HubSAEError | None = None
+        self.parent: SAE | None = None
+        """The SAE it started from."""
+        self.keeps_norms = False
+        """Whether `row_norms` are other than one."""
+        self.best = Best(None, config.keep_best)
+        self.first_loss: float | None = None
+        self.now: dict[str, Any] = {}
+        """Statistics of the step it is in."""
+        self.sums = [0.0, 0.0, 0.0]
+        """Loss, L0 and steps since the last evaluation."""
+        self.resampled = 0
+        self.measured: dict[str, float] = {}
+        """The last evaluation."""
         self.prefixes = config.prefixes(n)
         self.offset = 0
         """First latent of this rank's share, where a dictionary is split across ranks."""
@@ -70,6 +88,11 @@ class Cell:
     def signed(self) -> bool:
         """Whether negative values pass (top-k without ReLU)."""
         return self.config.architecture == "topk" and not self.config.topk_relu
+
+    @property
+    def unit_rows(self) -> bool:
+        """Whether the decoder's rows are known to have norm one: then a projection needs no division."""
+        return self.config.unit_norm and not self.keeps_norms and self.tokens > 0
 
     def dead(self) -> Tensor:
         """Which latents count as dead [n] bool."""
@@ -91,13 +114,14 @@ class Cell:
         for prefix, group in (("", self.vectors), ("m.", self.m), ("v.", self.v)):
             out |= {prefix + name: tensor for name, tensor in group.items()}
         out |= {"step": self.step, "since_fired": self.since_fired, "fired_in_epoch": self.fired_in_epoch}
-        out |= {"dead_last_epoch": self.dead_last_epoch, "generator": self.generator.get_state()}
+        out |= {"dead_last_epoch": self.dead_last_epoch, "row_norms": self.row_norms}
+        out |= {"generator": self.generator.get_state()}
         return out
 
     def scalars(self) -> dict[str, Any]:
         """The rest of the state, JSON."""
-        names = ("threshold", "tokens", "tokens_in_epoch")
-        return {name: getattr(self, name) for name in names}
+        failed = None if self.failed is None else self.failed.message
+        return {name: getattr(self, name) for name in SCALARS} | {"best": self.best.kept, "failed": failed}
 
     def load(self, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
         """The inverse of `tensors` and `scalars`, in place."""
@@ -106,14 +130,14 @@ class Cell:
                 self.generator.set_state(tensors[name])
             else:
                 mine.copy_(tensors[name])
-        self.threshold = scalars["threshold"]
-        self.tokens, self.tokens_in_epoch = scalars["tokens"], scalars["tokens_in_epoch"]
+        for name in SCALARS:
+            setattr(self, name, scalars[name])
+        self.best.kept = list(scalars["best"])
+        self.failed = None if scalars["failed"] is None else TrainingError(scalars["failed"])
 
 
 class Bank:
-    """Cells of one width d_in, on one device, fed the same number of tokens per step.
-
-    `numbers` are the cells' places in the run, where it has several banks.
+    """Cells of one width d_in, on one device, fed the same batches.
 
     >>> bank = Bank([TrainConfig(d_sae=8, k=2), TrainConfig(d_sae=16, k=2)], d_in=4)
     >>> bank.W_enc.shape, bank.cells[1].W_enc.shape
@@ -128,7 +152,6 @@ class Bank:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         shares: Sequence[tuple[int, int]] | None = None,
-        numbers: Sequence[int] | None = None,
     ):
         self.d_in, self.device, self.dtype = d_in, torch.device(device), dtype
         widths = [config.width(d_in) for config in configs]
@@ -139,11 +162,11 @@ class Bank:
         self.b_dec = torch.zeros(len(configs), d_in, device=self.device, dtype=dtype)
         self.since_fired = torch.zeros(total, dtype=torch.int64, device=self.device)
         self.fired_in_epoch = torch.zeros_like(self.since_fired)
+        self.row_norms = torch.ones(total, 1, device=self.device, dtype=dtype)
         self.cells: list[Cell] = []
         low = 0
-        places = range(len(configs)) if numbers is None else numbers
-        for place, (index, config, width, share) in enumerate(zip(places, configs, widths, held, strict=True)):
-            cell = Cell(config, self, index, place, low, share[1] - share[0])
+        for index, (config, width, share) in enumerate(zip(configs, widths, held, strict=True)):
+            cell = Cell(config, self, index, low, share[1] - share[0])
             cell.offset, cell.total, cell.prefixes = share[0], width, config.prefixes(width)
             self.cells.append(cell)
             low = cell.high

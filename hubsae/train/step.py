@@ -8,7 +8,7 @@ For a bank of cells and one batch:
 
 With E = x̂ - x and G = dloss/dx̂ the gradients are  dz = <G[row], W_dec[latent]>,  gW_dec[j] = Σ z G[row],
 gW_enc[j] = Σ dz (x - c)[row],  gb_enc[j] = Σ dz,  gc = -gb_enc @ W_enc:  no other product is needed.
-`reference.py` in kernels says the same in a few dense lines with autograd; tests hold the two together.
+Tests hold it to the same in a few dense lines with autograd (`tests/reference.py`).
 
 Rows of G and rows of x are numbered over the bank: cell i owns the rows from i * B. A matryoshka cell has one
 residual per prefix, hence B rows for each; an entry then belongs to the group of its latent, whose
@@ -24,37 +24,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hubsae.kernels import cpu, entries
+from hubsae.kernels import cpu
 from hubsae.kernels.active import ActiveSet, LatentOrder
-from hubsae.kernels.linear import linear
-from hubsae.kernels.select import largest, topk
 from hubsae.train import aux
-from hubsae.train.branches import Branch, DenseBranch, GatedBranch
+from hubsae.train.dense import DenseCodes
 from hubsae.train.parallel import Solo
+from hubsae.train.select import Selected, select
 from hubsae.train.state import Bank, Cell
-
-# above this share of active entries the dense products win (measured: even at 20 %)
-DENSE_ABOVE = 0.18
-# rows encoded at once, where the whole block of pre-activations would not stay in cache
-CHUNK_ROWS = 256
-CHUNK_ELEMENTS = 1 << 21
-
-
-class Selected(NamedTuple):
-    """One cell's choice for a batch, in row order."""
-
-    rows: Tensor
-    """[nnz] int64, within the batch."""
-    latents: Tensor
-    """[nnz] within the cell."""
-    values: Tensor
-    """[nnz]"""
-    near: Tensor | None = None
-    """jumprelu: 1.0 where the pre-activation is within half a bandwidth of the threshold."""
-    dead_pre: Tensor | None = None
-    """AuxK: pre-activations of the dead latents [rows, n_dead]."""
-    dense: Branch | None = None
-    """Set instead of entries where the codes are too dense for them."""
 
 
 class Forward(NamedTuple):
@@ -118,7 +94,7 @@ def forward(bank: Bank, batch: Tensor | list[Tensor], comm: Solo, rows_in_all: i
         for i, (cell, s, start, x) in enumerate(zip(cells, selected, base, batches, strict=True)):
             mine = out[start : start + B * len(cell.prefixes)].view(len(cell.prefixes), B, bank.d_in)
             if s.dense is not None:
-                mine[0] += comm.sum_latents(s.dense.decode(cell))
+                mine[0] += comm.sum_latents(s.dense.decode())
             target = parts[i] if cell.config.pre_bias == "tied" else x - cell.vectors["b_dec"]
             found.append(_residuals(cell, mine, x, target, rows_in_all, comm))
         losses, mse = (torch.stack(column) for column in zip(*found, strict=True))
@@ -191,113 +167,6 @@ def loss_scale(cell: Cell, x: Tensor, elements: int, comm: Solo) -> float | Tens
     return 1 / comm.sum((x - mean).square().sum()).clamp_min(1e-12)
 
 
-def encode(cell: Cell, xc: Tensor) -> Tensor:
-    """Pre-activations [rows, n]."""
-    if cell.config.precision == "bf16":
-        with torch.autocast(xc.device.type, dtype=torch.bfloat16):
-            return torch.nn.functional.linear(xc, cell.W_enc).to(xc.dtype) + cell.vectors["b_enc"]
-    return linear(xc, cell.W_enc, cell.vectors["b_enc"])
-
-
-def select(cell: Cell, xc: Tensor, comm: Solo, rows_in_all: int) -> Selected:
-    """Encode a batch and choose its active entries, some rows at a time where the block is large."""
-    B, arch = xc.shape[0], cell.config.architecture
-    if arch == "gated":
-        return Selected(*_none(xc), dense=GatedBranch(cell, xc))
-    dead = aux.dead_ids(cell, comm)
-    step = B if B * cell.n <= CHUNK_ELEMENTS else CHUNK_ROWS
-    if arch == "batch_topk":
-        return _batch_topk(cell, xc, step, dead, comm, rows_in_all)
-    parts, dead_pre, is_dense = [], [], None
-    for start in range(0, B, step):
-        pre = encode(cell, xc[start : start + step])
-        if dead is not None:
-            dead_pre.append(pre.index_select(1, dead))
-        if arch in ("jumprelu", "relu"):
-            theta = cell.vectors["log_threshold"].exp() if arch == "jumprelu" else None
-            edge = theta - cell.config.sparsity.bandwidth / 2 if theta is not None else 0.0
-            mask = entries.above(pre, edge)
-            if is_dense is None:
-                is_dense = entries.count(mask) > DENSE_ABOVE * mask.numel()
-            parts.append(pre if is_dense else _entries(cell, pre, mask, theta, start))
-        else:
-            parts.append(_topk_entries(cell, *topk(pre, min(cell.config.k or 0, cell.n)), start, comm))
-    kept_dead = torch.cat(dead_pre) if dead_pre else None
-    if is_dense:
-        pre = parts[0] if len(parts) == 1 else torch.cat(parts)
-        theta = cell.vectors["log_threshold"].exp() if arch == "jumprelu" else None
-        codes = DenseBranch(pre, theta, cell.config.sparsity.bandwidth)
-        return Selected(*_none(xc), dense=codes, dead_pre=kept_dead)
-    rows, latents, values, near = _joined(parts)
-    return Selected(rows, latents, values, near, kept_dead)
-
-
-def _none(xc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    empty = torch.empty(0, dtype=torch.int64, device=xc.device)
-    return empty, empty, xc.new_empty(0)
-
-
-def _joined(parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    if len(parts) == 1:
-        joined = parts[0]
-    else:
-        joined = tuple(torch.cat(column) for column in zip(*parts, strict=True))
-    return joined[0], joined[1], joined[2], joined[3] if len(joined) > 3 else None
-
-
-def _topk_entries(cell: Cell, values: Tensor, latents: Tensor, start: int, comm: Solo) -> tuple[Tensor, ...]:
-    rows = torch.arange(start, start + values.shape[0], device=values.device).repeat_interleave(values.shape[1])
-    latents, keep = latents.reshape(-1), comm.keep_topk(values, cell.config.k or 0)
-    values = (values if cell.signed else values.relu_()).reshape(-1)
-    if keep is not None:
-        keep = keep.reshape(-1)
-        rows, latents, values = rows[keep], latents[keep], values[keep]
-    return rows, latents, values
-
-
-def _entries(cell: Cell, pre: Tensor, mask: Tensor, theta: Tensor | None, start: int) -> tuple[Tensor, ...]:
-    rows, latents, values = entries.at(pre, mask)
-    if start:
-        rows += start
-    if theta is None:
-        return rows, latents, values
-    at = theta.index_select(0, latents)
-    near = ((values - at).abs() < cell.config.sparsity.bandwidth / 2).to(values.dtype)
-    return rows, latents, torch.where(values > at, values, 0), near
-
-
-def _batch_topk(cell: Cell, xc: Tensor, step: int, dead: Tensor | None, comm: Solo, rows_in_all: int) -> Selected:
-    """The k * tokens largest entries of the whole batch, over all ranks.
-
-    A share of the last batch's threshold comes first as a filter; where it leaves too few, everything is searched.
-    """
-    count = (cell.config.k or 0) * rows_in_all
-    floor = 0.85 * cell.last_threshold
-    while True:
-        parts, dead_pre = [], []
-        for start in range(0, xc.shape[0], step):
-            pre = encode(cell, xc[start : start + step])
-            if dead is not None:
-                dead_pre.append(pre.index_select(1, dead))
-            rows, latents, values = entries.at(pre, entries.above(pre, floor))
-            parts.append((rows + start if start else rows, latents, values))
-        rows, latents, values, _ = _joined(parts)
-        found = comm.sum_latents(comm.sum(torch.tensor(values.numel(), device=values.device)))
-        if floor <= 0 or int(found) >= count:
-            break
-        floor = 0.0
-    keep = comm.batch_threshold(values, count)
-    if keep is None and values.numel() > count:
-        keep = largest(values, count)
-    if keep is not None and keep.dtype is torch.bool:
-        keep = keep.nonzero().view(-1)
-    if keep is not None:
-        rows, latents, values = (column.index_select(0, keep) for column in (rows, latents, values))
-    lowest = comm.lowest(values.min() if values.numel() else values.new_tensor(torch.inf))
-    cell.last_threshold = 0.0 if lowest == torch.inf else lowest
-    return Selected(rows, latents, values, None, torch.cat(dead_pre) if dead_pre else None)
-
-
 class Signals(NamedTuple):
     """What an update needs from a batch."""
 
@@ -307,7 +176,7 @@ class Signals(NamedTuple):
     """[n] <gW_dec[j], W_dec[j]> of the entries, for the projection."""
     vectors: list[dict[str, Tensor]]
     """Gradients of the vectors, per live cell."""
-    dense: list[Branch | None]
+    dense: list[DenseCodes | None]
     aux: list[aux.AuxGradient | None]
     fired: Tensor
     """[n] int64, on how many rows each latent of the bank fired."""
@@ -354,16 +223,15 @@ def signals(bank: Bank, f: Forward, comm: Solo, rows_in_all: int) -> Signals:
         residual = f.residuals[f.base[i] : f.base[i] + B]
         if s.dense is not None:
             rate_of = partial(_rate, cell, comm, rows_in_all)
-            fired[latents], penalties[i] = s.dense.backward(cell, xc, residual, rows_in_all, rate_of, grads)
-            active[cell.place] = fired[latents].sum()
+            fired[latents], penalties[i] = s.dense.backward(xc, residual, rows_in_all, rate_of, grads)
+            active[cell.index] = fired[latents].sum()
         elif s.near is not None:
-            penalties[i], rate = _rate(cell, comm, rows_in_all, active[cell.place])
-            theta = cell.vectors["log_threshold"].exp()
-            # d/d log θ = θ d/dθ, with a rectangle of height 1/bandwidth for the step's derivative
-            slope = theta * value_part[latents] + rate * hits[latents]
-            grads["log_threshold"] = -(theta / sparsity.bandwidth) * slope
-        if "log_threshold" in grads and not sparsity.train_threshold:
-            grads["log_threshold"] = torch.zeros_like(grads["log_threshold"])
+            penalties[i], rate = _rate(cell, comm, rows_in_all, active[cell.index])
+            # a rectangle of height 1/bandwidth stands for the step's derivative
+            slope = cell.vectors["theta"] * value_part[latents] + rate * hits[latents]
+            grads["theta"] = -slope / sparsity.bandwidth
+        if "theta" in grads and not sparsity.train_threshold:
+            grads["theta"].zero_()
         if "b_enc" not in grads:
             grads["b_enc"] = b_enc[latents]
         grads["b_dec"] = residual.sum(0) if sums is None else sums[i]
@@ -388,9 +256,10 @@ def signals(bank: Bank, f: Forward, comm: Solo, rows_in_all: int) -> Signals:
         vectors.append(grads)
         auxes.append(gradient)
         aux_losses.append(aux_loss)
-    branches = [s.dense for s in f.selected]
-    l0 = comm.sum_latents(comm.sum(active))[[cell.place for cell in cells]] / rows_in_all
-    return Signals(dz, dots, vectors, branches, auxes, fired.to(torch.int64), l0, aux_losses, penalties)
+    l0 = comm.sum_latents(comm.sum(active))[[cell.index for cell in cells]] / rows_in_all
+    return Signals(
+        dz, dots, vectors, [s.dense for s in f.selected], auxes, fired.to(torch.int64), l0, aux_losses, penalties
+    )
 
 
 def _near(f: Forward, raw: Tensor) -> tuple[Tensor, Tensor]:

@@ -104,7 +104,7 @@ def _runs(cells: list[Cell], s: Signals) -> list[list[Cell]]:
     for i, cell in enumerate(cells):
         c = cell.config
         alone = s.aux[i] is not None or s.dense[i] is not None
-        key = None if alone else (cell.lr, c.betas, c.eps, c.unit_norm, c.project, float(cell.step))
+        key = None if alone else (cell.lr, c.betas, c.eps, c.unit_norm, cell.unit_rows, c.project, float(cell.step))
         if runs and key is not None and key == last and runs[-1][-1].high == cell.low:
             runs[-1].append(cell)
         else:
@@ -143,6 +143,8 @@ def _step_matrices(bank: Bank, cell: Cell, a: int, b: int, gW_enc: Tensor, gW_de
     W_dec = bank.W_dec[a:b]
     if cell.config.project:
         along = torch.linalg.vecdot(gW_dec, W_dec) if dots is None else dots
+        if not cell.unit_rows:
+            along = along / torch.linalg.vecdot(W_dec, W_dec).clamp_min_(1e-24)
         gW_dec.addcmul_(W_dec, along.unsqueeze(1), value=-1.0)
     step = cell.step + 1
     _adam(
@@ -155,7 +157,8 @@ def _step_matrices(bank: Bank, cell: Cell, a: int, b: int, gW_enc: Tensor, gW_de
         step,
     )
     if cell.config.unit_norm:
-        W_dec /= torch.linalg.vector_norm(W_dec, dim=1, keepdim=True).clamp_min_(1e-12)
+        norms = torch.linalg.vector_norm(W_dec, dim=1, keepdim=True).clamp_min_(1e-12)
+        W_dec *= torch.div(bank.row_norms[a:b], norms, out=norms)
 
 
 def _step_vectors(cells: list[Cell], vectors: list[dict[str, Tensor]]) -> None:
@@ -165,7 +168,7 @@ def _step_vectors(cells: list[Cell], vectors: list[dict[str, Tensor]]) -> None:
         cell.step += 1
         c = cell.config
         for name in sorted(grads):
-            scale = c.sparsity.threshold_lr if name == "log_threshold" else 1.0
+            scale = c.sparsity.threshold_lr if name == "theta" else 1.0
             groups.setdefault((cell.lr * scale, c.betas, c.eps, float(cell.step)), []).append((cell, name, grads[name]))
     for (lr, *_), members in groups.items():
         first = members[0][0]
@@ -178,6 +181,9 @@ def _step_vectors(cells: list[Cell], vectors: list[dict[str, Tensor]]) -> None:
             [cell.v[name] for cell, name, _ in members],
             first.step,
         )
+    for cell in cells:
+        if "theta" in cell.vectors:
+            cell.vectors["theta"].clamp_(min=0)  # below zero the gate would let negative values pass
 
 
 def _adam(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import reference
 import torch
 from torch import Tensor
 
-from hubsae.kernels import reference
 from hubsae.train.state import Cell
 
 
@@ -34,7 +34,7 @@ class DenseTrainer:
             z = pre.relu()
             penalty = c.sparsity.l1 * z.sum(1).mean()
         elif c.architecture == "jumprelu":
-            theta = P["log_threshold"].exp()
+            theta = P["theta"]
             z = reference.jumprelu_codes(pre, theta, c.sparsity.bandwidth)
             l0 = reference.l0(pre, theta, c.sparsity.bandwidth)
             target = c.sparsity.l0_target
@@ -82,8 +82,11 @@ class DenseTrainer:
             if c.clip is not None:
                 torch.nn.utils.clip_grad_norm_(self.params.values(), c.clip)
             if c.project and W.grad is not None:
-                W.grad.sub_((W.grad * W).sum(1, keepdim=True) * W)
+                along = (W.grad * W).sum(1, keepdim=True) / W.square().sum(1, keepdim=True)
+                W.grad.sub_(along * W)
             self.optimiser.step()
+            if "theta" in self.params:
+                self.params["theta"].clamp_(min=0)
             if c.unit_norm:
                 W.div_(W.norm(dim=1, keepdim=True))
         return float(loss.detach())

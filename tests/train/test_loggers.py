@@ -52,11 +52,13 @@ def test_a_finished_run_opens_no_logger_again(tokens, tmp_path, recorded):
 
 def test_a_run_taken_up_again_begins_with_the_lines_it_kept(tmp_path, recorded):
     config = TrainConfig(**SETTINGS, loggers=("wandb",))
+    mark = None
     for resumed in (False, True):
-        log = Log(tmp_path, [config], 4)
-        log.resume(2) if resumed else log.fresh()
+        log = Log(tmp_path, config)
+        log.resume(mark) if resumed else log.fresh()
         for step in (3, 4) if resumed else (1, 2, 3):
             log.add("train", step, "mine", loss=10.0 * step + resumed)
+            mark = log.mark() if step == 2 else mark
     starts = [i for i, call in enumerate(recorded) if call[0] == "init"]
     again = [(o["step"], a[0]["mine/train/loss"]) for _, a, o in recorded[starts[1] + 1 :]]
     assert again == [(1, 10.0), (2, 20.0), (3, 31.0), (4, 41.0)]
@@ -78,11 +80,13 @@ def test_tensorboard_reads_back_the_log(tokens, tmp_path):
 def test_tensorboard_forgets_what_lies_behind_the_checkpoint(tmp_path):
     pytest.importorskip("tensorboard")
     config = TrainConfig(**SETTINGS, loggers=("tensorboard",))
+    mark = None
     for resumed in (False, True):
-        log = Log(tmp_path, [config], 4)
-        log.resume(2) if resumed else log.fresh()
+        log = Log(tmp_path, config)
+        log.resume(mark) if resumed else log.fresh()
         for step in (3, 4) if resumed else (1, 2, 3):
             log.add("train", step, "mine", loss=10.0 * step + resumed)
+            mark = log.mark() if step == 2 else mark
         log.close()
     assert scalars(tmp_path, "mine/train/loss") == [(1, 10.0), (2, 20.0), (3, 31.0), (4, 41.0)]
 

@@ -1,21 +1,15 @@
 """The hand-written step takes the same steps as dense autograd: weights, loss, L0, for every architecture and rule."""
 
-import importlib.util
 import math
-from pathlib import Path
 
 import pytest
 import torch
+from train import dense
 
-from hubsae.train import step, update
+from hubsae.train import select, step, update
 from hubsae.train.config import AuxConfig, SparsityConfig, TrainConfig
 from hubsae.train.parallel import Solo
 from hubsae.train.state import Bank
-
-spec = importlib.util.spec_from_file_location("dense", Path(__file__).with_name("dense.py"))
-assert spec is not None and spec.loader is not None
-dense = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(dense)
 
 D, N, ROWS, SOLO = 32, 128, 64, Solo()
 
@@ -35,8 +29,8 @@ def start(bank: Bank, seed: int = 0) -> None:
         cell.W_enc.copy_(cell.W_dec)
         for vector in cell.vectors.values():
             vector.copy_(torch.randn(vector.shape, generator=g, dtype=torch.float64) * 0.1)
-        if "log_threshold" in cell.vectors:
-            cell.vectors["log_threshold"].fill_(-0.5)
+        if "theta" in cell.vectors:
+            cell.vectors["theta"].fill_(0.6)
 
 
 def one_step(bank: Bank, x: torch.Tensor) -> tuple[step.Forward, step.Signals]:
@@ -51,10 +45,13 @@ def one_step(bank: Bank, x: torch.Tensor) -> tuple[step.Forward, step.Signals]:
     return f, s
 
 
-def compare(c: TrainConfig, *, steps: int = 6, tolerance: float = 1e-7, dead: bool = False) -> step.Signals:
+def compare(
+    c: TrainConfig, *, steps: int = 6, tolerance: float = 1e-7, dead: bool = False, norm: float = 1.0
+) -> step.Signals:
     """Take steps both ways in float64; the last signals."""
     bank = Bank([c], D, dtype=torch.float64)
     start(bank)
+    bank.W_dec *= norm
     cell = bank.cells[0]
     other = dense.DenseTrainer(cell)
     if dead:
@@ -94,6 +91,11 @@ def test_clipping_projection_and_norm_are_those_of_the_textbook(options):
     compare(config(**options))
 
 
+@pytest.mark.parametrize("norm", [0.5, 2.0])
+def test_the_projection_is_one_for_rows_of_any_norm(norm):
+    compare(config(unit_norm=False), norm=norm)
+
+
 @pytest.mark.parametrize("arch", ["topk", "batch_topk"])
 def test_matryoshka_prefixes_reconstruct_alone(arch):
     compare(config(architecture=arch, matryoshka=(16, 0.5)))
@@ -106,7 +108,7 @@ def test_batch_topk_selects_over_the_batch():
 @pytest.mark.parametrize("above", [0.0, 2.0], ids=["dense branch", "sparse branch"])
 @pytest.mark.parametrize("target", [None, 3.0])
 def test_jumprelu_straight_through_in_both_branches(monkeypatch, above, target):
-    monkeypatch.setattr(step, "DENSE_ABOVE", above)
+    monkeypatch.setattr(select, "DENSE_ABOVE", above)
     sparsity = SparsityConfig(l0=0.01, l0_target=target, bandwidth=0.1)
     s = compare(config(architecture="jumprelu", loss="sum", sparsity=sparsity))
     assert (s.dense[0] is not None) == (above == 0.0)
@@ -114,7 +116,7 @@ def test_jumprelu_straight_through_in_both_branches(monkeypatch, above, target):
 
 @pytest.mark.parametrize("above", [0.0, 2.0], ids=["dense branch", "sparse branch"])
 def test_relu_with_l1_in_both_branches(monkeypatch, above):
-    monkeypatch.setattr(step, "DENSE_ABOVE", above)
+    monkeypatch.setattr(select, "DENSE_ABOVE", above)
     compare(config(architecture="relu", sparsity=SparsityConfig(l1=0.01)))
 
 
@@ -135,8 +137,8 @@ def test_auxk_with_fewer_dead_latents_than_k_and_with_jumprelu():
 
 
 def test_row_chunks_change_nothing(monkeypatch):
-    monkeypatch.setattr(step, "CHUNK_ROWS", 10)
-    monkeypatch.setattr(step, "CHUNK_ELEMENTS", 100)
+    monkeypatch.setattr(select, "CHUNK_ROWS", 10)
+    monkeypatch.setattr(select, "CHUNK_ELEMENTS", 100)
     for arch in ("topk", "batch_topk"):
         compare(config(architecture=arch, aux=AuxConfig(k=12)), dead=True)
 

@@ -1,4 +1,4 @@
-"""The truth the fast paths are tested against: dense codes, autograd, a few lines per rule. Slow and obvious.
+"""The truth that tests and benchmarks hold the fast paths against: dense codes, autograd, a few lines per rule. Slow and obvious.
 
 Weights are latent-major as in training: W_enc and W_dec are both [n, d].
 """
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hubsae.kernels import cpu
 from hubsae.kernels.active import ActiveSet, LatentOrder
 
 
@@ -100,3 +101,14 @@ def gradients(
     dz = (residual @ W_dec.t())[where]
     dense_dz = torch.zeros_like(z).index_put_(where, dz, accumulate=True)
     return dz, dense_dz.t() @ x, z.t() @ residual, dense_dz.sum(0)
+
+
+def sparse_gradients(
+    entries: LatentOrder, residual: Tensor, x: Tensor, W_dec: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `gradients` gives, from the sparse kernels, as a training step uses them tile by tile."""
+    dz = cpu.entry_dots(W_dec, residual, entries.rows, entries.offsets)
+    starts = entries.offsets[:-1]
+    gW_dec = cpu.bag_sum(residual, entries.rows, starts, entries.values)
+    gW_enc = cpu.bag_sum(x, entries.rows, starts, dz)
+    return dz, gW_enc, gW_dec, cpu.segment_sum(dz, entries.offsets)

@@ -1,0 +1,115 @@
+"""One optimiser step of every living SAE of a bank: forward, signals, update, and the counts that follow from it.
+
+A loss that is no number takes its SAE out before any weight of it moves; the others go on.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from hubsae.core.errors import DataError, TrainingError
+from hubsae.train import step, update
+from hubsae.train.parallel import Solo
+from hubsae.train.state import Bank, Cell
+
+# a loss this many times the first one is an explosion, not a fluctuation
+EXPLODED = 1e4
+
+
+def learn(bank: Bank, x: Tensor, comm: Solo, rows: int, *, number: int, accumulate: int = 1) -> None:
+    """Take step `number` on a batch x [tokens, d] in training space; `rows` counts the tokens of all ranks."""
+    for cell in bank.live:
+        cell.now = {}
+    if accumulate > 1 or comm.splits_rows or any(cell.config.clip is not None for cell in bank.live):
+        fired, last = _with_stored_gradients(bank, x, comm, rows, number, accumulate)
+    else:
+        f = _forward(bank, x, comm, rows, number)
+        if f is None:
+            return
+        s = step.signals(bank, f, comm, rows)
+        update.apply(bank, f, s)
+        _note(bank, s)
+        fired, last = s.fired, s
+    if last is None:
+        return
+    bank.count(comm.sum(fired.clone()) if comm.splits_rows else fired, rows)
+    for cell in bank.live:
+        cell.sums = [a + b for a, b in zip(cell.sums, (cell.now["loss"], cell.now["l0"], 1.0), strict=True)]
+
+
+def _with_stored_gradients(
+    bank: Bank, x: Tensor, comm: Solo, rows: int, number: int, accumulate: int
+) -> tuple[Tensor, step.Signals | None]:
+    """A step that needs whole gradients: clipping, accumulation, data-parallel ranks."""
+    vectors: dict[int, dict[str, Tensor]] = {}
+    fired = torch.zeros_like(bank.since_fired)
+    moved = torch.zeros(bank.n, dtype=torch.bool, device=x.device)
+    s = None
+    for part in x.split(math.ceil(x.shape[0] / accumulate)):
+        f = _forward(bank, part, comm, rows, number)
+        if f is None:
+            return fired, None
+        s = step.signals(bank, f, comm, rows)
+        update.collect(bank, f, s)
+        _note(bank, s)
+        fired += s.fired
+        for cell, grads, extra in zip(bank.live, s.vectors, s.aux, strict=True):
+            sums = vectors.setdefault(cell.index, {})
+            for name, gradient in grads.items():
+                sums[name] = sums[name] + gradient if name in sums else gradient
+            if cell.config.architecture in ("jumprelu", "gated"):
+                moved[cell.low : cell.high] = True  # gradients reach latents that did not fire
+            if extra is not None:
+                moved[cell.low + extra.ids] = True
+    moved |= fired > 0
+    update.apply_stored(bank, [vectors[cell.index] for cell in bank.live], moved, comm)
+    return fired, s
+
+
+def _forward(bank: Bank, x: Tensor, comm: Solo, rows: int, number: int) -> step.Forward | None:
+    while bank.live:
+        f = step.forward(bank, x, comm, rows)
+        losses = (comm.sum(f.losses.clone()) if comm.splits_rows else f.losses).tolist()
+        bad = [(cell, loss) for cell, loss in zip(bank.live, losses, strict=True) if not _sane(cell, loss)]
+        if not bad:
+            for cell, loss, mse in zip(bank.live, losses, f.mse.tolist(), strict=True):
+                _add(cell, loss=loss, mse=mse)
+            return f
+        for cell, loss in bad:
+            _fail(cell, x, loss, number)
+    return None
+
+
+def _sane(cell: Cell, loss: float) -> bool:
+    if cell.first_loss is None:
+        cell.first_loss = loss
+    return math.isfinite(loss) and loss <= EXPLODED * max(cell.first_loss, 1e-12)
+
+
+def _fail(cell: Cell, x: Tensor, loss: float, number: int) -> None:
+    broken = (~torch.isfinite(x)).any(1)
+    if bool(broken.any()):
+        raise DataError(
+            f"step {number}: row {int(broken.nonzero()[0])} of the batch holds NaN or infinity "
+            f"({int(broken.sum())} of {x.shape[0]} rows)",
+            hint="harvest again in float32 or bfloat16, or filter the data",
+        )
+    cell.failed = TrainingError(
+        f"{cell.config.name}: the loss became {loss:.4g} at step {number} (it was {cell.first_loss:.4g} at the start)",
+        hint="lower lr, add a warm-up (schedule.warmup_steps) or clip",
+    )
+
+
+def _note(bank: Bank, s: step.Signals) -> None:
+    for i, (cell, l0) in enumerate(zip(bank.live, s.l0.tolist(), strict=True)):
+        _add(cell, l0=l0, aux_loss=s.aux_loss[i], sparsity_loss=s.penalty[i])
+
+
+def _add(cell: Cell, **values: Tensor | float | None) -> None:
+    """Add a part's statistics to those of the step; parts of an accumulated batch sum to the batch's."""
+    for name, value in values.items():
+        if value is not None:
+            cell.now[name] = cell.now.get(name, 0.0) + value
