@@ -1,4 +1,6 @@
-"""The truth that tests and benchmarks hold the fast paths against: dense codes, autograd, a few lines per rule. Slow and obvious.
+"""The truth that tests and benchmarks hold the fast paths against: dense codes, autograd.
+
+A few lines per rule, slow and obvious.
 
 Weights are latent-major as in training: W_enc and W_dec are both [n, d].
 """

@@ -31,8 +31,8 @@ class InitConfig(Part):
     encoder_scale: float | None = Field(
         default=None,
         gt=0,
-        description="tied: the encoder starts as this multiple of the decoder; default 0.1 for jumprelu, else 1. A jumprelu "
-        "SAE that starts with half of its latents open at full strength recovers fewer features.",
+        description="tied: the encoder starts as this multiple of the decoder; default 0.1 for a jumprelu SAE with no "
+        "threshold of its own, else 1. JumpReLU latents that start open at full strength recover fewer features.",
     )
     decoder: Literal["random", "torch", "kaiming"] = Field(
         default="random", description="random: unit directions; torch: nn.Linear's default; kaiming: kaiming-uniform."
@@ -41,7 +41,9 @@ class InitConfig(Part):
         default="mean", description="Start of the pre-bias (of b_dec where they are tied or there is none)."
     )
     rows: int = Field(default=65_536, ge=1, description="Rows of data the mean or median is taken over.")
-    threshold: float = Field(default=0.01, gt=0, description="jumprelu: first threshold of every latent.")
+    threshold: float | None = Field(
+        default=None, gt=0, description="jumprelu: first threshold of every latent; default 0.01."
+    )
 
 
 class AuxConfig(Part):

@@ -18,6 +18,9 @@ from hubsae.core.sae import SAE
 from hubsae.train.config import TrainConfig
 from hubsae.train.state import Cell
 
+FIRST_THRESHOLD = 0.01
+"""jumprelu, where the config names none."""
+
 
 def fresh(cell: Cell, rows: Tensor) -> None:
     """Random weights of a cell; the bias from rows of data in training space."""
@@ -27,7 +30,8 @@ def fresh(cell: Cell, rows: Tensor) -> None:
     if config.unit_norm:
         cell.W_dec /= cell.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12)
     if config.init.encoder == "tied":
-        scale = config.init.encoder_scale or (0.1 if config.architecture == "jumprelu" else 1.0)
+        low = config.architecture == "jumprelu" and config.init.threshold is None
+        scale = config.init.encoder_scale or (0.1 if low else 1.0)
         torch.mul(cell.W_dec, scale, out=cell.W_enc)
     else:
         _fill(cell, cell.W_enc, config.init.encoder, d, generator, fan_in=d)
@@ -39,7 +43,7 @@ def fresh(cell: Cell, rows: Tensor) -> None:
         center = rows.double().mean(0) if config.init.bias == "mean" else geometric_median(rows)
         cell.vectors["b_pre" if config.pre_bias == "untied" else "b_dec"].copy_(center)
     if "theta" in cell.vectors:
-        cell.vectors["theta"].fill_(config.init.threshold)
+        cell.vectors["theta"].fill_(config.init.threshold or FIRST_THRESHOLD)
 
 
 def _fill(cell: Cell, out: Tensor, kind: str, d: int, generator: torch.Generator, *, fan_in: int) -> None:
@@ -132,7 +136,11 @@ def warm(cell: Cell, sae: SAE, space: Normalizer | None) -> None:
         cell.vectors["b_pre"].copy_(t.b_dec)
     if "theta" in cell.vectors:
         has = sae.config.architecture == "jumprelu"
-        theta = sae.threshold.detach().clamp_min(0) if has else torch.full((cell.total,), config.init.threshold)
+        theta = (
+            sae.threshold.detach().clamp_min(0)
+            if has
+            else torch.full((cell.total,), config.init.threshold or FIRST_THRESHOLD)
+        )
         cell.vectors["theta"].copy_(theta[rows])
     norms = cell.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12)
     if config.unit_norm and bool((norms - 1).abs().max() > 1e-3):
