@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -29,7 +29,10 @@ def command(
     ] = None,
     name: Annotated[str | None, typer.Option("--name", help="Name of the release.")] = None,
     license: Annotated[str | None, typer.Option("--license")] = None,
-    dataset: Annotated[list[str] | None, typer.Option("--dataset", help="Dataset id; may be repeated.")] = None,
+    datasets: Annotated[
+        list[str] | None, typer.Option("--datasets", "--dataset", help="Dataset id; may be repeated.")
+    ] = None,
+    description: Annotated[str | None, typer.Option(help="What this release is, for its card.")] = None,
     format: Annotated[str | None, typer.Option("--format", help="Read every file as this format.")] = None,
     choices: SetOption = None,
     spec: Annotated[Path | None, typer.Option("--spec", help="A hubsae.yaml elsewhere than beside the files.")] = None,
@@ -42,29 +45,31 @@ def command(
     """Turn a folder of SAE files into a release: safetensors, records and a manifest, one SAE at a time."""
     import warnings
 
-    from hubsae.cli._common import err, print_json, progress
+    from hubsae.cli._common import err, print_json
     from hubsae.cli._common import out as console
+    from hubsae.core.progress import progress
+    from hubsae.core.text import format_bytes
     from hubsae.formats import PackageSpec, package, plan
 
-    given: dict[str, Any] = {
-        "base_model": base_model, "base_model_revision": base_model_revision, "hook": hook, "pattern": pattern,
-        "name": name, "license": license, "datasets": dataset, "format": format,
-        "choices": parse_choices(choices) or None, "mixed_widths": mixed_widths or None,
-    }  # fmt: skip
-    todo = plan(source, PackageSpec.read(spec) if spec is not None else None, **given)
+    given = PackageSpec.of(
+        name=name, base_model=base_model, base_model_revision=base_model_revision, hook=hook, pattern=pattern,
+        license=license, datasets=datasets, description=description, format=format,
+        choices=parse_choices(choices) or None, mixed_widths=mixed_widths or None,
+    )  # fmt: skip
+    todo = plan(source, given, spec=PackageSpec.read(spec) if spec is not None else None)
     if dry_run:
         _show(todo, as_json)
         return
     formats = [part.strip() for part in also.split(",") if part.strip()]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        with progress("packaging", total=len(todo.saes)) as advance:
+        with progress("packaging", total=len(todo.saes), unit="SAEs") as task:
             release = package(
                 todo,
                 out,
                 also=formats,
                 overwrite=overwrite,
-                progress=lambda item, number, total: advance(1 if number else 0),
+                progress=lambda item, number, total: task.update(number),
             )
     for note in dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning)):
         err().print(note, markup=False)
@@ -72,7 +77,7 @@ def command(
         print_json({"release": str(release.path), "saes": [entry.row() for entry in release]})
         return
     size = sum(file.size for file in release.manifest.all_files)
-    console().print(f"{release.path}: {len(release)} SAEs, {size / 1e6:.1f} MB", markup=False)
+    console().print(f"{release.path}: {len(release)} SAEs, {format_bytes(size)}", markup=False)
     console().print(f"publish it with: hubsae push {release.path}", markup=False)
 
 

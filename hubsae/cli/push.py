@@ -17,15 +17,25 @@ PANEL = "Publish and load"
 
 
 def command(
-    path: Annotated[Path, typer.Argument(help="A folder of SAE files, one file, a release folder or a recipe's run.")],
-    repo_id: Annotated[
-        str | None, typer.Option("--repo-id", "-r", help="Where to: name/repo.", show_default="<you>/<folder>")
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH",
+            help="A folder of SAE files, one file, a release folder, a recipe's run, or OWNER/NAME on the Hub.",
+        ),
+    ],
+    repo: Annotated[
+        str | None, typer.Argument(metavar="[REPO]", help="Where to: name/repo.", show_default="<you>/<folder>")
     ] = None,
+    repo_id: Annotated[str | None, typer.Option("--repo-id", "-r", help="Where to, as an option.")] = None,
     base_model: Annotated[str | None, typer.Option(help="Base model, such as Qwen/Qwen2.5-0.5B-Instruct.")] = None,
     base_model_revision: Annotated[str | None, typer.Option(help="Its commit.")] = None,
     hook: Annotated[str | None, typer.Option(help="Hook point, such as 'model.layers.{layer}'.")] = None,
     license: Annotated[str | None, typer.Option(help="License of the weights, such as apache-2.0.")] = None,
-    dataset: Annotated[list[str] | None, typer.Option(help="Dataset id on the Hub; may be repeated.")] = None,
+    datasets: Annotated[
+        list[str] | None, typer.Option("--datasets", "--dataset", help="Dataset id on the Hub; may be repeated.")
+    ] = None,
+    description: Annotated[str | None, typer.Option(help="What this release is, for its card.")] = None,
     activations: Annotated[
         str | None,
         typer.Option(help="Activations to check quality on and to find BatchTopK thresholds: a file or a dataset."),
@@ -62,9 +72,21 @@ def command(
     overwrite_config: Annotated[
         bool, typer.Option("--overwrite-config", help="Replace a config.json that is no release manifest.")
     ] = False,
-    saelens_check: Annotated[
-        bool, typer.Option("--saelens-check/--no-saelens-check", help="Compare with stock SAELens, if installed.")
+    citation: Annotated[str | None, typer.Option(help="How to cite it, in place of the entry that is made.")] = None,
+    limitations: Annotated[
+        list[str] | None, typer.Option("--limitation", "--limitations", help="One for the card; may be repeated.")
+    ] = None,
+    check_saelens: Annotated[
+        bool,
+        typer.Option(
+            "--check-saelens/--no-check-saelens",
+            "--saelens-check/--no-saelens-check",
+            help="Compare with stock SAELens, if installed.",
+        ),
     ] = True,
+    allow_secrets: Annotated[
+        bool, typer.Option("--allow-secrets", help="Publish files that look like tokens or keys.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Publish SAEs on the Hub: package, verify, show the plan, upload in one commit.
@@ -73,9 +95,11 @@ def command(
     """
     from hubsae.hub.push import push
 
+    if repo is not None and repo_id is not None:
+        raise typer.BadParameter("the repo is named twice; give it once", param_hint="--repo-id")
     result = push(
-        path,
-        repo_id,
+        source,
+        repo or repo_id,
         notify=lambda line: err().print(line, style="dim", markup=False),
         confirm=None if yes or dry_run else _refuse if json else _confirm,
         revision=revision,
@@ -95,7 +119,10 @@ def command(
         base_model=base_model,
         base_model_revision=base_model_revision,
         hook=hook,
-        dataset=dataset,
+        datasets=datasets,
+        description=description,
+        citation=citation,
+        limitations=limitations,
         pattern=pattern,
         format=format,
         choices=parse_choices(choices) or None,
@@ -103,7 +130,8 @@ def command(
         activations=activations,
         also=[name.strip() for name in also.split(",") if name.strip()],
         keep_source=keep_source,
-        check_saelens=saelens_check,
+        check_saelens=check_saelens,
+        allow_secrets=allow_secrets,
     )
     if json:
         print_json(as_json(result))
@@ -121,17 +149,22 @@ def show_plan(plan: PushPlan) -> None:
     """The plan as a table that a person can check in ten seconds."""
     from rich.table import Table
 
-    from hubsae.hub.cardtext import human_bytes
+    from hubsae.core.text import format_bytes, printable
 
     console = out()
     columns = ["SAE", "read as", "selection", "d_in x d_sae", "size", "on the Hub", "SAELens"]
+    recorded = list(dict.fromkeys(name for row in plan.rows for name in row.metrics))[:4]
     quality = any(row.check.fvu is not None for row in plan.rows)
     table = Table(header_style="bold")
-    for name in columns + (["FVU", "L0"] if quality else []):
-        table.add_column(name, overflow="fold", justify="right" if name in ("size", "FVU", "L0") else "left")
+    numbers = [*recorded, *(["FVU now", "L0 now"] if quality else [])]
+    for name in columns + numbers:
+        table.add_column(name, overflow="fold", justify="right" if name == "size" or name in numbers else "left")
     shown = plan.rows if len(plan.rows) <= 40 else plan.rows[:30]
     for row in shown:
-        cells = [row.id, row.read_as, row.selection, row.shape, human_bytes(row.size), row.on_hub, row.check.saelens]
+        cells = [
+            printable(row.id), row.read_as, row.selection, row.shape, format_bytes(row.size), row.on_hub,
+            row.check.saelens, *(f"{row.metrics[m]:.4g}" if m in row.metrics else "" for m in recorded),
+        ]  # fmt: skip
         if quality:
             cells += [f"{v:.4g}" if v is not None else "" for v in (row.check.fvu, row.check.l0)]
         table.add_row(*cells)
@@ -165,11 +198,13 @@ def as_json(result: PushResult) -> dict[str, Any]:
                 "on_hub": row.on_hub,
                 "saelens": row.check.saelens,
                 "saelens_error": row.check.saelens_error,
+                "metrics": row.metrics,
                 "fvu": row.check.fvu,
                 "l0": row.check.l0,
             }
             for row in plan.rows
         ],
+        "others": [{"path": path, "bytes": size} for path, size in plan.others],
         "kept": plan.kept,
         "new": [file.path for file in plan.diff.new],
         "changed": [file.path for file in plan.diff.changed],

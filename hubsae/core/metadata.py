@@ -180,6 +180,12 @@ class Metadata(Section):
         """
         return excluding(self.training.exclude).name
 
+    @property
+    def own_metrics(self) -> list[Metric]:
+        """The metrics of the tokens this SAE is for: the headline. One that names no scope counts as of all tokens."""
+        own = self.own_scope
+        return [m for m in self.metrics if (m.scope or "all") == own]
+
     def metric(self, name: str, scope: str | None = None) -> float | None:
         """The value of a metric, or None where it is not recorded."""
         for metric in self.metrics:

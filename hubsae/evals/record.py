@@ -24,11 +24,11 @@ from hubsae.formats.release import Release
 
 def record_metrics(release: Release, metrics: Mapping[str, Sequence[Metric]]) -> None:
     """Add metrics to the metadata of SAEs by id; one with the same name and scope is replaced."""
-    for sae_id, entries in metrics.items():
-        metadata = release.metadata(sae_id)
-        metadata.set_metrics(list(entries))
-        metadata.save(release.folder(sae_id))
-    release.refresh()
+    with release.one_manifest():
+        for sae_id, entries in metrics.items():
+            metadata = release.metadata(sae_id)
+            metadata.set_metrics(list(entries))
+            release.record(sae_id, metadata)
 
 
 def record_reconstruction(release: Release, result: ReconstructionResult, *, plots: bool = True) -> None:

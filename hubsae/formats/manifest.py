@@ -18,7 +18,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from hubsae.core.errors import FormatError, MetadataError
-from hubsae.core.files import read_json, safe_join, sha256_file, write_json_atomic
+from hubsae.core.files import read_json, safe_join, sha256_file, write_text_atomic
 from hubsae.core.metadata import describe_validation
 from hubsae.version import __version__
 
@@ -120,9 +120,14 @@ class Manifest(_Part):
         """Every file of the release but the manifest itself."""
         return [file for entry in self.saes for file in entry.files] + list(self.files)
 
+    def to_json(self) -> str:
+        """The text of `config.json`."""
+        value = self.model_dump(mode="json", exclude_none=True)
+        return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
     def write(self, root: str | PathLike[str]) -> Path:
         """Write `config.json` into `root`, whole or not at all."""
-        return write_json_atomic(Path(root) / MANIFEST_NAME, self.model_dump(mode="json", exclude_none=True))
+        return write_text_atomic(Path(root) / MANIFEST_NAME, self.to_json())
 
     @staticmethod
     def is_manifest(value: Any) -> bool:

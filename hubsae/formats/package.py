@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +32,42 @@ def package(
     source: str | os.PathLike[str] | PackagePlan,
     out: str | os.PathLike[str],
     *,
+    name: str | None = None,
+    base_model: str | None = None,
+    base_model_revision: str | None = None,
+    hook: str | None = None,
+    license: str | None = None,
+    datasets: str | Sequence[str] | None = None,
+    description: str | None = None,
+    pattern: str | None = None,
+    format: str | None = None,
+    choices: Mapping[str, Any] | None = None,
+    mixed_widths: bool | None = None,
+    training: Mapping[str, Any] | None = None,
+    activations: Mapping[str, Any] | None = None,
+    hook_record: Mapping[str, Any] | None = None,
     spec: PackageSpec | None = None,
     also: Iterable[str] = (),
     overwrite: bool = False,
     progress: Callable[[PlannedSAE, int, int], None] | None = None,
-    **given: Any,
 ) -> Release:
-    """Turn a folder of SAE files (or a single one) into a release folder, streaming one SAE at a time.
+    """Turn a folder of SAE files (or a single one) into a release folder `out`, streaming one SAE at a time.
 
-    `given` are the fields of hubsae.yaml: `name, base_model, base_model_revision, hook, license, datasets,
-    pattern, format, choices, training, activations`. A README, results and plots of a release that is
-    overwritten are kept.
+    What is given wins over the `hubsae.yaml` beside the files:
+        source: the folder, a single file, or a plan made before.
+        name: of the release; the folder's unless given.
+        base_model, base_model_revision: id of the language model, and its commit.
+        hook: where the SAEs read, such as `model.layers.{layer}`.
+        license, datasets, description: of the release.
+        pattern: naming scheme of the files, such as `{stage}_L{layer}_k{k}.pt`.
+        format: read every file as this format.
+        choices: for the readers, against what they would decide, such as `{"topk_relu": True}`.
+        mixed_widths: allow SAEs of different input width.
+        training, activations, hook_record: what the record of each SAE says about these, by field.
+        spec: a hubsae.yaml from elsewhere, in place of the one beside the files.
+        also: further formats beside each SAE: sparsify, onnx, pt, raw.
+        overwrite: replace a release at `out`; its README, results and plots are kept.
+        progress: called with the SAE, its number and the total before each one.
 
     >>> import tempfile
     >>> from hubsae import HubSAE, SAEConfig
@@ -53,7 +78,15 @@ def package(
     ...     package(f"{d}/saes", f"{d}/release", base_model="Qwen/Qwen3-8B", hook="layers.{layer}").ids
     ['saes/layer6']
     """
-    todo = source if isinstance(source, PackagePlan) else plan(source, spec, **given)
+    if isinstance(source, PackagePlan):
+        todo = source
+    else:
+        given = PackageSpec.of(
+            name=name, base_model=base_model, base_model_revision=base_model_revision, hook=hook, license=license,
+            datasets=datasets, description=description, pattern=pattern, format=format, choices=choices,
+            mixed_widths=mixed_widths, training=training, activations=activations, hook_record=hook_record,
+        )  # fmt: skip
+        todo = plan(source, given, spec=spec)
     target = Path(out)
     _check_target(todo, target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -63,23 +96,24 @@ def package(
         fields = todo.spec.manifest_fields()
         release = Release.create(scratch, name=todo.name, **fields)
         widths: dict[int, Path] = {}
-        for number, item in enumerate(todo.saes):
+        with release.one_manifest():
+            for number, item in enumerate(todo.saes):
+                if progress is not None:
+                    progress(item, number, len(todo.saes))
+                sae = load_planned(todo, item)
+                _check_width(widths, sae, item, todo)
+                release.add(sae, item.id, also=also)
+                del sae
             if progress is not None:
-                progress(item, number, len(todo.saes))
-            sae = load_planned(todo, item)
-            _check_width(widths, sae, item, todo)
-            release.add(sae, item.id, also=also)
-            del sae
-        if progress is not None:
-            progress(todo.saes[-1], len(todo.saes), len(todo.saes))
-        _copy_into(todo.results, scratch / RESULTS)
-        _copy_into(todo.plots, scratch / PLOTS)
-        if release.manifest.base_model is None:
-            models = {e.base_model for e in release}
-            release.manifest.base_model = models.pop() if len(models) == 1 else None
-        if target.exists():
-            _keep_extras(target, scratch)
-        release.refresh()
+                progress(todo.saes[-1], len(todo.saes), len(todo.saes))
+            _copy_into(todo.results, scratch / RESULTS)
+            _copy_into(todo.plots, scratch / PLOTS)
+            if release.manifest.base_model is None:
+                models = {e.base_model for e in release}
+                release.manifest.base_model = models.pop() if len(models) == 1 else None
+            if target.exists():
+                _keep_extras(target, scratch)
+            release.list_others()
         _replace_folder(scratch, target)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -144,7 +178,8 @@ def _complete(todo: PackagePlan, item: PlannedSAE, sae: SAE) -> None:
     source = _weights_of(item)
     record.provenance.source_file = _relative(todo, item)
     if source is not None:
-        record.provenance.source_sha256 = sha256_file(source)
+        item.sha256 = item.sha256 or sha256_file(source)
+        record.provenance.source_sha256 = item.sha256
     record.provenance.source_format = record.provenance.source_format or item.format
     record.provenance.converter = f"hubsae {__version__}"
 

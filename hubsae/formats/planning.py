@@ -38,6 +38,8 @@ class PlannedSAE:
     choices: dict[str, Any]
     """What is passed to its reader."""
     size: int
+    sha256: str | None = None
+    """Hash of its weights file, once it was read."""
 
 
 @dataclass
@@ -54,10 +56,17 @@ class PackagePlan:
     """Files that are not SAEs, and why they were not taken."""
 
 
-def plan(source: str | os.PathLike[str], spec: PackageSpec | None = None, **given: Any) -> PackagePlan:
+def plan(
+    source: str | os.PathLike[str],
+    given: PackageSpec | None = None,
+    *,
+    spec: PackageSpec | None = None,
+    prefix: bool = True,
+) -> PackagePlan:
     """Look at a folder and say what a package of it will hold; nothing is written and no weights are read.
 
-    `given` are the fields of hubsae.yaml (base_model, hook, pattern, format, choices ...) and win over it.
+    `spec` is the hubsae.yaml, the one beside the files unless another is passed; what is `given` wins over it.
+    Ids begin with the name of the folder, or, without `prefix`, are the places of the files in it.
     """
     source = Path(source)
     if not source.exists():
@@ -67,7 +76,7 @@ def plan(source: str | os.PathLike[str], spec: PackageSpec | None = None, **give
         raise FormatError(
             source, "a folder of SAE files", "a release", hint="it is packaged already: `hubsae push` publishes it"
         )
-    spec = (spec if spec is not None else PackageSpec.beside(root)).updated(**given)
+    spec = (spec if spec is not None else PackageSpec.beside(root)).updated(given or PackageSpec())
     pattern = NamePattern(spec.pattern) if spec.pattern else None
     label = spec.name or source.resolve().name if source.is_dir() else spec.name or stem_of(source.name)
     out = PackagePlan(source, spec, label, [])
@@ -76,14 +85,14 @@ def plan(source: str | os.PathLike[str], spec: PackageSpec | None = None, **give
     elif (planned := _one(source, root, out, pattern)) is not None:
         out.saes.append(planned)
     if not out.saes:
-        seen = ", ".join(path.name for path, _ in out.left_out[:5])
+        seen = ", ".join(f"{path.name}: {why}" if path.is_symlink() else path.name for path, why in out.left_out[:5])
         raise FormatError(
             source,
             "SAE files in a known format",
             f"none ({seen})" if seen else "an empty folder" if not any(root.iterdir()) else "none",
             hint="`hubsae show FILE` says how a file is read; --format and hubsae.yaml force a reading",
         )
-    _name_them(out)
+    _name_them(out, prefix)
     return out
 
 
@@ -92,9 +101,12 @@ def _walk(folder: Path, root: Path, out: PackagePlan, pattern: NamePattern | Non
         out.saes.append(planned)
         return
     for item in sorted(folder.iterdir()):
-        if item.name.startswith(".") or item.name == SPEC_NAME or (item.is_symlink() and not _inside(item, root)):
+        if item.name.startswith(".") or item.name == SPEC_NAME:
             continue
-        if item.is_dir():
+        if item.is_symlink() and (item.is_dir() or not belongs(item, root)):
+            where = "to a folder" if item.is_dir() else "that leads out of the folder"
+            out.left_out.append((item, f"a link {where}, {item.resolve()}"))
+        elif item.is_dir():
             _walk(item, root, out, pattern)
         elif may_hold_weights(item):
             if (planned := _one(item, root, out, pattern)) is not None:
@@ -105,10 +117,17 @@ def _walk(folder: Path, root: Path, out: PackagePlan, pattern: NamePattern | Non
             out.plots.append(item)
 
 
-def _inside(link: Path, root: Path) -> bool:
-    """Links may point into the folder, or to files of the Hub cache; never to a folder elsewhere."""
-    target = link.resolve()
-    return target.is_relative_to(root.resolve()) or target.is_file()
+def belongs(path: Path, root: Path) -> bool:
+    """Whether what a path leads to is part of the folder: inside it, or in the blobs of its cached repo."""
+    target, base = path.resolve(), root.resolve()
+    if target.is_relative_to(base):
+        return True
+    for folder in (base, *base.parents):
+        if folder.parent.name == "snapshots":  # <cache>/models--me--mine/snapshots/<commit>
+            repo = folder.parent.parent
+            shared = repo.parent / "blobs"  # where newer clients keep large objects, as <cache>/blobs/be/<sha256>
+            return target.parent == repo / "blobs" or target.parent.parent == shared
+    return False
 
 
 def _one(path: Path, root: Path, out: PackagePlan, pattern: NamePattern | None) -> PlannedSAE | None:
@@ -137,9 +156,23 @@ def _one(path: Path, root: Path, out: PackagePlan, pattern: NamePattern | None) 
             _not_an_sae(path, probe, out)
         return None
     chosen = choose(probe, forced)
+    if path.is_dir():
+        _check_links(path, root)
     why = next((r.why for r in readings if r.format == chosen.name), "chosen by the caller")
     choices = {**out.spec.choices, **rule.choices}
     return PlannedSAE(path, chosen.name, why, rule.id or "", _with(info, rule), choices, _size(path))
+
+
+def _check_links(folder: Path, root: Path) -> None:
+    """A folder that is one SAE is read as a whole, so none of its files may lie elsewhere."""
+    for file in sorted(folder.rglob("*")):
+        if file.is_symlink() and not belongs(file, root):
+            raise FormatError(
+                file,
+                "a file inside the folder",
+                f"a link to {file.resolve()}",
+                hint="copy the file to its place: what lies outside of the folder is never published",
+            )
 
 
 def _with(info: NameInfo, rule: Any) -> NameInfo:
@@ -164,15 +197,15 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
 
 
-def _name_them(out: PackagePlan) -> None:
+def _name_them(out: PackagePlan, prefix: bool) -> None:
     """Ids: folder, then stage and layer where the name has them, else the file's own name; never twice."""
     for item in out.saes:
-        item.id = item.id or _id(out, item, short=True)
+        item.id = item.id or _id(out, item, prefix, short=True)
     for id in {i.id for i in out.saes}:
         same = [i for i in out.saes if i.id == id]
         if len(same) > 1:
             for item in same:
-                item.id = _id(out, item, short=False)
+                item.id = _id(out, item, prefix, short=False)
     seen: dict[str, Path] = {}
     for item in out.saes:
         if item.id in seen:
@@ -185,11 +218,11 @@ def _name_them(out: PackagePlan) -> None:
     out.saes.sort(key=lambda item: natural_key(item.id))
 
 
-def _id(out: PackagePlan, item: PlannedSAE, *, short: bool) -> str:
+def _id(out: PackagePlan, item: PlannedSAE, prefix: bool, *, short: bool) -> str:
     root = out.source if out.source.is_dir() else out.source.parent
     if item.source == root:
-        return _clean(out.name)
-    parts = [_clean(out.name)] if out.source.is_dir() else []
+        return _clean(out.name) if prefix else "."
+    parts = [_clean(out.name)] if prefix and out.source.is_dir() else []
     relative = item.source.relative_to(root)
     parts += [_clean(p) for p in relative.parts[:-1]]
     # only a file named by stage and layer is renamed; folders and other names stay recognisable

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from hubsae.core.errors import FormatError, NotFoundError, nearest
 from hubsae.core.files import atomic_path, safe_join, sha256_file, write_csv_atomic
+from hubsae.core.metadata import FILE_NAME as METADATA_NAME
 from hubsae.core.metadata import Metadata
 from hubsae.core.sae import SAE
 from hubsae.formats import native
@@ -42,6 +44,7 @@ class Release:
     def __init__(self, path: Path, manifest: Manifest):
         self.path = path
         self.manifest = manifest
+        self._held = 0
 
     # ---- opening --------------------------------------------------------------------------------------
 
@@ -130,6 +133,20 @@ class Release:
 
     # ---- changing it ------------------------------------------------------------------------------------
 
+    @contextmanager
+    def one_manifest(self) -> Iterator[Release]:
+        """Write the manifest once, at the end, however much is added meanwhile."""
+        self._held += 1
+        try:
+            yield self
+        finally:
+            self._held -= 1
+            self._save()
+
+    def _save(self) -> None:
+        if not self._held:
+            self.manifest.write(self.path)
+
     def add(self, sae: SAE, id: str, *, also: Iterable[str] = ()) -> SAEEntry:
         """Write an SAE into the release (in place of one with this id) and list it in the manifest.
 
@@ -148,7 +165,17 @@ class Release:
         entry = describe_sae(self.path, id, id, Metadata.load(folder))
         kept = [e for e in self.manifest.saes if e.id != id]
         self.manifest.saes = [*kept, entry] if len(kept) == len(self) else [entry if e.id == id else e for e in self]
-        self.manifest.write(self.path)
+        self._save()
+        return entry
+
+    def record(self, id: str, metadata: Metadata) -> SAEEntry:
+        """Write the record of one SAE anew; its weights and the other SAEs are neither read nor hashed."""
+        old = self.entry(id)
+        metadata.save(self.folder(id))
+        unchanged = {file.path: file for file in old.files if not file.path.endswith(METADATA_NAME)}
+        entry = describe_sae(self.path, old.id, old.path, metadata, keep=old, known=unchanged)
+        self.manifest.saes = [entry if e.id == old.id else e for e in self]
+        self._save()
         return entry
 
     def add_results(self, name: str, rows: Sequence[dict[str, Any]]) -> Path:
@@ -174,20 +201,24 @@ class Release:
         self.manifest.files = sorted(
             [f for f in self.manifest.files if f.path != entry.path] + [entry], key=lambda f: f.path
         )
-        self.manifest.write(self.path)
+        self._save()
 
     def refresh(self) -> Release:
         """Describe the folder anew after files in it changed (records, hashes, results, plots)."""
         self.manifest.saes = [
             describe_sae(self.path, e.id, e.path, Metadata.load(safe_join(self.path, e.path)), keep=e) for e in self
         ]
+        self.list_others()
+        return self
+
+    def list_others(self) -> None:
+        """List anew the files that belong to no SAE; those of SAEs are not read."""
         owned = {f.path for e in self for f in e.files}
         others = (p.relative_to(self.path).as_posix() for p in sorted(self.path.rglob("*")) if p.is_file())
         self.manifest.files = [
             FileEntry.of(self.path, p) for p in others if p not in owned and p not in NOT_LISTED and not _hidden(p)
         ]
-        self.manifest.write(self.path)
-        return self
+        self._save()
 
     def verify(self) -> None:
         """Compare every file with its size and sha256 in the manifest; the first difference is an error."""
@@ -205,8 +236,15 @@ def _hidden(path: str) -> bool:
     return any(part.startswith(".") for part in path.split("/"))
 
 
-def describe_sae(root: Path, id: str, path: str, metadata: Metadata, keep: SAEEntry | None = None) -> SAEEntry:
-    """The manifest entry of an SAE folder, from its record and its files."""
+def describe_sae(
+    root: Path,
+    id: str,
+    path: str,
+    metadata: Metadata,
+    keep: SAEEntry | None = None,
+    known: Mapping[str, FileEntry] | None = None,
+) -> SAEEntry:
+    """The manifest entry of an SAE folder, from its record and its files; those that are `known` are not read."""
     folder = safe_join(root, path)
     if path == ROOT_ID:
         names = [p for name in ROOT_FILES if (p := folder / name).is_file()]
@@ -215,7 +253,9 @@ def describe_sae(root: Path, id: str, path: str, metadata: Metadata, keep: SAEEn
         names = sorted(p for p in folder.rglob("*") if p.is_file() and not _hidden(p.relative_to(folder).as_posix()))
     config, base, hook = metadata.config, metadata.base_model, metadata.hook
     headline = {m.name if m.scope in (None, "all") else f"{m.name}@{m.scope}": m.value for m in metadata.metrics}
-    known = dict(keep.model_extra or {}) if keep is not None else {}
+    paths = [p.relative_to(root).as_posix() for p in names]
+    known = known or {}
+    extra = dict(keep.model_extra or {}) if keep is not None else {}
     return SAEEntry(
         id=id,
         path=path,
@@ -229,8 +269,8 @@ def describe_sae(root: Path, id: str, path: str, metadata: Metadata, keep: SAEEn
         base_model=base.id,
         base_model_revision=base.revision,
         metrics=headline,
-        files=[FileEntry.of(root, p.relative_to(root).as_posix()) for p in names],
-        **known,
+        files=[known.get(p) or FileEntry.of(root, p) for p in paths],
+        **extra,
     )
 
 

@@ -47,7 +47,7 @@ class FileRule(BaseModel):
 class PackageSpec(BaseModel):
     """The content of hubsae.yaml; flags and arguments of the same names win over it.
 
-    >>> PackageSpec(base_model="Qwen/Qwen3-8B").updated(hook="layers.{layer}").hook
+    >>> PackageSpec(base_model="Qwen/Qwen3-8B").updated(PackageSpec(hook="layers.{layer}")).hook
     'layers.{layer}'
     """
 
@@ -74,21 +74,28 @@ class PackageSpec(BaseModel):
     def _known(cls, value: dict[str, Any]) -> dict[str, Any]:
         return _known_choices(value)
 
-    def updated(self, **given: Any) -> PackageSpec:
-        """The same with what is given (not None) in place of what the file says; mappings are merged."""
-        data = self.model_dump()
-        for name, value in given.items():
-            if value is None:
-                continue
-            data[name] = (
-                {**data[name], **value} if isinstance(value, dict) and isinstance(data.get(name), dict) else value
-            )
+    @field_validator("datasets", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @staticmethod
+    def of(**given: Any) -> PackageSpec:
+        """What a caller gives; None means not given."""
         try:
-            return PackageSpec.model_validate(data)
+            return PackageSpec.model_validate({name: value for name, value in given.items() if value is not None})
         except ValidationError as error:
             raise ConfigError(
                 describe_validation(error), hint=f"fields: {', '.join(PackageSpec.model_fields)}"
             ) from error
+
+    def updated(self, given: PackageSpec) -> PackageSpec:
+        """The same with what is given in place of what this one says; mappings are merged."""
+        merged = dict(self)
+        for name in given.model_fields_set:
+            value = getattr(given, name)
+            merged[name] = {**merged[name], **value} if isinstance(value, dict) else value
+        return PackageSpec(**merged)
 
     def rule_for(self, path: str) -> FileRule:
         """All rules whose pattern fits a path or its name, later ones winning."""

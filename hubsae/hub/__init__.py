@@ -17,7 +17,6 @@ _NAMES = {
     "iter_pretrained": "hubsae.hub.load",
     "load_pretrained": "hubsae.hub.load",
     "pull": "hubsae.hub.load",
-    "push_sae": "hubsae.hub.push",
     "render_card": "hubsae.hub.card",
 }
 

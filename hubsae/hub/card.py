@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -273,10 +273,18 @@ def render_card(
     return readme.update(existing, card.front_matter(), render_blocks(card, template), force=force)
 
 
-def card_of_release(folder: str | os.PathLike[str], repo_id: str, **options: Any) -> Card:
+def card_of_release(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    kind: str | None = None,
+    title: str | None = None,
+    citation: str | None = None,
+    limitations: Sequence[str] | None = None,
+) -> Card:
     """Read a packaged release folder into what a card is rendered from.
 
-    `options` are fields of `Card` that the folder does not say, such as `kind`, `title`, `citation`.
+    `kind`, `title`, `citation` and `limitations` are what the folder does not say.
     """
     root = Path(folder)
     manifest = Manifest.read(root)
@@ -284,7 +292,16 @@ def card_of_release(folder: str | os.PathLike[str], repo_id: str, **options: Any
         record_of(entry, Metadata.load(root if entry.path == "." else safe_join(root, entry.path)))
         for entry in manifest
     ]
-    return card_of(manifest, repo_id, records, lambda path: safe_join(root, path), **options)
+    return card_of(
+        manifest,
+        repo_id,
+        records,
+        lambda path: safe_join(root, path),
+        kind=kind,
+        title=title,
+        citation=citation,
+        limitations=limitations,
+    )
 
 
 def record_of(entry: SAEEntry, metadata: Metadata) -> Record:
@@ -295,7 +312,15 @@ def record_of(entry: SAEEntry, metadata: Metadata) -> Record:
 
 
 def card_of(
-    manifest: Manifest, repo_id: str, records: list[Record], find: Callable[[str], Path], **options: Any
+    manifest: Manifest,
+    repo_id: str,
+    records: list[Record],
+    find: Callable[[str], Path],
+    *,
+    kind: str | None = None,
+    title: str | None = None,
+    citation: str | None = None,
+    limitations: Sequence[str] | None = None,
 ) -> Card:
     """A card from a manifest and the records of its SAEs; `find` gives the place of a result file."""
     if not records:
@@ -314,6 +339,7 @@ def card_of(
     for name in ("title", "citation", "limitations"):
         if name in extra:
             given[name] = extra[name]
+    options = {"kind": kind, "title": title, "citation": citation, "limitations": limitations}
     given |= {key: value for key, value in options.items() if value is not None}
     if given["kind"] not in KINDS:
         raise ConfigError(f"no card of kind {given['kind']!r}", hint=f"kinds: {', '.join(KINDS)}")

@@ -14,12 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 from hubsae.core.errors import FormatError, HubSAEError
 from hubsae.core.files import sha256_file
 from hubsae.core.metadata import Metadata
 from hubsae.formats.manifest import MANIFEST_NAME, FileEntry, Manifest, SAEEntry
+from hubsae.formats.planning import belongs
+from hubsae.formats.release import Release
 from hubsae.hub import card as cards
 from hubsae.hub.client import HubClient
 from hubsae.hub.upload import Contents, LocalFile, State, files_under
@@ -30,27 +31,15 @@ PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
 
 
 @dataclass
-class Release:
-    """A packaged release folder, every file of it checked against its manifest."""
-
-    root: Path
-    manifest: Manifest
-    files: list[LocalFile]
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return sum(file.size for file in self.files)
-
-
-@dataclass
 class CardOptions:
     """How the card is made."""
 
     template: str | os.PathLike[str] | None = None
     kind: str | None = None
     force: bool = False
-    fields: dict[str, Any] = field(default_factory=dict)
+    title: str | None = None
+    citation: str | None = None
+    limitations: Sequence[str] | None = None
 
 
 @dataclass
@@ -60,6 +49,7 @@ class Merge:
     client: HubClient
     repo_id: str
     release: Release
+    files: list[LocalFile]
     card: CardOptions = field(default_factory=CardOptions)
     prune: bool = False
     delete: Sequence[str] = ()
@@ -73,14 +63,13 @@ class Merge:
         self.notes = []
         there = self._manifest_there(state)
         manifest, dropped = self._merged(there)
-        ours = {file.path for file in self.release.files}
+        ours = {file.path for file in self.files}
         delete = {path for path in dropped if path not in ours}
         delete |= {p for p in state.tree if p not in ours and any(fnmatch(p, pattern) for pattern in self.delete)}
         if README in delete or MANIFEST_NAME in delete:
             raise HubSAEError(f"--delete would remove {README} or {MANIFEST_NAME}, which every release has")
-        manifest_bytes = dump(manifest)
-        readme = self._readme(state, manifest, there)
-        files = [*self.release.files, LocalFile(MANIFEST_NAME, manifest_bytes), LocalFile(README, readme)]
+        listed = LocalFile(MANIFEST_NAME, manifest.to_json().encode())
+        files = [*self.files, listed, LocalFile(README, self._readme(state, manifest, there))]
         _check_folders(files, set(state.tree) - delete)
         return Contents(files, frozenset(delete))
 
@@ -137,8 +126,8 @@ class Merge:
         existing = None
         if README in state.tree:
             existing = self.client.download(self.repo_id, README, revision=state.head).read_text(encoding="utf-8")
-        elif (self.release.root / README).is_file():
-            existing = (self.release.root / README).read_text(encoding="utf-8")
+        elif (own := self.release.path / README).is_file() and belongs(own, self.release.path):
+            existing = own.read_text(encoding="utf-8")
         # those of SAEs that are kept come from the Hub, several at a time: a repo may hold hundreds
         with ThreadPoolExecutor(8) as pool:
             records = list(pool.map(lambda entry: self._record(entry, state), manifest))
@@ -148,7 +137,9 @@ class Merge:
             records,
             lambda path: self._local_or_remote(path, state),
             kind=self.card.kind,
-            **self.card.fields,
+            title=self.card.title,
+            citation=self.card.citation,
+            limitations=self.card.limitations,
         )
         merged = cards.render_card(card, existing, template=self.card.template, force=self.card.force)
         if merged.kept_by_hand:
@@ -164,49 +155,46 @@ class Merge:
         return cards.record_of(entry, metadata)
 
     def _local_or_remote(self, path: str, state: State) -> Path:
-        place = self.release.root / path
+        place = self.release.path / path
         if place.is_file():
             return place
         return self.client.download(self.repo_id, path, revision=state.head)
 
 
-def open_release(root: str | os.PathLike[str]) -> Release:
-    """Read a release folder; a file that is not what its manifest says is an error, one it does not list is added."""
-    base = Path(root)
-    manifest = Manifest.read(base)
+def files_of(release: Release, *, hashes: bool) -> list[LocalFile]:
+    """Every file of a release folder; one that the manifest does not list is added to it, others have to be as listed.
+
+    Without `hashes` the manifest is believed: for a release that was written a moment ago.
+    """
+    root, manifest = release.path, release.manifest
     known = {file.path: file for file in manifest.all_files}
     files: list[LocalFile] = []
     extra: list[FileEntry] = []
-    for file in files_under(base):
+    for file in files_under(root):
         if file.path in (MANIFEST_NAME, README):
             continue
         entry = known.pop(file.path, None)
         if entry is None:
-            extra.append(FileEntry.of(base, file.path))
-            entry = extra[-1]
-        elif file.size != entry.size or sha256_file(base / file.path) != entry.sha256:
+            entry = FileEntry.of(root, file.path)
+            extra.append(entry)
+        elif file.size != entry.size or (hashes and sha256_file(root / file.path) != entry.sha256):
             raise FormatError(
-                base / file.path,
+                root / file.path,
                 f"the file that {MANIFEST_NAME} lists ({entry.size} bytes, sha256 {entry.sha256[:12]}...)",
                 f"another one ({file.size} bytes)",
                 hint="it was changed after packaging; package the release again",
             )
         files.append(LocalFile(file.path, file.source, entry.sha256))
     if known:
+        missing = root / next(iter(known))
         raise FormatError(
-            base / next(iter(known)),
+            missing,
             f"a file, as {MANIFEST_NAME} lists it",
-            "nothing",
+            "a link that leads out of the release" if missing.is_symlink() else "nothing",
             hint="package the release again",
         )
-    manifest = manifest.model_copy(update={"files": [*manifest.files, *extra]})
-    return Release(base, manifest, files)
-
-
-def dump(manifest: Manifest) -> bytes:
-    """`config.json` as the bytes that `Manifest.write` writes."""
-    value = manifest.model_dump(mode="json", exclude_none=True)
-    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    release.manifest = manifest.model_copy(update={"files": [*manifest.files, *extra]})
+    return files
 
 
 def _in_order(there: Manifest, kept: list[SAEEntry], mine: list[SAEEntry]) -> list[SAEEntry]:

@@ -1,50 +1,13 @@
-"""What a push is told, what it is about to do, and what it did."""
+"""What a push is about to do, and what it did."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from hubsae.core.errors import ConfigError, nearest
-from hubsae.hub import cardtext, upload
-from hubsae.hub.probes import Check, summarize
-
-
-@dataclass
-class PushOptions:
-    """Everything a push can be told; the keyword arguments of `push`."""
-
-    revision: str | None = None
-    tag: str | None = None
-    pr: bool = False
-    private: bool | None = None
-    message: str | None = None
-    dry_run: bool = False
-    prune: bool = False
-    delete: Sequence[str] = ()
-    overwrite_config: bool = False
-    card_template: str | os.PathLike[str] | None = None
-    card_kind: str | None = None
-    force_card: bool = False
-    title: str | None = None
-    citation: str | None = None
-    limitations: Sequence[str] | None = None
-    license: str | None = None
-    base_model: str | None = None
-    base_model_revision: str | None = None
-    hook: str | None = None
-    dataset: str | Sequence[str] | None = None
-    description: str | None = None
-    pattern: str | None = None
-    format: str | None = None
-    choices: dict[str, Any] | None = None
-    mixed_widths: bool | None = None
-    activations: Any = None
-    also: Sequence[str] = ()
-    keep_source: bool = False
-    check_saelens: bool = True
+from hubsae.core.text import format_bytes, printable
+from hubsae.hub import upload
+from hubsae.hub.cardtext import listing
+from hubsae.hub.probes import Verification, summarize
 
 
 @dataclass
@@ -56,7 +19,9 @@ class PlanRow:
     selection: str
     shape: str
     size: int
-    check: Check
+    check: Verification
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Headline metrics of its record, in its own scope."""
     on_hub: str = ""
     """`new`, `changed` or `same`."""
 
@@ -76,26 +41,29 @@ class PushPlan:
     diff: upload.Diff
     notes: list[str] = field(default_factory=list)
     endpoint: str = ""
+    others: list[tuple[str, int]] = field(default_factory=list)
+    """Path and size of every file that belongs to no SAE, the card and the manifest excepted."""
 
     def summary(self) -> list[str]:
         """The plan in a few lines, as shown above and below the table."""
-        visibility = {True: "private", False: "public", None: "public"}[self.private]
         target = f"{self.endpoint}/{self.repo_id}" + (f" (branch {self.revision})" if self.revision != "main" else "")
-        lines = [f"to {target}" + ("" if self.exists else f", a new {visibility} repo")]
+        lines = [f"to {target}" + ("" if self.exists else f", a new {'private' if self.private else 'public'} repo")]
         diff = self.diff
         parts = [
-            f"{len(files)} {what} ({cardtext.human_bytes(sum(f.size for f in files))})"
+            f"{len(files)} {what} ({format_bytes(sum(f.size for f in files))})"
             for what, files in (("new", diff.new), ("changed", diff.changed), ("unchanged", diff.unchanged))
             if files
         ]
         if diff.deleted:
             parts.append(f"{len(diff.deleted)} deleted")
         lines.append("files: " + ", ".join(parts))
+        if self.others:
+            lines.append("beside the SAEs: " + ", ".join(f"{printable(p)} ({format_bytes(n)})" for p, n in self.others))
         if self.kept:
             count = f"{len(self.kept)} SAE{'s' if len(self.kept) > 1 else ''}"
-            lines.append(f"kept as they are: {count} of the repo ({cardtext.listing(self.kept, 4)})")
+            lines.append(f"kept as they are: {count} of the repo ({listing(self.kept, 4)})")
         if diff.deleted:
-            lines.append(f"deleted: {cardtext.listing(diff.deleted, 6)}")
+            lines.append(f"deleted: {listing(diff.deleted, 6)}")
         lines.append("checked: " + summarize([row.check for row in self.rows]))
         if diff.empty:
             lines.append("the Hub already has all of it: no commit will be made")
@@ -129,19 +97,3 @@ class PushResult:
     def committed(self) -> bool:
         """Whether a commit was made; an unchanged push makes none."""
         return self.published is not None and self.published.committed
-
-
-def options_of(given: dict[str, Any]) -> PushOptions:
-    """Check the names of what was given."""
-    known = list(PushOptions.__dataclass_fields__)
-    for name in given:
-        if name not in known:
-            raise ConfigError(
-                f"push has no option {name!r}", hint=f"nearest: {nearest(name, known)}; all: {', '.join(known)}"
-            )
-    return PushOptions(**given)
-
-
-def datasets_of(told: PushOptions) -> list[str]:
-    """The datasets named, as a list."""
-    return [told.dataset] if isinstance(told.dataset, str) else list(told.dataset or [])

@@ -30,7 +30,7 @@ BIG = 300_000_000
 
 
 @dataclass(frozen=True)
-class Check:
+class Verification:
     """What was tried on one SAE before publishing it."""
 
     id: str
@@ -99,14 +99,14 @@ def have_saelens() -> bool:
     return find_spec("sae_lens") is not None
 
 
-def check(
+def verify(
     id: str,
     folder: Path,
     source: SAE | None,
     *,
     activations: Tensor | None = None,
     with_saelens: bool = True,
-) -> Check:
+) -> Verification:
     """Read a packaged SAE back and try it; an SAE that is not what its source was is an error."""
     from hubsae.formats import native
 
@@ -146,7 +146,7 @@ def check(
             f"it reconstructs your activations worse than their mean does (FVU {fvu:.3g}): is this the right layer, "
             "stage and reading (decode_adds_b_pre, normaliser)?"
         )
-    return Check(id, True, verdict, error, rows, fvu, l0, notes)
+    return Verification(id, True, verdict, error, rows, fvu, l0, notes)
 
 
 def _negatives(sae: SAE, activations: Tensor) -> str:
@@ -247,7 +247,7 @@ def _two_dimensional(value: Tensor, where: str) -> Tensor:
     return value.reshape(-1, value.shape[-1])
 
 
-def summarize(checks: Sequence[Check]) -> str:
+def summarize(checks: Sequence[Verification]) -> str:
     """One line over all checks."""
     lens = [c for c in checks if c.saelens == "same"]
     parts = [f"{len(checks)} read back and equal to their sources"]

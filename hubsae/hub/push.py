@@ -1,4 +1,4 @@
-"""`push`: a folder of SAE files, or a packaged release, becomes a release on the Hub. Plan, verify, upload.
+"""`push`: SAE files, or a packaged release, become a release on the Hub. Plan, verify, upload.
 
 package   a raw folder is packaged into a staging folder; a release folder is taken as it is
 verify    each SAE is read back and compared with its source; stock SAELens is tried on it
@@ -9,151 +9,198 @@ publish   one commit (see `upload`), then the tag
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hubsae.core.errors import HubSAEError
+from hubsae.core.errors import HubSAEError, named_options
 from hubsae.core.metadata import Metadata
+from hubsae.core.sae import SAE
 from hubsae.formats.manifest import Manifest
-from hubsae.formats.release import Release as PackagedRelease
-from hubsae.hub import cardtext, upload
-from hubsae.hub.client import HubClient
+from hubsae.formats.spec import PackageSpec
+from hubsae.hub import upload
+from hubsae.hub.cardtext import listing
+from hubsae.hub.client import HubClient, split_repo
 from hubsae.hub.errors import AccessError, OfflineError, RepoNotFoundError, RevisionNotFoundError
-from hubsae.hub.merge import CardOptions, Merge, Release, open_release, pickles
-from hubsae.hub.plan import PlanRow, PushOptions, PushPlan, PushResult, datasets_of, options_of
-from hubsae.hub.probes import Activations, check, have_saelens
-from hubsae.hub.staging import Staging, calibrate_all, one_place, staged, staging_folder
+from hubsae.hub.merge import CardOptions, Merge, files_of, pickles
+from hubsae.hub.plan import PlanRow, PushPlan, PushResult
+from hubsae.hub.probes import Activations, have_saelens, verify
+from hubsae.hub.secrets import refuse_secrets
+from hubsae.hub.staging import Extras, Staging, check_source, on_the_hub, one_place, staged
 
 if TYPE_CHECKING:
-    from hubsae.core.sae import SAE
+    from torch import Tensor
 
 NOTHING_THERE = upload.State("", {})
 
 
+@named_options
 def push(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | SAE,
     repo_id: str | None = None,
     *,
-    token: str | bool | None = None,
-    endpoint: str | None = None,
+    revision: str | None = None,
+    tag: str | None = None,
+    pr: bool = False,
+    private: bool | None = None,
+    message: str | None = None,
+    base_model: str | None = None,
+    base_model_revision: str | None = None,
+    hook: str | None = None,
+    license: str | None = None,
+    datasets: str | Sequence[str] | None = None,
+    description: str | None = None,
+    pattern: str | None = None,
+    format: str | None = None,
+    choices: Mapping[str, Any] | None = None,
+    mixed_widths: bool | None = None,
+    id: str | None = None,
+    activations: str | os.PathLike[str] | Tensor | None = None,
+    also: Sequence[str] = (),
+    keep_source: bool = False,
+    prune: bool = False,
+    delete: Sequence[str] = (),
+    overwrite_config: bool = False,
+    title: str | None = None,
+    citation: str | None = None,
+    limitations: Sequence[str] | None = None,
+    card_template: str | os.PathLike[str] | None = None,
+    card_kind: str | None = None,
+    force_card: bool = False,
+    check_saelens: bool = True,
+    allow_secrets: bool = False,
+    dry_run: bool = False,
     confirm: Callable[[PushPlan], bool] | None = None,
     notify: Callable[[str], None] | None = None,
     bar: bool | None = None,
-    **options: Any,
+    token: str | bool | None = None,
+    endpoint: str | None = None,
 ) -> PushResult:
-    """Publish a folder of SAE files, a single file, a packaged release or a recipe's run folder.
-
-    `repo_id` is `<you>/<folder>` unless given. For the options see `PushOptions` (docs/publishing.md explains them).
-    `confirm` is shown the plan and may decline; `notify` gets one line for whatever happens on the way.
+    """Publish SAEs on the Hub, in one commit or not at all; an interrupted push is completed by the next.
 
     >>> push("saes_k64/", "me/my-saes", dry_run=True).plan.summary()      # doctest: +SKIP
     ['to https://huggingface.co/me/my-saes, a new public repo', ...]
+
+    What, and where to:
+        source: a folder of SAE files, one file, a release folder, a recipe's run folder, an SAE, or `OWNER/NAME` of a
+            repo on the Hub whose pile of files is to become a release.
+        repo_id: `name/repo`; `<you>/<folder>` unless given, for a repo on the Hub that repo.
+        revision: branch to publish on; made if missing.
+        tag: tag for the release, such as `v1.0`; never moved.
+        pr: open a pull request against main instead of committing.
+        private: visibility of a new repo.
+        message: title of the commit.
+    About the SAEs (the fields of `hubsae.yaml`, over which they win):
+        base_model, base_model_revision: id of the language model, and its commit.
+        hook: where the SAEs read, such as `model.layers.{layer}`.
+        license, datasets, description: of the release.
+        pattern: naming scheme of the files, such as `{stage}_L{layer}_k{k}.pt`.
+        format: read every file as this format.
+        choices: for the readers, against what they would decide, such as `{"topk_relu": True}`.
+        mixed_widths: allow SAEs of different input width in one release.
+        id: name of a single live SAE; it lies at the root of its repo unless given.
+        activations: a tensor, file or dataset to check quality on and to find BatchTopK thresholds with.
+        also: further formats beside each SAE: sparsify, onnx, pt, raw.
+        keep_source: ship the original files too.
+    What is there already:
+        prune: delete SAEs of the repo that are not in this release.
+        delete: patterns of files of the repo to delete in the same commit, such as `*.pt`.
+        overwrite_config: replace a `config.json` that is no release manifest.
+    The card:
+        title, citation, limitations: words of yours.
+        card_template: a template of your own (.md.j2).
+        card_kind: single, chain, grid or release; seen from the SAEs unless given.
+        force_card: replace generated blocks even where they were edited by hand.
+    How:
+        check_saelens: compare with stock SAELens, if it is installed.
+        allow_secrets: publish files that look like tokens, private keys or environment files.
+        dry_run: only plan.
+        confirm: is shown the plan and may decline.
+        notify: gets one line for whatever happens on the way.
+        bar: a progress bar; where standard error is a terminal unless said.
+        token, endpoint: as for every tool of the Hub.
     """
-    told = options_of(options)
+    check_source(source)
     client = HubClient(token, endpoint or "", notify=notify)
-    if not Path(source).expanduser().exists():
-        raise HubSAEError(
-            f"there is no folder or file {source}",
-            hint="push takes a folder of SAE files, a release folder or one file",
-        )
-    target = _target(client, _repo_id(client, repo_id, Path(source)), told)
-    with staged(client, Path(source), told) as staging:
-        return _push(client, staging, target, told, confirm, bar)
-
-
-def push_sae(sae: SAE, repo_id: str, *, id: str = ".", **options: Any) -> PushResult:
-    """Publish one SAE; at the root of its repo, unless an `id` (a folder) is given."""
-    told = options_of({k: v for k, v in options.items() if k not in _CALL})
-    call = {k: v for k, v in options.items() if k in _CALL}
-    client = HubClient(call.get("token"), call.get("endpoint") or "", notify=call.get("notify"))
-    with staging_folder() as folder:
-        fields = {"license": told.license, "description": told.description, "datasets": datasets_of(told)}
-        release = PackagedRelease.create(
-            folder / "release",
-            name=repo_id.rpartition("/")[2],
-            base_model=told.base_model or sae.metadata.base_model.id,
-            **{name: value for name, value in fields.items() if value},
-        )
-        release.add(sae, id, also=told.also)
-        staging = Staging(release.path, {id: lambda: sae}, {id: sae.metadata.provenance.source_format or "HubSAE"})
-        calibrate_all(staging, told)
-        target = _target(client, _repo_id(client, repo_id, folder), told)
-        return _push(client, staging, target, told, call.get("confirm"), call.get("bar"))
-
-
-_CALL = ("token", "endpoint", "confirm", "notify", "bar")
-
-
-# -- verify, plan, publish ---------------------------------------------------------------------------------------
-
-
-def _push(
-    client: HubClient,
-    staging: Staging,
-    target: Target,
-    told: PushOptions,
-    confirm: Callable[[PushPlan], bool] | None,
-    bar: bool | None,
-) -> PushResult:
-    release = open_release(staging.root)
-    rows = list(_verified(client, staging, release, told))
-    revision = told.revision or "main"
-    repo_id, state, exists, notes = target.repo_id, target.look(client), target.exists, target.notes
-    fields: dict[str, Any] = {"title": told.title, "citation": told.citation}
-    if told.limitations:
-        fields["limitations"] = list(told.limitations)
-    card = CardOptions(told.card_template, told.card_kind, told.force_card, fields)
-    merge = Merge(client, repo_id, release, card, told.prune, told.delete, told.overwrite_config)
-    contents = merge(state)
-    diff = upload.compare(contents, state.tree)
-    _mark(rows, release.manifest, diff)
-    plan = PushPlan(
-        repo_id, revision, exists, told.private, told.pr, told.tag, rows, merge.kept, diff,
-        [*staging.notes, *notes, *merge.notes, *_row_notes(rows, staging), *_file_notes(release)], client.endpoint,
+    target = _target(client, _repo_id(client, repo_id, source), revision, tag, pr, private, dry_run)
+    asked = PackageSpec.of(
+        base_model=base_model, base_model_revision=base_model_revision, hook=hook, license=license,
+        datasets=datasets or None, description=description, pattern=pattern, format=format, choices=choices or None,
+        mixed_widths=mixed_widths,
     )  # fmt: skip
-    if told.tag and exists:
-        _check_tag(client, repo_id, told.tag, state, diff)
-    if told.dry_run or (confirm is not None and not confirm(plan)):
-        return PushResult(plan, None)
-    if not exists:
-        repo_id = merge.repo_id = client.ensure_repo(repo_id, private=told.private)
-    if revision != "main" and not told.pr:
-        client.ensure_branch(repo_id, revision)
-    message = told.message or _message(release.manifest)
-    published = upload.publish(client, repo_id, merge, message=message, revision=revision, pr=told.pr, bar=bar)
-    if told.tag:
-        client.ensure_tag(repo_id, told.tag, published.commit)
-    return PushResult(plan, published, told.tag)
+    card = CardOptions(card_template, card_kind, force_card, title, citation, limitations)
+    with staged(client, source, target.repo_id, asked, Extras(id, also, keep_source, activations)) as staging:
+        files = files_of(staging.release, hashes=not staging.fresh)
+        merge = Merge(client, target.repo_id, staging.release, files, card, prune, delete, overwrite_config)
+        rows = list(_verified(client, staging, activations, check_saelens))
+        plan = _planned(client, target, staging, merge, rows)
+        if not allow_secrets:
+            refuse_secrets(plan.diff.sent)
+        if dry_run or (confirm is not None and not confirm(plan)):
+            return PushResult(plan, None)
+        if not target.exists:
+            merge.repo_id = client.ensure_repo(target.repo_id, private=private)
+        if target.revision != "main" and not pr:
+            client.ensure_branch(merge.repo_id, target.revision)
+        published = upload.publish(
+            client, merge.repo_id, merge, message=message or _message(staging.release.manifest),
+            revision=target.revision, pr=pr, bar=bar,
+        )  # fmt: skip
+        if tag:
+            client.ensure_tag(merge.repo_id, tag, published.commit)
+        return PushResult(plan, published, tag)
 
 
-def _verified(client: HubClient, staging: Staging, release: Release, told: PushOptions) -> Iterator[PlanRow]:
-    given = Activations(told.activations) if told.activations is not None else None
+# -- verify and plan ---------------------------------------------------------------------------------------------
+
+
+def _verified(client: HubClient, staging: Staging, activations: Any, check_saelens: bool) -> Iterator[PlanRow]:
+    release = staging.release
+    given = Activations(activations) if activations is not None else None
     only = one_place(release.manifest)
-    total = len(release.manifest)
+    total = len(release)
     step = max(1, total // 10)
-    if told.check_saelens and have_saelens() and total:
+    if check_saelens and have_saelens() and total:
         client.say("checking that stock SAELens computes the same (importing it takes a while)")
-    for number, entry in enumerate(release.manifest):
+    for number, entry in enumerate(release):
         if total > 10 and number % step == 0:
             client.say(f"checking {number + 1} of {total}: {entry.id}")
         source = staging.sources.get(entry.id)
-        folder = staging.root if entry.path == "." else staging.root / entry.path
-        vectors = given.of(entry.layer, entry.stage, only_place=only) if given is not None else None
-        found = check(
+        found = verify(
             entry.id,
-            folder,
+            release.folder(entry.id),
             source() if source is not None else None,
-            activations=vectors,
-            with_saelens=told.check_saelens,
+            activations=given.of(entry.layer, entry.stage, only_place=only) if given is not None else None,
+            with_saelens=check_saelens,
         )
         if entry.id in staging.calibrations:
             found.notes.append(str(staging.calibrations[entry.id]))
-        record = Metadata.load(folder)
+        record = release.metadata(entry.id)
         read_as = staging.read_as.get(entry.id) or record.provenance.source_format or "hubsae"
-        shape = f"{entry.d_in} x {entry.d_sae}"
-        yield PlanRow(entry.id, read_as, record.config.selection, shape, sum(f.size for f in entry.files), found)
+        size = sum(f.size for f in entry.files)
+        yield PlanRow(
+            entry.id, read_as, record.config.selection, f"{entry.d_in} x {entry.d_sae}", size, found, _own(record)
+        )
+
+
+def _own(record: Metadata) -> dict[str, float]:
+    """The metrics of a record in the scope that its SAE is for."""
+    return {m.name: m.value for m in record.own_metrics}
+
+
+def _planned(client: HubClient, target: Target, staging: Staging, merge: Merge, rows: list[PlanRow]) -> PushPlan:
+    """Compare the release with what is on the Hub."""
+    state = target.look(client)
+    diff = upload.compare(merge(state), state.tree)
+    _mark(rows, staging.release.manifest, diff)
+    notes = [*staging.notes, *target.notes, *merge.notes, *_row_notes(rows), *_file_notes(merge.files)]
+    if target.tag and target.exists:
+        _check_tag(client, target.repo_id, target.tag, state, diff)
+    return PushPlan(
+        target.repo_id, target.revision, target.exists, target.private, target.pr, target.tag, rows, merge.kept, diff,
+        notes, client.endpoint, [(f.path, f.size) for f in staging.release.manifest.files],
+    )  # fmt: skip
 
 
 @dataclass
@@ -161,9 +208,13 @@ class Target:
     """The repo that is published to, as it was found before any work was done."""
 
     repo_id: str
-    branch: str
-    """Where the plan is compared: the branch asked for, or main where that is new."""
+    revision: str
+    tag: str | None
+    pr: bool
+    private: bool | None
     exists: bool
+    branch: str = "main"
+    """Where the plan is compared: the branch asked for, or main where that is new."""
     notes: list[str] = field(default_factory=list)
 
     def look(self, client: HubClient) -> upload.State:
@@ -171,34 +222,43 @@ class Target:
         return upload.look(client, self.repo_id, self.branch) if self.exists else NOTHING_THERE
 
 
-def _target(client: HubClient, repo_id: str, told: PushOptions) -> Target:
+def _target(
+    client: HubClient,
+    repo_id: str,
+    revision: str | None,
+    tag: str | None,
+    pr: bool,
+    private: bool | None,
+    dry_run: bool,
+) -> Target:
     """Look the repo up first: a wrong name or token should not cost the time of packaging and checking."""
     if client.offline:
         raise OfflineError(
             f"publishing to {repo_id} needs the Hub, which is not asked (offline)", hint="unset HF_HUB_OFFLINE"
         )
+    target = Target(repo_id, revision or "main", tag, pr, private, True)
     try:
         info = client.info(repo_id)
     except RepoNotFoundError:
-        if told.pr:
+        if pr:
             raise
-        if not told.dry_run:
+        if not dry_run:
             _check_namespace(client, repo_id)
-        return Target(repo_id, "main", False)
-    target = Target(repo_id, told.revision or "main", True)
+        target.exists = False
+        return target
     if info.id.lower() != repo_id.lower():
         target.notes.append(f"{repo_id} is now called {info.id}; publishing there")
         target.repo_id = info.id
-    if told.private is not None and bool(info.private) != told.private:
+    if private is not None and bool(info.private) != private:
         visibility = "private" if info.private else "public"
         target.notes.append(f"{info.id} is {visibility} and stays so (change it in the repo's settings)")
     try:
-        client.head(target.repo_id, target.branch)
+        client.head(target.repo_id, target.revision)
+        target.branch = target.revision
     except RevisionNotFoundError:
-        if told.pr:
+        if pr:
             raise
-        target.notes.append(f"branch {target.branch} is new and will start from main")
-        target.branch = "main"
+        target.notes.append(f"branch {target.revision} is new and will start from main")
     return target
 
 
@@ -221,7 +281,7 @@ def _mark(rows: list[PlanRow], manifest: Manifest, diff: upload.Diff) -> None:
         row.on_hub = "new" if paths <= new else "changed" if paths & (new | changed) else "same"
 
 
-def _row_notes(rows: list[PlanRow], staging: Staging) -> list[str]:
+def _row_notes(rows: list[PlanRow]) -> list[str]:
     """Notes on single SAEs; one that holds for many is said once."""
     said: dict[str, list[str]] = {}
     for row in rows:
@@ -230,18 +290,16 @@ def _row_notes(rows: list[PlanRow], staging: Staging) -> list[str]:
     lines = []
     for note, ids in said.items():
         every = len(ids) == len(rows)
-        who = ids[0] if len(ids) == 1 else f"all {len(ids)} SAEs" if every else f"SAEs {cardtext.listing(ids, 3)}"
+        who = ids[0] if len(ids) == 1 else f"all {len(ids)} SAEs" if every else f"SAEs {listing(ids, 3)}"
         lines.append(f"{who}: {note}")
     return lines
 
 
-def _file_notes(release: Release) -> list[str]:
-    found = pickles(release.files)
+def _file_notes(files: Sequence[upload.LocalFile]) -> list[str]:
+    found = pickles(files)
     if not found:
         return []
-    return [
-        f"{len(found)} pickle file{'s' if len(found) > 1 else ''} will be shipped too ({cardtext.listing(found, 3)})"
-    ]
+    return [f"{len(found)} pickle file{'s' if len(found) > 1 else ''} will be shipped too ({listing(found, 3)})"]
 
 
 def _check_tag(client: HubClient, repo_id: str, tag: str, state: upload.State, diff: upload.Diff) -> None:
@@ -260,10 +318,14 @@ def _message(manifest: Manifest) -> str:
     return f"Publish {count} SAE{'s' if count != 1 else ''}" + (f" ({manifest.name})" if manifest.name else "")
 
 
-def _repo_id(client: HubClient, repo_id: str | None, source: Path) -> str:
+def _repo_id(client: HubClient, repo_id: str | None, source: str | os.PathLike[str] | SAE) -> str:
     if repo_id is not None and "@" in repo_id:
         raise HubSAEError(f"{repo_id!r}: a push goes to a branch", hint="give it as revision= (--revision)")
     if repo_id is not None and "/" in repo_id:
         return repo_id
-    name = repo_id or source.expanduser().resolve().name.removesuffix(".safetensors").removesuffix(".pt")
+    if repo_id is None and isinstance(source, SAE):
+        raise HubSAEError("which repo is this SAE published to?", hint='give its id: push(sae, "you/my-sae")')
+    if repo_id is None and on_the_hub(source):  # pyright: ignore[reportArgumentType]
+        return split_repo(str(source))[0]
+    name = repo_id or Path(str(source)).expanduser().resolve().name.removesuffix(".safetensors").removesuffix(".pt")
     return f"{client.whoami()}/{name}"

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from hubsae.core import intervene
+from hubsae.core.errors import named_options
 from hubsae.core.intervene import Recorded
 from hubsae.core.sae import SAE
+
+if TYPE_CHECKING:
+    from hubsae.hub.plan import PushPlan, PushResult
 
 
 class HubSAE(SAE):
@@ -65,11 +69,82 @@ class HubSAE(SAE):
 
         write(self, folder)
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
-        """Publish this SAE as a release of its own."""
-        from hubsae.hub.push import push_sae
+    @named_options
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        id: str | None = None,
+        revision: str | None = None,
+        tag: str | None = None,
+        pr: bool = False,
+        private: bool | None = None,
+        message: str | None = None,
+        base_model: str | None = None,
+        license: str | None = None,
+        datasets: str | Sequence[str] | None = None,
+        description: str | None = None,
+        activations: str | os.PathLike[str] | Tensor | None = None,
+        also: Sequence[str] = (),
+        prune: bool = False,
+        delete: Sequence[str] = (),
+        overwrite_config: bool = False,
+        title: str | None = None,
+        citation: str | None = None,
+        limitations: Sequence[str] | None = None,
+        card_template: str | os.PathLike[str] | None = None,
+        card_kind: str | None = None,
+        force_card: bool = False,
+        check_saelens: bool = True,
+        allow_secrets: bool = False,
+        dry_run: bool = False,
+        confirm: Callable[[PushPlan], bool] | None = None,
+        notify: Callable[[str], None] | None = None,
+        bar: bool | None = None,
+        token: str | bool | None = None,
+        endpoint: str | None = None,
+    ) -> PushResult:
+        """Publish this SAE as a release, in one commit or not at all; as `hubsae.push(sae, repo_id)`.
 
-        return push_sae(self, repo_id, **options)
+        Where to:
+            repo_id: `name/repo`.
+            id: its name in the release; it lies at the root of the repo unless given.
+            revision: branch to publish on; made if missing.
+            tag: tag for the release, such as `v1.0`; never moved.
+            pr: open a pull request against main instead of committing.
+            private: visibility of a new repo.
+            message: title of the commit.
+        About it:
+            base_model, license, datasets, description: for the record and the card.
+            activations: a tensor, file or dataset to check quality on and to find a BatchTopK threshold with.
+            also: further formats beside it: sparsify, onnx, pt, raw.
+        What is there already:
+            prune: delete SAEs of the repo that are not in this release.
+            delete: patterns of files of the repo to delete in the same commit.
+            overwrite_config: replace a `config.json` that is no release manifest.
+        The card:
+            title, citation, limitations: words of yours.
+            card_template, card_kind: a template of your own, or one of single, chain, grid, release.
+            force_card: replace generated blocks even where they were edited by hand.
+        How:
+            check_saelens: compare with stock SAELens, if it is installed.
+            allow_secrets: publish what looks like a token or key.
+            dry_run: only plan.
+            confirm: is shown the plan and may decline.
+            notify: gets one line for whatever happens on the way.
+            bar: a progress bar; where standard error is a terminal unless said.
+            token, endpoint: as for every tool of the Hub.
+        """
+        from hubsae.hub.push import push
+
+        return push(
+            self, repo_id, id=id, revision=revision, tag=tag, pr=pr, private=private, message=message,
+            base_model=base_model, license=license, datasets=datasets, description=description,
+            activations=activations, also=also, prune=prune, delete=delete, overwrite_config=overwrite_config,
+            title=title, citation=citation, limitations=limitations, card_template=card_template,
+            card_kind=card_kind, force_card=force_card, check_saelens=check_saelens, allow_secrets=allow_secrets,
+            dry_run=dry_run, confirm=confirm, notify=notify, bar=bar, token=token, endpoint=endpoint,
+        )  # fmt: skip
 
     def to_saelens(self) -> Any:
         """The same SAE as a SAELens object, where SAELens can express it."""

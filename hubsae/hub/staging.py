@@ -7,36 +7,55 @@ the options of the push change something in it. Nothing of the source is ever wr
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from hubsae.core.errors import ConfigError, HubSAEError
 from hubsae.core.files import read_json
+from hubsae.core.sae import SAE
+from hubsae.formats.detection import may_hold_weights
 from hubsae.formats.manifest import MANIFEST_NAME, Manifest
 from hubsae.formats.package import PackagePlan, load_planned, package
 from hubsae.formats.package import plan as plan_package
-from hubsae.formats.release import Release as PackagedRelease
-from hubsae.hub.client import HubClient, hf_home
-from hubsae.hub.plan import PushOptions, datasets_of
+from hubsae.formats.planning import IMAGE_SUFFIXES, belongs
+from hubsae.formats.release import Release
+from hubsae.formats.spec import PackageSpec
+from hubsae.hub.client import HubClient, hf_home, split_repo
 from hubsae.hub.probes import Activations, Calibration, calibrate
 
-if TYPE_CHECKING:
-    from hubsae.core.sae import SAE
-
 T = TypeVar("T")
+
+ROOT_ID = "."
+_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+(@\S+)?")
+WITH_A_PILE = (*IMAGE_SUFFIXES, ".json", ".yaml", ".csv")
+
+
+@dataclass
+class Extras:
+    """What a push adds to the SAEs themselves, beside the words about them."""
+
+    id: str | None = None
+    """Name of a single live SAE in its release."""
+    also: Iterable[str] = ()
+    keep_source: bool = False
+    activations: Any = None
 
 
 @dataclass
 class Staging:
     """A release folder ready to be checked, and where its SAEs came from."""
 
-    root: Path
+    release: Release
+    fresh: bool
+    """Written by this push just now: the hashes of its manifest were taken from what was written."""
     sources: dict[str, Callable[[], SAE]] = field(default_factory=dict)
     """By id: how to get what the written copy has to equal."""
     read_as: dict[str, str] = field(default_factory=dict)
@@ -44,28 +63,61 @@ class Staging:
     notes: list[str] = field(default_factory=list)
 
 
-@contextmanager
-def staged(client: HubClient, source: Path, told: PushOptions) -> Iterator[Staging]:
-    """The release folder for a source: itself, that of a run, or a packaged copy that is removed afterwards."""
-    source = source.expanduser()
-    if not source.exists():
-        raise HubSAEError(
-            f"there is no folder or file {source}",
-            hint="push takes a folder of SAE files, a release folder or one file",
-        )
-    release = _release_of(source)
-    if release is not None:
-        wrong = [n for n in ("hook", "pattern", "format", "choices", "base_model_revision") if getattr(told, n)]
-        if wrong:
-            raise ConfigError(
-                f"{release} is packaged already; {', '.join(wrong)} cannot be changed by a push",
-                hint="package the source files again with those options",
-            )
-        with staging_folder() as folder:
-            yield _adjusted(Staging(release), told, folder)
+def on_the_hub(source: str | os.PathLike[str] | SAE) -> bool:
+    """Whether a source is the id of a repo: nothing on this disk has that name, and it reads like one."""
+    return isinstance(source, str) and not Path(source).expanduser().exists() and _REPO_ID.fullmatch(source) is not None
+
+
+def check_source(source: str | os.PathLike[str] | SAE) -> None:
+    """Refuse a path that leads to nothing before anybody is asked anything."""
+    if isinstance(source, SAE) or on_the_hub(source) or Path(source).expanduser().exists():
         return
+    raise HubSAEError(
+        f"there is no folder or file {source}",
+        hint="push takes a folder of SAE files, a release folder, one file, or OWNER/NAME of a repo on the Hub",
+    )
+
+
+@contextmanager
+def staged(
+    client: HubClient, source: str | os.PathLike[str] | SAE, name: str, asked: PackageSpec, extras: Extras
+) -> Iterator[Staging]:
+    """The release folder for a source: itself, that of a run, or a packaged copy that is removed afterwards."""
     with staging_folder() as folder:
-        yield _packaged(client, source, told, folder)
+        if isinstance(source, SAE):
+            staging = _of_one(source, name, asked, extras, folder)
+        elif on_the_hub(source):
+            pile = fetch_pile(client, str(source))
+            asked = PackageSpec(name=name.rpartition("/")[2]).updated(asked)
+            staging = _packaged(client, plan_package(pile, asked, prefix=False), extras, folder)
+        elif (found := _release_of(Path(source).expanduser())) is not None:
+            staging = _adjusted(found, asked, extras, folder)
+        else:
+            staging = _packaged(client, plan_package(Path(source).expanduser(), asked), extras, folder)
+        calibrate_all(staging, extras)
+        yield staging
+
+
+def _of_one(sae: SAE, name: str, asked: PackageSpec, extras: Extras, folder: Path) -> Staging:
+    id = extras.id or ROOT_ID
+    fields = {"base_model": sae.metadata.base_model.id, **asked.manifest_fields()}
+    release = Release.create(folder / "release", name=name.rpartition("/")[2], **fields)
+    release.add(sae, id, also=extras.also)
+    return Staging(release, True, {id: lambda: sae}, {id: sae.metadata.provenance.source_format or "HubSAE"})
+
+
+def fetch_pile(client: HubClient, source: str) -> Path:
+    """The SAE files of a repo, through the shared cache; the snapshot folder that holds them."""
+    repo_id, revision = split_repo(source)
+    sha = client.head(repo_id, revision)
+    tree = client.tree(repo_id, sha)
+    wanted = [path for path in tree if path.endswith(WITH_A_PILE) or may_hold_weights(Path(path))]
+    if not wanted:
+        raise HubSAEError(f"{repo_id} holds no file that could be an SAE", hint="hubsae formats lists what is read")
+    client.say(f"fetching {len(wanted)} files of {repo_id}")
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda path: client.download(repo_id, path, revision=sha), wanted))
+    return client.cached_snapshot(repo_id, sha)
 
 
 def _release_of(source: Path) -> Path | None:
@@ -76,46 +128,29 @@ def _release_of(source: Path) -> Path | None:
     return None
 
 
-def _packaged(client: HubClient, source: Path, told: PushOptions, folder: Path) -> Staging:
-    spec = {
-        "base_model": told.base_model,
-        "base_model_revision": told.base_model_revision,
-        "hook": told.hook,
-        "license": told.license,
-        "datasets": datasets_of(told) or None,
-        "description": told.description,
-        "pattern": told.pattern,
-        "format": told.format,
-        "choices": told.choices,
-        "mixed_widths": told.mixed_widths,
-    }
-    todo = plan_package(source, **{name: value for name, value in spec.items() if value is not None})
-    with warnings.catch_warnings(record=True) as heard, progress_line(client, todo) as report:
-        warnings.simplefilter("always")
-        package(todo, folder / "release", also=told.also, progress=report)
-    staging = Staging(
-        folder / "release",
-        {item.id: (lambda item=item: _quietly(lambda: load_planned(todo, item))) for item in todo.saes},
-        {item.id: item.format for item in todo.saes},
-        notes=list(dict.fromkeys(str(w.message) for w in heard)),
-    )
-    if told.keep_source:
-        for item in todo.saes:
-            _keep(item.source, source if source.is_dir() else source.parent, staging.root / "source")
-    calibrate_all(staging, told)
-    return staging
-
-
-@contextmanager
-def progress_line(client: HubClient, todo: PackagePlan) -> Iterator[Callable[[Any, int, int], None]]:
-    """Tell that packaging goes on, a line per tenth of the SAEs."""
+def _packaged(client: HubClient, todo: PackagePlan, extras: Extras, folder: Path) -> Staging:
     step = max(1, len(todo.saes) // 10)
 
     def report(item: Any, number: int, total: int) -> None:
         if total > 8 and number % step == 0 and number < total:
             client.say(f"packaging {number + 1} of {total}: {item.id}")
 
-    yield report
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        release = package(todo, folder / "release", also=extras.also, progress=report)
+    staging = Staging(
+        release,
+        True,
+        {item.id: (lambda item=item: _quietly(lambda: load_planned(todo, item))) for item in todo.saes},
+        {item.id: item.format for item in todo.saes},
+        notes=list(dict.fromkeys(str(w.message) for w in caught)),
+    )
+    if extras.keep_source:
+        base = todo.source if todo.source.is_dir() else todo.source.parent
+        for item in todo.saes:
+            _keep(item.source, base, release.path / "source")
+        release.list_others()
+    return staging
 
 
 def _quietly(call: Callable[[], T]) -> T:
@@ -124,55 +159,64 @@ def _quietly(call: Callable[[], T]) -> T:
         return call()
 
 
-def _adjusted(staging: Staging, told: PushOptions, folder: Path) -> Staging:
+def _adjusted(root: Path, asked: PackageSpec, extras: Extras, folder: Path) -> Staging:
     """A packaged release with what the options say about it; the release folder itself is never changed."""
-    manifest = Manifest.read(staging.root)
-    uncut = [e.id for e in manifest if e.architecture == "batch_topk"]
-    changes = told.license or told.base_model or datasets_of(told) or told.description or told.also
-    if not changes and not (uncut and told.activations is not None):
-        return staging
+    wrong = asked.model_fields_set - {"license", "base_model", "datasets", "description"}
+    if wrong:
+        raise ConfigError(
+            f"{root} is packaged already; {', '.join(sorted(wrong))} cannot be changed by a push",
+            hint="package the source files again with those options",
+        )
+    release = Release.open(root)
+    if not asked.model_fields_set and not extras.also and not (_uncut(release) and extras.activations is not None):
+        return Staging(release, False)
     copy = folder / "release"
-    shutil.copytree(staging.root, copy, copy_function=_link, ignore=shutil.ignore_patterns(MANIFEST_NAME, ".*"))
-    shutil.copyfile(staging.root / MANIFEST_NAME, copy / MANIFEST_NAME)
-    release = PackagedRelease.open(copy)
-    updates = {"license": told.license, "description": told.description, "datasets": datasets_of(told) or None}
-    release.manifest = release.manifest.model_copy(update={k: v for k, v in updates.items() if v is not None})
-    if told.base_model or told.also:
-        for id in release.ids:
+    shutil.copytree(root, copy, copy_function=_link, ignore=lambda at, names: _not_copied(root, Path(at), names))
+    shutil.copyfile(root / MANIFEST_NAME, copy / MANIFEST_NAME)
+    release = Release.open(copy)
+    release.manifest = release.manifest.model_copy(update=asked.manifest_fields())
+    with release.one_manifest():
+        for id in release.ids if asked.base_model or extras.also else []:
             sae = release.load(id)
-            sae.metadata.base_model.id = told.base_model or sae.metadata.base_model.id
-            _unlink_all(copy / release.entry(id).path)
-            release.add(sae, id, also=told.also)
-        release.manifest.base_model = told.base_model or release.manifest.base_model
-    release.manifest.write(copy)
-    moved = Staging(copy, staging.sources, staging.read_as, notes=staging.notes)
-    calibrate_all(moved, told)
-    return moved
+            sae.metadata.base_model.id = asked.base_model or sae.metadata.base_model.id
+            _unlink_all(release.folder(id))
+            release.add(sae, id, also=extras.also)
+    return Staging(release, False)
 
 
-def calibrate_all(staging: Staging, told: PushOptions) -> None:
+def _uncut(release: Release) -> list[str]:
+    """Ids of BatchTopK SAEs without an inference threshold."""
+    return [
+        entry.id
+        for entry in release
+        if entry.architecture == "batch_topk" and release.metadata(entry.id).config.threshold is None
+    ]
+
+
+def calibrate_all(staging: Staging, extras: Extras) -> None:
     """Store a threshold in every BatchTopK SAE that has none, if there are activations to find it on."""
-    release = PackagedRelease.open(staging.root)
-    uncut = [e for e in release if e.architecture == "batch_topk" and release.metadata(e.id).config.threshold is None]
+    release = staging.release
+    uncut = _uncut(release)
     if not uncut:
         return
-    if told.activations is None:
+    if extras.activations is None:
         staging.notes.append(
             f"{len(uncut)} BatchTopK SAE{'s have' if len(uncut) > 1 else ' has'} no inference threshold; what fires "
             "depends on the batch. --activations FILE_OR_DATASET estimates one"
         )
         return
-    given, only = Activations(told.activations), one_place(release.manifest)
-    for entry in uncut:
-        vectors = given.of(entry.layer, entry.stage, only_place=only)
-        if vectors is None:
-            staging.notes.append(f"{entry.id}: no activations for it in {told.activations}, so no threshold")
-            continue
-        fixed, calibration = calibrate(_quietly(lambda entry=entry: release.load(entry.id)), vectors)
-        _unlink_all(release.folder(entry.id))
-        release.add(fixed, entry.id, also=told.also)
-        staging.sources[entry.id] = lambda fixed=fixed: fixed
-        staging.calibrations[entry.id] = calibration
+    given, only = Activations(extras.activations), one_place(release.manifest)
+    with release.one_manifest():
+        for entry in [release.entry(id) for id in uncut]:
+            vectors = given.of(entry.layer, entry.stage, only_place=only)
+            if vectors is None:
+                staging.notes.append(f"{entry.id}: no activations for it in {extras.activations}, so no threshold")
+                continue
+            fixed, calibration = calibrate(_quietly(lambda entry=entry: release.load(entry.id)), vectors)
+            _unlink_all(release.folder(entry.id))
+            release.add(fixed, entry.id, also=extras.also)
+            staging.sources[entry.id] = lambda fixed=fixed: fixed
+            staging.calibrations[entry.id] = calibration
 
 
 def one_place(manifest: Manifest) -> bool:
@@ -209,6 +253,16 @@ def _alive(pid: int) -> bool:
     return True
 
 
+def _not_copied(root: Path, at: Path, names: list[str]) -> list[str]:
+    """The manifest (it is written anew), hidden files, links to folders and links that lead out of the release."""
+
+    def skip(path: Path) -> bool:
+        away = path.is_symlink() and (path.is_dir() or not belongs(path, root))
+        return away or path.name.startswith(".") or path == root / MANIFEST_NAME
+
+    return [name for name in names if skip(at / name)]
+
+
 def _link(source: str, target: str) -> str:
     """A hard link where the disk allows it, else a copy."""
     try:
@@ -227,6 +281,8 @@ def _unlink_all(folder: Path) -> None:
 
 def _keep(source: Path, base: Path, target: Path) -> None:
     for path in [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.is_file()):
+        if source.is_dir() and not belongs(path, base):
+            continue
         place = target / path.relative_to(base)
         place.parent.mkdir(parents=True, exist_ok=True)
-        _link(str(path), str(place))
+        _link(os.path.realpath(path), str(place))

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from hubsae.core.errors import HubRequestError, HubSAEError
 from hubsae.core.files import sha256_file
 from hubsae.core.progress import progress
+from hubsae.formats.planning import belongs
 from hubsae.hub.client import HubClient, RemoteFile
 from hubsae.hub.errors import ConflictError, IntegrityError
 from hubsae.hub.explain import explained
@@ -443,11 +444,12 @@ def fingerprint(files: Iterable[LocalFile]) -> str:
 
 
 def files_under(root: str | os.PathLike[str]) -> list[LocalFile]:
-    """Every file below a folder, hidden ones and links to elsewhere excepted, with repo paths."""
+    """Every file below a folder, hidden ones and links that lead out of it excepted, with repo paths."""
     base = Path(root)
     found = []
     for path in sorted(base.rglob("*")):
         relative = path.relative_to(base)
-        if path.is_file() and not path.is_symlink() and not any(p.startswith(".") for p in relative.parts):
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if path.is_file() and not hidden and (not path.is_symlink() or belongs(path, base)):
             found.append(LocalFile(relative.as_posix(), path))
     return found

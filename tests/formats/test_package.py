@@ -123,7 +123,7 @@ def test_pattern_for_other_naming_schemes(tmp_path):
         release = package(tmp_path / "runs", tmp_path / "out", base_model=BASE, pattern="{stage}/L{layer}-k{k}.pt")
     assert {(e.stage, e.layer, e.k) for e in release} == {("early", 3, 4), ("late", 11, 4)}
     with pytest.raises(ConfigError, match=r"unknown field \{step\}"):
-        plan(tmp_path / "runs", pattern="{step}.pt")
+        package(tmp_path / "runs", tmp_path / "out2", pattern="{step}.pt")
 
 
 def test_grid_names_stay_recognisable_and_folders_keep_their_place(tmp_path):

@@ -1,0 +1,54 @@
+"""What should not be published by mistake: tokens, private keys, environment files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from hubsae.core.errors import HubSAEError
+from hubsae.core.text import printable
+from hubsae.hub.upload import LocalFile
+
+WHOLE, HEAD = 8 << 20, 1 << 20
+"""Bytes: files up to the first are read whole, of larger ones (weights) the beginning, which holds their header."""
+
+_NAMES = re.compile(
+    r"\.env(\..*)?|.*\.env|id_(rsa|dsa|ecdsa|ed25519)|.*\.(pem|p12|pfx)|\.?netrc|\.git-credentials", re.I
+)
+_CONTENTS = (
+    ("a Hugging Face token", re.compile(rb"(?<![A-Za-z0-9_])hf_[A-Za-z0-9]{20,}")),
+    ("a private key", re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----")),
+    ("a GitHub token", re.compile(rb"(?<![A-Za-z0-9_])(gh[pousr]_[A-Za-z0-9]{36}|github_pat_[A-Za-z0-9_]{40,})")),
+    ("an AWS key", re.compile(rb"(?<![A-Za-z0-9])AKIA[0-9A-Z]{16}(?![A-Za-z0-9])")),
+    ("an API key", re.compile(rb"(?<![A-Za-z0-9_-])sk-[A-Za-z0-9_-]{32,}")),
+)
+
+
+def secrets_in(files: Iterable[LocalFile]) -> Iterator[tuple[str, str]]:
+    """(path, what it looks like) of every file that seems to hold something secret."""
+    for file in files:
+        if _NAMES.fullmatch(file.path.rpartition("/")[2]):
+            yield file.path, "an environment, key or password file"
+            continue
+        content = file.source if isinstance(file.source, bytes) else _beginning(file.source)
+        for what, pattern in _CONTENTS:
+            if pattern.search(content):
+                yield file.path, what
+                break
+
+
+def _beginning(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(WHOLE if path.stat().st_size <= WHOLE else HEAD)
+
+
+def refuse_secrets(files: Iterable[LocalFile]) -> None:
+    """An error that names what looks secret; the text itself is not repeated."""
+    found = [f"{printable(path)} ({what})" for path, what in secrets_in(files)]
+    if found:
+        raise HubSAEError(
+            f"this push would publish what looks like a secret: {', '.join(found)}",
+            hint="remove it (and revoke a token that was ever published); if it is none, --allow-secrets "
+            "(allow_secrets=True) publishes it",
+        )
