@@ -93,8 +93,9 @@ def read_off(sums: Reconstruction) -> ReconstructionResult:
         features = _features(sums, name, n_tokens)
         draws: dict[tuple[str, str], np.ndarray] = {}
         sse = sums.saes[name].bin_sse.value()
-        by_group = _by_group(sums.saes[name].stats.value(), scopes[0].cells)[:, ROW_STATS.index("sse")]
-        elements = _by_group(sums.inputs.n, scopes[0].cells).double() * sums.d
+        own = next((s for s in scopes if s.name == sae.metadata.own_scope), scopes[0])
+        by_group = _by_group(sums.saes[name].stats.value(), own.cells)[:, ROW_STATS.index("sse")]
+        elements = _by_group(sums.inputs.n, own.cells).double() * sums.d
         out[name] = SAEReconstruction(
             name=name,
             measures=_measures(sums, name, scopes, kind, draws) + _feature_measures(sums, name, features),

@@ -81,7 +81,8 @@ class SAEReconstruction:
     """Bootstrap values by (metric, scope). Two passes over the same samples draw the same groups, so the
     differences of their draws are paired."""
     by_group: np.ndarray
-    """[groups, 2] squared error and number of elements of each group of samples, for comparisons in pairs"""
+    """[groups, 2] squared error and number of elements of each group of samples in the SAE's own scope, for comparisons
+    in pairs"""
     own_scope: str
     """The tokens this SAE is for, by its record"""
 

@@ -62,6 +62,7 @@ class DataSettings(Settings):
     revision: str | None = None
     train_split: str = "train"
     test_split: str = "test"
+    rows: int | None = Field(default=None, description="Rows kept of each split; default: all.")
     samples: int = Field(default=7473, description="This and the next are used for the estimates of a dry run only.")
     tokens_per_sample: float = 60
 
@@ -148,6 +149,7 @@ def fetch_subject(
         found = {"model": str(Path(model.id).resolve()) if here else model.id, "revision": pinned}
         found["data_revision"] = commit
         label, dataset = model.label, data.id
+    train, test = train[: data.rows], test[: data.rows]
     for split, rows in (("train", train), ("test", test)):
         lines = [json.dumps(row, ensure_ascii=False) for row in rows]
         write_text_atomic(folder / f"{split}.jsonl", "\n".join(lines) + "\n")
@@ -158,7 +160,8 @@ def open_subject(folder: Path, result: dict[str, Any]) -> Subject:
     """What `fetch_subject` left in `folder`."""
     inside = folder / result["model"]
     train, test = (
-        [json.loads(line) for line in (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+        # not splitlines: real texts hold other separators of lines, which JSON leaves as they are
+        [json.loads(line) for line in (folder / f"{split}.jsonl").read_text(encoding="utf-8").split("\n") if line]
         for split in ("train", "test")
     )
     model = str(inside) if inside.is_dir() else result["model"]

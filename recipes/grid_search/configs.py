@@ -48,6 +48,7 @@ def train_configs(
     steps = max(1, round(settings.epochs * (source.n_rows // settings.batch_size)))
     shared: dict[str, Any] = {
         "batch_size": settings.batch_size,
+        **({"exclude": settings.exclude} if settings.exclude else {}),
         "epochs": settings.epochs,
         "data_seed": seed,
         "normalize": settings.normalize,

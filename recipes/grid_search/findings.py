@@ -14,8 +14,10 @@ from typing import NamedTuple
 from .analysis import METRICS, Analysis, Question
 from .cells import KINDS, LABELS
 from .paired import Comparison, sign_test
+from .pareto import TOLERANCE
 from .published import PublishedRow, pairs
 from .synthetic import COSINE, Recovery
+from .table import WITH_FIRST, WITHOUT_FIRST
 
 MOST_IDS = 6
 """Ids a sentence lists before it only counts."""
@@ -106,7 +108,9 @@ def _front(analysis: Analysis) -> Finding | None:
         shares = _listing([f"{n} of the {of} {label} cells" for label, n, of in counts if of])
         ids = _listing([f"`{row.id}`" for row in best[:MOST_IDS]])
         ids += f" and {len(best) - MOST_IDS} more" if len(best) > MOST_IDS else ""
-        sentences.append(f"On L0 against {words}, no cell beats {ids}: {shares}.")
+        sentences.append(
+            f"No cell as sparse (an L0 at most {100 * TOLERANCE:.0f} % higher) has less {words} than {ids}: {shares}."
+        )
     return Finding("The Pareto front.", sentences) if sentences else None
 
 
@@ -180,13 +184,19 @@ def _loss(analysis: Analysis) -> Finding | None:
 
 
 def _first_position(analysis: Analysis) -> Finding | None:
-    both = [(r.value("fvu"), r.value("fvu@no_position_0"), r) for r in analysis.rows]
-    known = [(a, b, r) for a, b, r in both if a is not None and b is not None]
-    nmse = [(r.value("nmse_pooled"), r.value("nmse_pooled@no_position_0")) for _, _, r in known]
-    ratios = [b / a for a, b in nmse if a and b]
-    if not known or not ratios:
+    """What the first token of each text, where models put a massive activation, does to the numbers."""
+    left_out = any(r.value(f"fvu@{WITH_FIRST}") is not None for r in analysis.rows)
+    first, rest = ("@" + WITH_FIRST, "") if left_out else ("", "@" + WITHOUT_FIRST)
+
+    def both(metric: str) -> list[tuple[float, float]]:
+        pairs = [(r.value(metric + first), r.value(metric + rest)) for r in analysis.rows]
+        return [(a, b) for a, b in pairs if a is not None and b is not None]
+
+    fvu, ratios = both("fvu"), [b / a for a, b in both("nmse_pooled") if a and b]
+    if not fvu or not ratios:
         return None
-    with_, without = _range([a for a, _, _ in known]), _range([b for _, b, _ in known])
+    about = "These SAEs are not for the first token of a text and were trained without it. " if left_out else ""
+    with_, without = _range([a for a, _ in fvu]), _range([b for _, b in fvu])
     if max(ratios) < 1.2 and min(ratios) > 1 / 1.2:
         last = "pooled NMSE hardly changes either: this model has no massive activation there."
     else:
@@ -194,10 +204,8 @@ def _first_position(analysis: Analysis) -> Finding | None:
             f"pooled NMSE changes by a factor of {min(ratios):.2g} to {max(ratios):.2g}: it divides by the variance of "
             "all elements, which a few massive coordinates at the first position can fill."
         )
-    return Finding(
-        "The first position.",
-        [f"FVU is {with_} with the first token of each text and {without} without it; {last}"],
-    )
+    text = f"{about}FVU is {with_} with the first token of each text and {without} without it; {last}"
+    return Finding("The first position.", [text])
 
 
 def _truth(analysis: Analysis) -> Finding | None:

@@ -27,7 +27,7 @@ from hubsae.evals.splice import splice_many
 from .analysis import FailedCell
 from .cells import Cell, parse_id
 from .paired import Units
-from .table import FULL, WITHOUT_FIRST, GridRow, Number
+from .table import BOTH_WAYS, FULL, WITH_FIRST, WITHOUT_FIRST, GridRow, Number
 
 WEIGHTS_AT_ONCE = 4 << 30
 """Bytes of SAEs held at a time; the data is read once for each such part."""
@@ -67,17 +67,18 @@ def measure(
     for part in _parts(saes, out):
         found = reconstruction(part, activations)
         spliced = splice_many(
-            model, tokenizer, {name: (sae, hook) for name, sae in part.items()}, texts, max_length=max_length
-        )
+            model, tokenizer, {name: (sae, hook) for name, sae in part.items()}, texts, max_length=max_length,
+            keep_position_0=all("position_0" in sae.metadata.training.exclude for sae in part.values()),
+        )  # fmt: skip
         for name in part:
             cell, ours, loss = parse_id(name), found[name], spliced[name]
             out.units["mse"][cell] = Units(ours.by_group[:, 0], ours.by_group[:, 1])
             texts_ = [row for row in loss.per_text if row["scope"] == "all"]
             added = np.array([row["ce_sae"] - row["ce_clean"] for row in texts_])
             out.units["delta_ce"][cell] = Units(added, np.array([row["n"] for row in texts_]))
-            chosen = _chosen([*ours.measures, *loss.measures])
-            out.rows.append(GridRow(cell, {_key(m): _number(m) for m in chosen if m.value is not None}))
-            out.metrics[name] = to_metrics(chosen)
+            chosen = _chosen(ours.measures, ours.own_scope) | _chosen(loss.measures, ours.own_scope)
+            out.rows.append(GridRow(cell, {k: _number(m) for k, m in chosen.items() if m.value is not None}))
+            out.metrics[name] = to_metrics(list(chosen.values()))
             out.sparsity[name] = ours.features.log10_density()
             finished += 1
             if done is not None:
@@ -113,14 +114,17 @@ def _parts(saes: Mapping[str, Callable[[], SAE]], out: Measured) -> Iterator[dic
         yield held
 
 
-def _chosen(measures: Sequence[Measure]) -> list[Measure]:
-    """What a grid reports of each SAE."""
-    everything = [m for m in measures if m.scope == "all" and m.name in FULL]
-    return everything + [m for m in measures if m.scope == NOT_FIRST and m.name in WITHOUT_FIRST]
-
-
-def _key(measure: Measure) -> str:
-    return measure.name if measure.scope == "all" else f"{measure.name}@no_position_0"
+def _chosen(measures: Sequence[Measure], own: str) -> dict[str, Measure]:
+    """What a grid reports of each SAE: everything in its own scope, and a few with (or without) position 0."""
+    here = {m.scope for m in measures}
+    found: dict[str, Measure] = {}
+    for m in measures:
+        # a splice leaves alone what the SAE is not for, and calls what it replaces "all"
+        if m.name in FULL and (m.scope == own or (m.scope == "all" and own not in here)):
+            found[m.name] = m
+    other, suffix = ("all", WITH_FIRST) if own == NOT_FIRST else (NOT_FIRST, WITHOUT_FIRST)
+    found |= {f"{m.name}@{suffix}": m for m in measures if m.scope == other and m.name in BOTH_WAYS}
+    return found
 
 
 def _number(measure: Measure) -> Number:

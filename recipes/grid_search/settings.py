@@ -43,6 +43,8 @@ class GridData(DataSettings):
     @property
     def described(self) -> str:
         """For the record."""
+        if self.kind != "problems":
+            return "conversations in the chat template" if self.kind == "chats" else "plain text"
         return "question and answer in the chat template" if self.chat else "the bare question"
 
 
@@ -104,6 +106,9 @@ class JumpReLUSettings(Settings):
 class TrainSettings(Settings):
     """How every cell is trained: what they share, so that one pass over the data serves them all."""
 
+    exclude: tuple[str, ...] = Field(
+        default=(), description="Token groups the SAEs are not for: position_0, special, massive ..."
+    )
     epochs: float = Field(default=10, gt=0)
     batch_size: int = Field(default=512, ge=1)
     lr: float = Field(default=1e-4, gt=0)

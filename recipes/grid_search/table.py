@@ -23,8 +23,11 @@ FULL = (
     "delta_ce", "frac_recovered_mean", "frac_recovered_zero", "kl",
 )  # fmt: skip
 """Metrics of results_full.csv, each with its interval and the tokens it rests on."""
-WITHOUT_FIRST = ("mse", "nmse_pooled", "fvu", "l0")
-"""Those that are also given without the first position of each text."""
+BOTH_WAYS = ("mse", "nmse_pooled", "fvu", "l0")
+"""Those that are also given without the first position of each text, or with it where the SAEs are not for it."""
+WITHOUT_FIRST, WITH_FIRST = "no_position_0", "all"
+KEYS = (*FULL, *(f"{name}@{scope}" for scope in (WITHOUT_FIRST, WITH_FIRST) for name in BOTH_WAYS))
+"""All of them: numbers are those of the SAE's own scope; `fvu@all` is fvu over all tokens."""
 
 
 class Number(NamedTuple):
@@ -111,7 +114,7 @@ def full_row(row: GridRow) -> dict[str, Any]:
         "Delta Loss": row.value("delta_ce"),
         "Frac Rec %": None if ratio is None else 100 * ratio,
     }
-    for metric in (*FULL, *(f"{name}@no_position_0" for name in WITHOUT_FIRST)):
+    for metric in KEYS:
         number = row.numbers.get(metric)
         out[metric] = None if number is None else number.value
         out[f"{metric}_low"] = None if number is None else number.low
@@ -125,7 +128,7 @@ def write_results(folder: str | Path, rows: Sequence[GridRow]) -> tuple[Path, Pa
     root, ordered = Path(folder), in_order(rows)
     return (
         write_csv_atomic(root / "results.csv", _aligned([compact_row(row) for row in ordered])),
-        write_csv_atomic(root / "results_full.csv", [full_row(row) for row in ordered]),
+        write_csv_atomic(root / "results_full.csv", _aligned([full_row(row) for row in ordered])),
     )
 
 
@@ -151,7 +154,7 @@ def _read_row(line: dict[str, str]) -> GridRow:
     from .cells import parse_id
 
     numbers = {}
-    for metric in (*FULL, *(f"{name}@no_position_0" for name in WITHOUT_FIRST)):
+    for metric in KEYS:
         value = _number(line.get(metric))
         if value is not None:
             tokens = _number(line.get(f"{metric}_n_tokens"))
