@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from hubsae.core.settings import Settings
-from hubsae.core.text import MESSAGE_KEYS
+from hubsae.core.text import MESSAGE_KEYS, TEXT_KEYS
 from hubsae.recipes.subject import DataSettings, ModelSettings
 
 from .cells import Cell, Kind
@@ -33,7 +33,7 @@ class GridData(DataSettings):
                 return row["question"]
             turns = (("user", row["question"]), ("assistant", row["answer"]))
             return {"messages": [{"role": role, "content": content} for role, content in turns]}
-        key = next(iter(row))
+        key = next(key for key in row if key in (*MESSAGE_KEYS, *TEXT_KEYS))
         return {"messages": row[key]} if key in MESSAGE_KEYS else row[key]
 
     def mode(self, items: list[Any]) -> Any:
