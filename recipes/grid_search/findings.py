@@ -109,7 +109,6 @@ def _front(analysis: Analysis) -> Finding | None:
         ids = _listing([f"`{row.id}`" for row in best[:MOST_IDS]])
         ids += f" and {len(best) - MOST_IDS} more" if len(best) > MOST_IDS else ""
         sentences.append(
-        sentences.append(
             f"No cell as sparse (an L0 at most {100 * TOLERANCE:.0f} % higher) has less {words} than {ids}: {shares}."
         )
     return Finding("The Pareto front.", sentences) if sentences else None
