@@ -44,8 +44,9 @@ def hook_of(sae: SAE, hook: Any = None) -> HookPoint:
     if hook is not None:
         return HookPoint.parse(hook)
     info = sae.metadata.hook
-    if info.layer is not None:
-        return HookPoint.parse(f"{info.layer}.{info.kind}")
+    if info.layer is not None and info.kind != "other":
+        said = HookPoint.parse(info.module_path).said if info.module_path else ""
+        return HookPoint(info.layer, info.kind, said)
     for name in (info.transformer_lens, info.module_path):
         if name:
             return HookPoint.parse(name)

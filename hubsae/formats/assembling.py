@@ -192,7 +192,7 @@ def _record(found: Found, choices: Overrides, config: SAEConfig, normalizer: Nor
             base[key] = value
     if "step" not in base and (step := stage_step(base.get("stage"))) is not None:
         base["step"] = step
-    record["hook"] = hook_record(found.hook, found.layer) | record.get("hook", {})
+    record["hook"] = hook_record(found.hook, found.layer, base.get("id")) | record.get("hook", {})
     record["config"] = config
     record["decoder"] = found.flags.model_copy(update={"overridden": choices.of_reading()})
     if "normalizer" not in record:

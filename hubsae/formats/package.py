@@ -15,7 +15,7 @@ from typing import Any
 
 from hubsae.core.errors import ConfigError, FormatError
 from hubsae.core.files import sha256_file
-from hubsae.core.hooks import hook_record
+from hubsae.core.hooks import KINDS, hook_record
 from hubsae.core.sae import SAE
 from hubsae.formats.base import Overrides, Probe
 from hubsae.formats.detection import FORMATS, weight_files
@@ -157,13 +157,13 @@ def _complete(todo: PackagePlan, item: PlannedSAE, sae: SAE) -> None:
                 f"{item.source}: hook {hook!r} needs the layer, which its name does not say", hint=_ask(item)
             )
         named = hook.replace("{layer}", str(layer))
-        named = (
-            f"{layer}.{named}"
-            if layer is not None and named in ("resid_post", "resid_pre", "mlp_out", "attn_out")
-            else named
-        )
-        for key, value in hook_record(named, layer).items():
+        named = f"{layer}.{named}" if layer is not None and named in KINDS else named
+        for key, value in hook_record(named, layer, record.base_model.id).items():
             setattr(record.hook, key, value)
+    elif record.hook.module_path is None and record.hook.transformer_lens is not None:
+        # which module it is may depend on the family, which is known by now
+        known = hook_record(record.hook.transformer_lens, record.hook.layer, record.base_model.id)
+        record.hook.module_path = known.get("module_path")
     missing = [what for what, value in (
         ("the base model", record.base_model.id),
         ("the hook point", record.hook.module_path or record.hook.transformer_lens),
