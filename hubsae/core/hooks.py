@@ -64,6 +64,14 @@ _ALWAYS = {
 _POST_NORM_MODELS = re.compile(r"gemma-?[23]|olmo-?[23]|exaone-?4", re.IGNORECASE)
 
 
+# blocks in which what attention and MLP return is not what they add to the residual
+_SCALES = ("residual_multiplier", "residual_scale", "layer_scalar", "altup", "attn_alpha_factor", "mamba")
+_OTHERWISE = (
+    "BloomBlock", "BeamDecoderLayer", "DogeDecoderLayer", "FalconH1", "Inkling", "MiniMaxDecoderLayer",
+    "DeepseekV4DecoderLayer", "modeling_openai.Block",
+)  # fmt: skip
+
+
 class Place(NamedTuple):
     """What a hook goes on."""
 
@@ -192,10 +200,11 @@ class HookPoint:
 
     def _added(self, block: nn.Module) -> str:
         """The part of a block whose output is added to the residual."""
-        if hasattr(block, "residual_multiplier") or hasattr(block, "layer_scalar") or hasattr(block, "altup"):
+        name = f"{type(block).__module__}.{type(block).__name__}"
+        if any(hasattr(block, attribute) for attribute in _SCALES) or any(family in name for family in _OTHERWISE):
             raise HookError(
-                f"{type(block).__name__} scales what its parts return before adding it, so {self.kind} is no module's "
-                "output there",
+                f"{type(block).__name__} does not just add what its parts return (it scales it, or adds before they "
+                f"return), so {self.kind} is no module's output there",
                 hint="use resid_post or resid_mid, or name the module with its side: 3.mlp.output",
             )
         mlp = self.kind == "mlp_out"

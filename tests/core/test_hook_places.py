@@ -95,12 +95,13 @@ def test_a_module_that_is_not_what_is_added_is_refused_or_taken_as_itself():
     assert torch.equal(activations(llama, "model.layers.1.mlp"), activations(llama, "1.mlp_out"))
 
 
-def test_a_family_that_scales_what_it_adds_refuses_the_parts():
-    model = tiny("granite")
+@pytest.mark.parametrize("family", ["granite", "bloom", "falcon_h1"])
+def test_a_family_that_does_not_just_add_its_parts_refuses_them(family):
+    model = tiny(family)
     for kind in ("mlp_out", "attn_out"):
-        with pytest.raises(HookError, match="scales"):
+        with pytest.raises(HookError, match="does not just add"):
             activations(model, f"1.{kind}")
-    assert activations(model, "1.resid_mid").shape == (2, 5, 32)
+    assert activations(model, "1.resid_pre").shape == (2, 5, 32)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "mlp_norm"])
