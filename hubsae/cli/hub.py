@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from hubsae.localhub import Token
+    from hubsae.localhub import LocalHub, Token
 
 PANEL = "Tools"
 
@@ -44,6 +44,9 @@ def serve(
             help="Fail on purpose: METHOD:PATTERN:STATUS|drop|lost[:COUNT], as POST:/commit/:503:2. Repeatable."
         ),
     ] = None,
+    world: Annotated[
+        str | None, typer.Option(help="Serve a world, too: its model, chats, problems and texts (small or tiny).")
+    ] = None,
     fsync: Annotated[
         bool, typer.Option("--fsync/--no-fsync", help="Survive power loss, not only a killed process.")
     ] = True,
@@ -62,12 +65,15 @@ def serve(
 
     try:
         tokens = tuple(Token.parse(text) for text in token or ()) or (_kept_token(root),)
+        members = {token.user: "admin" for token in tokens if token.role == "write"}
+        # the ids of a world say `local/...`, whoever runs the server
+        homes = (Org("local", members),) if world and "local" not in members else ()
         settings = Settings(
             root=root,
             host=host,
             port=port,
             tokens=tokens,
-            orgs=tuple(Org.parse(text) for text in org or ()),
+            orgs=tuple(Org.parse(text) for text in org or ()) + homes,
             xet=xet,
             cdn=cdn,
             multipart_threshold=multipart_threshold,
@@ -78,6 +84,8 @@ def serve(
         hub = LocalHub(settings)
     except LocalHubError as why:
         raise HubSAEError(str(why)) from why
+    if world:
+        _serve_world(world, hub)
     console = err()
     console.print(f"Serving {hub.root} at {hub.url} (Ctrl-C stops). In another shell:")
     console.print(f"  export HF_ENDPOINT={hub.url} HF_TOKEN={hub.token}", markup=False)
@@ -86,6 +94,31 @@ def serve(
     if host not in ("127.0.0.1", "localhost", "::1"):
         console.print("Reachable from the network over plain HTTP: use it only where you trust everyone on it.")
     hub.serve_forever()
+
+
+def _serve_world(name: str, hub: LocalHub) -> None:
+    """Make the world, and upload it from beside the server as soon as that answers."""
+    import threading
+    import time
+    from urllib.error import URLError
+    from urllib.request import ProxyHandler, build_opener
+
+    from hubsae.cli.world import repos_of
+    from hubsae.core.progress import say
+    from hubsae.hub.mirror import mirror_folders
+
+    repos = repos_of(name)
+
+    def upload() -> None:
+        for _ in range(600):
+            try:
+                build_opener(ProxyHandler({})).open(hub.url, timeout=10).close()
+                break
+            except URLError:
+                time.sleep(0.1)
+        mirror_folders(repos, hub.url, hub.token, notify=say)
+
+    threading.Thread(target=upload, name="hubsae-world", daemon=True).start()
 
 
 def _kept_token(root: Path) -> Token:
