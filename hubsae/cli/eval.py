@@ -37,17 +37,34 @@ def command(
     layer: Annotated[int | None, typer.Option(help="Only SAEs of this layer.")] = None,
     stage: Annotated[str | None, typer.Option(help="Only SAEs of this stage.")] = None,
     k: Annotated[int | None, typer.Option(help="Only SAEs with this k.")] = None,
-    scope: Annotated[str, typer.Option(help="Splice: all, prompt or response, for the table shown here.")] = "all",
+    scope: Annotated[
+        str | None,
+        typer.Option(help="Tokens the numbers are about, as 'response & not position_0'; otherwise each SAE's own."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--exclude", "-x",
+            help="Leave these tokens out, and alone in the splice: position_0, special, massive, any column. "
+            "'none' leaves out nothing. Otherwise what the SAE's training left out.",
+        ),
+    ] = None,
+    by_group: Annotated[
+        bool, typer.Option("--by-group", help="The error by group of tokens: position 0, special, template, content.")
+    ] = False,
     max_texts: Annotated[int | None, typer.Option(min=1, help="Splice: use only the first N texts.")] = None,
     max_length: Annotated[int | None, typer.Option(min=2, help="Splice: cut texts at this many tokens.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:0 ...")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="Type the model runs in; otherwise as it is stored.")] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Measure an SAE at another layer or in another model than its record names.")
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="Write tables here instead of into the release. Needed for a repo."),
     ] = None,
     as_json: JsonOption = False,
-) -> None:
+) -> None:  # fmt: skip
     """Measure reconstruction on activations, and cross-entropy with the SAE spliced into a model.
 
     Every number carries its definition, token count, scope and interval; docs/metrics.md has the list.
@@ -55,29 +72,44 @@ def command(
       hubsae eval release/ --activations acts/
       hubsae eval me/my-saes --activations me/my-acts --out results/
       hubsae eval release/ --model Qwen/Qwen2.5-0.5B-Instruct --text gsm8k.jsonl
+      hubsae eval release/ --activations acts/ --by-group
     """
     from hubsae.core.errors import ConfigError
+    from hubsae.core.progress import say
+    from hubsae.core.scopes import excluding, parse
 
     if activations is None and model is None:
         raise typer.BadParameter("give --activations, or --model with --text, or both")
-    if (model is None) != (text is None):
+    if (text is not None or activations is None) and (model is None) != (text is None):
         raise typer.BadParameter("--model and --text go together")
-    if scope not in ("all", "prompt", "response"):
-        raise typer.BadParameter(f"{scope!r} is not all, prompt or response", param_hint="--scope")
+    try:
+        replace = None if not exclude else excluding([] if exclude == ["none"] else exclude).name
+        scope = scope if scope is None else parse(scope).name
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from None
     release = _release(target)
-    if release is None and out is None:
+    if release is None and out is None and not by_group:
         raise ConfigError(
             f"{target} is not a release folder, so results cannot be written into it",
             hint="pass --out DIR; or fetch it with `hubsae pull`, evaluate, and push again",
         )
     saes = _load(target, device, id=id, layer=layer, stage=stage, k=k)
+    shown = {name: scope or replace or sae.metadata.own_scope for name, sae in saes.items()}
+    for one in sorted(set(shown.values())):
+        why = "as asked for" if scope or replace else "what these SAEs are for, by their record"
+        say(f"scope: {one} ({why})")
+    if by_group:
+        _by_group(saes, activations, config, split, model, force, as_json)
+        return
     rows: list[dict[str, Any]] = []
+    into = release if out is None else None
     if activations is not None:
-        rows += _reconstruct(saes, activations, config, split, release if out is None else None, out)
+        asked = [s for s in (scope, replace) if s]
+        rows += _reconstruct(saes, activations, config, split, into, out, asked, force)
     if model is not None and text is not None:
-        options = {"scope": scope, "max_length": max_length}
-        rows += _splice(saes, model, text, max_texts, device, dtype, options, release if out is None else None, out)
-    _show(rows, scope, as_json, out or target)
+        options = {"scope": scope or replace, "replace": replace, "max_length": max_length, "force": force}
+        rows += _splice(saes, model, text, max_texts, device, dtype, options, into, out)
+    _show(rows, shown, as_json, out or target)
 
 
 def _release(target: str) -> Any:
@@ -88,37 +120,48 @@ def _release(target: str) -> Any:
 
 
 def _load(target: str, device: str, **filters: Any) -> dict[str, HubSAE]:
-    from hubsae.cli._common import progress
+    from hubsae.core.progress import progress
     from hubsae.hub.sae import HubSAE
 
     chosen = {name: value for name, value in filters.items() if value is not None}
     saes: dict[str, HubSAE] = {}
-    with progress("loading SAEs") as advance:
+    with progress("loading SAEs") as task:
         for name, sae in HubSAE.iter_pretrained(target, device=device, **chosen):
             saes[name] = sae
-            advance(1)
+            task.advance()
     return saes
 
 
-def _reconstruct(
-    saes: dict[str, HubSAE], path: str, config: str | None, split: str | None, release: Any, out: Path | None
-) -> list[dict[str, Any]]:
-    from hubsae.evals.reconstruction import reconstruction
-    from hubsae.evals.record import activation_reader, record_reconstruction, stage_and_layer
-    from hubsae.evals.results import ReconstructionResult
+def _together(
+    saes: dict[str, HubSAE], path: str, config: str | None, split: str | None
+) -> list[tuple[Any, dict[str, HubSAE]]]:
+    """SAEs by the activations they are measured on."""
+    from hubsae.evals.record import activation_reader, stage_and_layer
 
     read = activation_reader(path, config=config, split=split)
     together: dict[int, tuple[Any, dict[str, HubSAE]]] = {}
     for name, sae in saes.items():
         data = read(*stage_and_layer(sae))
         together.setdefault(id(data), (data, {}))[1][name] = sae
+    return list(together.values())
+
+
+def _reconstruct(
+    saes: dict[str, HubSAE], path: str, config: str | None, split: str | None, release: Any, out: Path | None,
+    scopes: list[str], force: bool,
+) -> list[dict[str, Any]]:  # fmt: skip
+    from hubsae.evals.reconstruction import reconstruction
+    from hubsae.evals.record import record_reconstruction
+    from hubsae.evals.results import ReconstructionResult
+
     measured: dict[str, Any] = {}
-    tokens, scopes = 0, []
-    for data, group in together.values():
-        result = reconstruction(group, data, show=None, name=f"{data.config} {data.split}, {len(group)} SAEs")
+    tokens, found = 0, []
+    for data, group in _together(saes, path, config, split):
+        title = f"{data.config} {data.split}, {len(group)} SAEs"
+        result = reconstruction(group, data, scopes=scopes, force=force, show=None, name=title)
         measured.update(result.saes)
-        tokens, scopes = tokens + result.n_tokens, result.scopes
-    whole = ReconstructionResult(measured, tokens, scopes)
+        tokens, found = tokens + result.n_tokens, result.scopes
+    whole = ReconstructionResult(measured, tokens, found)
     if release is not None:
         record_reconstruction(release, whole)
     elif out is not None:
@@ -126,30 +169,51 @@ def _reconstruct(
     return whole.rows()
 
 
+def _by_group(
+    saes: dict[str, HubSAE], path: str | None, config: str | None, split: str | None, model: str | None, force: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
+    from hubsae.cli._common import print_json, print_table
+    from hubsae.core.errors import HubSAEError
+    from hubsae.core.text import printable
+    from hubsae.evals.groups import error_by_group
+
+    if path is None:
+        raise typer.BadParameter("--by-group needs --activations")
+    rows = []
+    for data, group in _together(saes, path, config, split):
+        tokenizer = None
+        name = model or data.info.get("model")
+        if name:
+            from hubsae.activations.models import load_tokenizer
+
+            try:
+                tokenizer = load_tokenizer(name)
+            except HubSAEError:
+                if model:
+                    raise
+        rows += error_by_group(group, data, tokenizer, force=force, show=None)
+    if as_json:
+        print_json(rows)
+        return
+    heads = ["sae", "tokens", "n_tokens", "error", "relative_error", "share_of_error"]
+    table = [[row["sae"], printable(row["tokens"]), *(row[column] for column in heads[2:])] for row in rows]
+    print_table("error by group of tokens", heads, table)
+
+
 def _splice(
-    saes: dict[str, HubSAE],
-    model_id: str,
-    text: Path,
-    max_texts: int | None,
-    device: str,
-    dtype: str | None,
-    options: dict[str, Any],
-    release: Any,
-    out: Path | None,
-) -> list[dict[str, Any]]:
-    from hubsae.cli._common import progress
-    from hubsae.core.extras import require
+    saes: dict[str, HubSAE], model_id: str, text: Path, max_texts: int | None, device: str, dtype: str | None,
+    options: dict[str, Any], release: Any, out: Path | None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    from hubsae.activations.models import load_model, load_tokenizer
     from hubsae.core.files import write_csv_atomic
     from hubsae.evals.record import record_splice
     from hubsae.evals.splice import splice_many
     from hubsae.evals.texts import read_texts
 
-    transformers = require("transformers", extra="train")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model_id)
-    model = transformers.AutoModelForCausalLM.from_pretrained(model_id, dtype=dtype or "auto").to(device)
-    texts = read_texts(text)[:max_texts]
-    with progress(f"splicing {len(saes)} SAEs", total=len(texts)) as advance:
-        results = splice_many(model, tokenizer, saes, texts, on_batch=advance, **options)
+    tokenizer = load_tokenizer(model_id)
+    model = load_model(model_id, dtype=dtype, device=device)
+    results = splice_many(model, tokenizer, saes, read_texts(text)[:max_texts], show=None, **options)
     rows = [row for result in results.values() for row in result.rows()]
     if release is not None:
         record_splice(release, results)
@@ -159,36 +223,29 @@ def _splice(
 
 
 SHOWN = (
-    ("nmse_pooled", None),
-    ("fve", None),
-    ("fve", "not position_0"),
-    ("l0", None),
-    ("dead_fraction", None),
-    ("delta_ce", None),
-    ("frac_recovered_mean", None),
-    ("frac_recovered_zero", None),
-    ("kl", None),
-)
+    "fvu", "fve", "nmse_pooled", "l0", "dead_fraction",
+    "delta_ce", "frac_recovered_mean", "frac_recovered_zero", "kl",
+)  # fmt: skip
 
 
-def _show(rows: list[dict[str, Any]], scope: str, as_json: bool, where: Any) -> None:
-    from hubsae.cli._common import err, print_json, print_table
+def _show(rows: list[dict[str, Any]], scopes: dict[str, str], as_json: bool, where: Any) -> None:
+    from hubsae.cli._common import print_json, print_table
+    from hubsae.core.progress import say
 
     if as_json:
         print_json(rows)
         return
-    splice_metrics = {"delta_ce", "frac_recovered_mean", "frac_recovered_zero", "kl"}
     found = {(row["sae"], row["metric"], row["scope"]): row for row in rows}
     names = list(dict.fromkeys(row["sae"] for row in rows))
-    columns = []
-    for metric, fixed in SHOWN:
-        wanted = fixed or (scope if metric in splice_metrics else "all")
-        if any((name, metric, wanted) in found for name in names):
-            columns.append((metric, wanted))
-    counts = sorted({row["n_tokens"] for row in rows if row["scope"] == "all"})
+    columns = [m for m in SHOWN if any((name, m, scopes[name]) in found for name in names)]
+    counts = sorted({row["n_tokens"] for row in rows if row["scope"] == scopes[row["sae"]]})
     table = [
-        [name, *(found.get((name, metric, wanted), {}).get("value") for metric, wanted in columns)] for name in names
+        [name, scopes[name], *(found.get((name, m, scopes[name]), {}).get("value") for m in columns)] for name in names
     ]
-    heads = [metric if wanted == "all" else f"{metric} ({wanted})" for metric, wanted in columns]
-    print_table(f"N = {', '.join(f'{n:,}' for n in counts)} tokens", ["sae", *heads], table)
-    err().print(f"all metrics with their intervals: {where}")
+    print_table(f"N = {', '.join(f'{n:,}' for n in counts)} tokens", ["sae", "scope", *columns], table)
+    notes = {
+        row["note"] for row in rows if row["note"] and row["scope"] == scopes[row["sae"]] and row["metric"] in columns
+    }
+    for note in sorted(notes):
+        say(f"note: {note}")
+    say(f"all metrics with their intervals: {where}")

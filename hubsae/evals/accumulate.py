@@ -27,7 +27,7 @@ GROUPS = 128
 RUN_ROWS = 64
 """Without sample ids, runs of this many consecutive rows stay in one group."""
 # Per-row numbers of one SAE, summed per key, in this order.
-ROW_STATS = ("sse", "cosine", "l2_ratio", "dot", "norm2_hat", "l0", "l1")
+ROW_STATS = ("sse", "cosine", "l2_ratio", "dot", "norm2_hat", "l0", "l1", "relative")
 BY_SEQUENCE = ("sse", "l0")
 """Those that are averaged over sequences too."""
 # Norms are binned at this many bins per doubling: 1.1 % wide, from which deciles are read.
@@ -356,6 +356,7 @@ def _fill_stats(stats: Tensor, norm2: Tensor) -> None:
     stats[:, 1] = torch.where(norms > 0, dot / norms, 0.0)
     stats[:, 2] = torch.where(norm2 > 0, (norm2_hat / norm2).sqrt(), 0.0)
     stats[:, 3] = dot
+    stats[:, 7] = torch.where(norm2 > 0, (sse / norm2).sqrt(), 0.0)
 
 
 def _add_codes(sums: SAESums, latents: Tensor, z: Tensor, cell: Tensor) -> None:

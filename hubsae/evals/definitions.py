@@ -19,6 +19,7 @@ DEFINITIONS: dict[str, str] = {
     "l0_per_sequence": "mean over sequences of the mean over their tokens of the number of latents with z ≠ 0",
     "cosine": "mean over tokens of cos(x, x̂)",
     "l2_ratio": "mean over tokens of ‖x̂‖ / ‖x‖",
+    "relative_error": "mean over tokens of ‖x − x̂‖ / ‖x‖",
     "relative_bias": "Σ‖x̂‖² / Σ x·x̂ : 1 where the reconstruction does not shrink",
     "l0": "mean number of latents with z ≠ 0 per token",
     "l1": "mean over tokens of Σ|z|",

@@ -229,7 +229,9 @@ def _group_drift(
     saes = {link.stage: link.sae for link in links}
     results: dict[str, ReconstructionResult] = {}
     for link in links if activations is not None else []:
-        results[link.stage] = reconstruction(saes, activations_for(activations, link), batch_size=batch_size)
+        results[link.stage] = reconstruction(
+            saes, activations_for(activations, link), batch_size=batch_size, force=True
+        )
         if on_pass is not None:
             on_pass(f"{group.name} {link.stage}")
     cosines: dict[str, Movement] = {}

@@ -281,6 +281,7 @@ def _scope_measures(
         put("fve_centred", centred, None, scope.missing)
         for metric in ("cosine", "l2_ratio", "l0", "l1"):
             put(metric, total[metric] / scope.n, drawn[metric] / scope.n_groups)
+        put("relative_error", total["relative"] / scope.n, drawn["relative"] / scope.n_groups)
         if total["dot"] == 0:
             put("relative_bias", None, None, "x and its reconstruction are orthogonal")
         else:

@@ -19,6 +19,7 @@ from hubsae.core.sae import SAE
 from hubsae.core.scopes import Scope, parse
 from hubsae.evals.accumulate import Reconstruction
 from hubsae.evals.passes import Rows, name_saes, run_pass
+from hubsae.evals.places import check_place, place_of
 from hubsae.evals.results import ReconstructionResult
 
 
@@ -51,6 +52,7 @@ def prepare(
     scopes: Sequence[str | Scope] = (),
     columns: Mapping[str, Any] | None = None,
     batch_size: int | None = None,
+    force: bool = False,
 ) -> tuple[Rows, dict[str, SAE], Reconstruction]:
     """What a pass needs: the rows, the SAEs by name, and the accumulator of the metrics.
 
@@ -58,6 +60,10 @@ def prepare(
     """
     named = name_saes(saes)
     rows = activations if isinstance(activations, Rows) else Rows(activations, columns, batch_size=batch_size)
+    if not force:
+        hook, model = place_of(rows.data)
+        for label, sae in named.items():
+            check_place(label, sae, hook, model)
     own = own_scopes(named, rows.columns)
     bound = next((s.metadata.training.massive_above for s in named.values() if s.metadata.training.massive_above), None)
     asked = [scope if isinstance(scope, Scope) else parse(scope, bound) for scope in scopes]
@@ -82,6 +88,7 @@ def reconstruction(
     sample_id: Any = None,
     columns: Mapping[str, Any] | None = None,
     ranks: Ranks | None = None,
+    force: bool = False,
     show: bool | None = False,
     name: str = "activations",
 ) -> ReconstructionResult:
@@ -103,5 +110,5 @@ def reconstruction(
     ['all', 'not position_0', 'position_0']
     """
     labels = {"position": position, "is_prompt": is_prompt, "sample_id": sample_id, **(columns or {})}
-    rows, named, sums = prepare(saes, activations, scopes=scopes, columns=labels, batch_size=batch_size)
+    rows, named, sums = prepare(saes, activations, scopes=scopes, columns=labels, batch_size=batch_size, force=force)
     return run_pass(rows, named, [sums], ranks=ranks, show=show, name=name)[0]

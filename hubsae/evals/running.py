@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,13 +12,15 @@ from torch import Tensor, nn
 
 from hubsae.core.errors import ConfigError, DataError, HookError
 from hubsae.core.hooks import HookPoint, edit_hook, read_hook
+from hubsae.core.progress import Task
 from hubsae.core.sae import SAE
+from hubsae.core.scopes import NORM, Scope
 from hubsae.evals.texts import Batch
 
 Edit = Callable[[Tensor, Tensor], Tensor]
 """(hidden [batch, seq, d], which positions to replace [batch, seq]) -> hidden"""
 # Log-probabilities are computed for this many logits at a time.
-LOGITS_AT_ONCE = 1 << 24
+LOGITS_AT_ONCE = 1 << 22
 
 
 class _Stop(Exception):
@@ -28,32 +30,20 @@ class _Stop(Exception):
 class Runner:
     """Forwards of one model, whole or through a KV cache, with the activations edited on the way."""
 
-    def __init__(self, model: nn.Module, chunk: int | None, only: str | None, keep_first: bool):
+    def __init__(self, model: nn.Module, chunk: int | None):
         if chunk is not None and chunk < 1:
             raise ConfigError(f"cache_chunk must be at least 1, found {chunk}")
         self.model = model
         self.chunk = chunk
-        self.only = only
-        self.keep_first = keep_first
         embeddings = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
         self.device = next(embeddings.parameters()).device
 
-    def positions(self, batch: Batch) -> Tensor:
-        """Which positions are replaced [texts, longest]."""
-        where = batch.mask.clone()
-        if self.only == "response":
-            where &= batch.is_response
-        elif self.only == "prompt":
-            where &= ~batch.is_response
-        if self.keep_first:
-            where[:, 0] = False
-        return where
-
-    def logits(self, batch: Batch, hook: HookPoint | None = None, edit: Edit | None = None) -> Tensor:
-        """Logits [texts, longest, vocabulary] with `edit` applied at the hook point."""
-        if hook is None or edit is None:
+    def logits(
+        self, batch: Batch, hook: HookPoint | None = None, edit: Edit | None = None, where: Tensor | None = None
+    ) -> Tensor:
+        """Logits [texts, longest, vocabulary] with `edit` applied at the hook point to the positions `where`."""
+        if hook is None or edit is None or where is None:
             return self._forward(batch, lambda start, end: None)
-        where = self.positions(batch)
         span = slice(0, 0)
 
         def move(start: int, end: int) -> None:
@@ -91,12 +81,22 @@ class Runner:
             out.append(answer.logits)
         return torch.cat(out, dim=1)
 
+    def norms(self, batch: Batch, hooks: Iterable[HookPoint]) -> tuple[Tensor, dict[HookPoint, np.ndarray]]:
+        """Logits of the untouched model, and the norms [texts, longest] of the activations at hook points."""
+        seen: dict[HookPoint, list[Tensor]] = {hook: [] for hook in hooks}
+        with ExitStack() as stack:
+            for hook, parts in seen.items():
+                see = lambda hidden, parts=parts: parts.append(hidden.float().norm(dim=-1).cpu())  # noqa: E731
+                stack.enter_context(read_hook(self.model, hook, see))
+            logits = self.logits(batch)
+        return logits, {hook: torch.cat(parts, dim=1).numpy() for hook, parts in seen.items()}
+
     def hidden(self, batch: Batch, hook: HookPoint) -> Tensor:
-        """Activations [replaced positions, d] at a hook point; the model stops there."""
+        """Activations [texts, longest, d] at a hook point; the model stops there."""
         seen: list[Tensor] = []
 
         def see(hidden: Tensor) -> None:
-            seen.append(hidden[self.positions(batch).to(hidden.device)])
+            seen.append(hidden)
             raise _Stop
 
         try:
@@ -122,24 +122,47 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
+class Spot(NamedTuple):
+    """A hook point, and the tokens that are replaced there."""
+
+    hook: HookPoint
+    scope: Scope
+
+
+def mask_of(scope: Scope, batch: Batch, norms: np.ndarray | None = None) -> Tensor:
+    """Which real tokens of a batch belong to a scope. [texts, longest] bool"""
+    shape = batch.mask.shape
+    labels = batch.labels if norms is None else {**batch.labels, NORM: norms}
+    flat = {name: column.reshape(-1) for name, column in labels.items()}
+    return torch.from_numpy(scope.mask(flat, batch.mask.numel())).reshape(shape) & batch.mask
+
+
 def means_at(
-    runner: Runner, hooks: set[HookPoint], work: list[Batch], given: Tensor | Mapping[str, Tensor] | None
-) -> dict[HookPoint, Tensor]:
-    out: dict[HookPoint, Tensor] = {}
-    for hook in sorted(hooks):
+    runner: Runner, spots: Iterable[Spot], work: list[Batch], given: Tensor | Mapping[str, Tensor] | None
+) -> dict[Spot, Tensor]:
+    """The vector of the mean ablation at each spot: as given, or the mean over the replaced positions of the texts."""
+    out: dict[Spot, Tensor] = {}
+    by_hook: dict[HookPoint, list[Spot]] = {}
+    for spot in sorted(spots, key=lambda spot: (spot.hook, spot.scope.name)):
+        by_hook.setdefault(spot.hook, []).append(spot)
+    for hook, here in by_hook.items():
         vector = given.get(hook.name) if isinstance(given, Mapping) else given
-        if vector is None:
-            total, n = torch.zeros(()), 0
+        if vector is not None:
+            out.update(dict.fromkeys(here, vector))
+        else:
+            total, n = [torch.zeros(()) for _ in here], [0] * len(here)
             for batch in work:
                 hidden = runner.hidden(batch, hook)
-                total = total.to(hidden.device) + hidden.double().sum(0)
-                n += hidden.shape[0]
-            if not n:
-                raise DataError("no position is replaced", hint="texts of one token and keep_position_0?")
-            vector = total / n
-        if not bool(torch.isfinite(vector).all()):
+                norms = hidden.float().norm(dim=-1).cpu().numpy()
+                for index, spot in enumerate(here):
+                    chosen = hidden[mask_of(spot.scope, batch, norms).to(hidden.device)]
+                    total[index] = total[index].to(hidden.device) + chosen.double().sum(0)
+                    n[index] += chosen.shape[0]
+            if not all(n):
+                raise DataError("no position is replaced", hint="no token of these texts is in the scope that is")
+            out.update({spot: total[index] / n[index] for index, spot in enumerate(here)})
+        if not all(bool(torch.isfinite(out[spot]).all()) for spot in here):
             raise DataError(f"the activations at {hook.name} hold NaN or infinity", hint="check the model's weights")
-        out[hook] = vector
     return out
 
 
@@ -162,55 +185,75 @@ def _replace_by_vector(vector: Tensor) -> Edit:
 
 
 class SumsByText:
-    """Summed losses [texts, 2] per kind of run; column 0 predicts prompt tokens, column 1 response tokens."""
+    """Summed losses per text, by (what was run, scope of the predicted token)."""
 
     def __init__(self, texts: int):
         self.texts = texts
-        self.n = np.zeros((texts, 2))
         self.by: dict[Any, np.ndarray] = {}
 
+    def add(self, key: Any, text: np.ndarray, values: np.ndarray | float) -> None:
+        """Add values [tokens] to the texts they belong to."""
+        np.add.at(self.of(key), text, values)
+
     def of(self, key: Any) -> np.ndarray:
-        return self.by.setdefault(key, np.zeros((self.texts, 2)))
+        """[texts]"""
+        return self.by.setdefault(key, np.zeros(self.texts))
 
 
 def run_all(
     runner: Runner,
-    pairs: Mapping[str, tuple[SAE, HookPoint]],
-    means: Mapping[HookPoint, Tensor],
+    pairs: Mapping[str, tuple[SAE, Spot]],
+    means: Mapping[Spot, Tensor],
     work: list[Batch],
     texts: int,
-    on_batch: Callable[[int], None] | None,
+    scopes: Sequence[Scope],
+    task: Task,
 ) -> SumsByText:
+    """Losses of the clean run, the ablations at each spot and every SAE, by text and by scope of what is predicted."""
     sums = SumsByText(texts)
-    edits: dict[Any, tuple[HookPoint, Edit]] = {}
-    for hook in means:
-        edits["mean", hook] = (hook, _replace_by_vector(means[hook]))
-        edits["zero", hook] = (hook, _replace_by_vector(torch.zeros_like(means[hook])))
-    for label, (sae, hook) in pairs.items():
-        edits["sae", label] = (hook, _replace_by_sae(sae))
+    edits: dict[Any, tuple[Spot, Edit]] = {}
+    for spot, vector in means.items():
+        edits["mean", spot] = (spot, _replace_by_vector(vector))
+        edits["zero", spot] = (spot, _replace_by_vector(torch.zeros_like(vector)))
+    for label, (sae, spot) in pairs.items():
+        edits["sae", label] = (spot, _replace_by_sae(sae))
+    hooks = dict.fromkeys(spot.hook for spot in means)
     for batch in work:
-        predicts = batch.mask[:, 1:]
-        text, place = predicts.nonzero(as_tuple=True)
-        column = batch.is_response[text, place + 1].long()
-        index = (batch.which[text].numpy(), column.numpy())
-        np.add.at(sums.n, index, 1)
+        text, place = batch.mask[:, 1:].nonzero(as_tuple=True)
+        which = batch.which[text].numpy()
         targets = batch.ids[text, place + 1]
-        clean = runner.logits(batch)
-        clean = clean[text.to(clean.device), place.to(clean.device)]
+        logits, norms = runner.norms(batch, hooks)
+        clean = logits[text.to(logits.device), place.to(logits.device)]
+        del logits
+        # a token belongs to the scope of the token that is predicted; norms are those at the hook point in question
+        inside = {
+            (hook, scope.name): mask_of(scope, batch, norms[hook])[text, place + 1].numpy()
+            for hook in hooks
+            for scope in scopes
+        }
+
+        def put(key: Any, hook: HookPoint, values: np.ndarray | float, which=which, inside=inside) -> None:
+            for scope in scopes:
+                keep = inside[hook, scope.name]
+                chosen = values if isinstance(values, float) else values[keep]
+                sums.add((key, scope.name), which[keep], chosen)
+
         nll, _ = _losses(clean, None, targets)
-        np.add.at(sums.of("clean"), index, nll)
-        for key, (hook, edit) in edits.items():
-            logits = runner.logits(batch, hook, edit)
+        for hook in hooks:
+            put(("n", hook), hook, 1.0)
+            put(("clean", hook), hook, nll)
+        for key, (spot, edit) in edits.items():
+            logits = runner.logits(batch, spot.hook, edit, mask_of(spot.scope, batch, norms[spot.hook]))
             nll, kl = _losses(logits[text.to(logits.device), place.to(logits.device)], clean, targets)
+            del logits
             if not (np.isfinite(nll).all() and np.isfinite(kl).all()):
                 raise DataError(
-                    f"the loss is NaN or infinite in the {key[0]} run at {hook.name}",
+                    f"the loss is NaN or infinite in the {key[0]} run at {spot.hook.name}",
                     hint="check the SAE's weights, and the model's dtype: float16 overflows where bfloat16 does not",
                 )
-            np.add.at(sums.of((*key, "ce")), index, nll)
-            np.add.at(sums.of((*key, "kl")), index, kl)
-        if on_batch is not None:
-            on_batch(len(batch.which))
+            put((*key, "ce"), spot.hook, nll)
+            put((*key, "kl"), spot.hook, kl)
+        task.advance(len(batch.which))
     return sums
 
 

@@ -2,17 +2,17 @@
 
 Every text runs clean, with the SAE, with one mean vector, and with zeros. Losses are summed over predicted
 tokens (never averaged over batches), a token belongs to the scope of the token that is predicted, padding is
-neither replaced nor counted nor shown to the SAE, and the interval resamples whole texts.
+neither replaced nor counted nor shown to the SAE, tokens that the SAE's training left out are left alone, and the
+interval resamples whole texts.
 """
 
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -22,13 +22,14 @@ from hubsae.core.files import write_csv_atomic
 from hubsae.core.hooks import HookPoint
 from hubsae.core.intervene import hook_of
 from hubsae.core.metadata import Metric
+from hubsae.core.progress import progress
 from hubsae.core.sae import SAE
+from hubsae.core.scopes import NORM, parse
 from hubsae.evals import bootstrap
 from hubsae.evals.definitions import INTERVAL, Measure, to_metrics
-from hubsae.evals.running import Runner, SumsByText, evaluating, means_at, run_all
+from hubsae.evals.places import check_place
+from hubsae.evals.running import Runner, Spot, SumsByText, evaluating, means_at, run_all
 from hubsae.evals.texts import Tokens, batches, encode_texts
-
-Scope = Literal["all", "prompt", "response"]
 
 # Below this a difference of two cross-entropies is rounding and no ratio is taken of it.
 NO_EFFECT = 1e-9
@@ -50,11 +51,11 @@ class SpliceResult:
     """Texts without a predicted token: empty, all padding, or a single token."""
     n_truncated: int
     replaced: str
-    """Which positions were replaced, in words."""
+    """Which tokens were replaced: a scope. Padding never is."""
 
     def get(self, metric: str, scope: str | None = None) -> Measure:
         """A measure by name, in the scope asked for."""
-        wanted = scope or self.scope
+        wanted = parse(scope or self.scope).name
         for measure in self.measures:
             if measure.name == metric and measure.scope == wanted:
                 return measure
@@ -94,7 +95,7 @@ def splice(
     hook_point: Any,
     texts: Any,
     *,
-    scope: Scope = "all",
+    scope: str | None = None,
     name: str | None = None,
     **options: Any,
 ) -> SpliceResult:
@@ -123,26 +124,30 @@ def splice_many(
     saes: Mapping[str, SAE | tuple[SAE, Any]],
     texts: Any,
     *,
-    scope: Scope = "all",
-    replace: Literal["real", "scope"] = "real",
-    keep_position_0: bool = False,
+    scope: str | None = None,
+    replace: str | None = None,
+    scopes: Sequence[str] = (),
     mean: Tensor | Mapping[str, Tensor] | None = None,
     max_length: int | None = None,
     batch_tokens: int | None = None,
     cache_chunk: int | None = None,
     resamples: int = bootstrap.RESAMPLES,
     seed: int = bootstrap.SEED,
-    on_batch: Callable[[int], None] | None = None,
+    force: bool = False,
+    show: bool | None = False,
 ) -> dict[str, SpliceResult]:
     """Evaluate SAEs one at a time on the same texts; the clean and the ablated runs are shared.
 
-    - `scope`: scope of `result.value(...)`; all scopes the texts allow are reported anyway.
-    - `replace`: "real" replaces every real token, "scope" only those inside `scope`.
-    - `keep_position_0`: leave the first token of every text as it is.
+    - `scope`: scope of `result.value(...)`; otherwise the SAE's own, by its record. All, prompt and response (where
+      they are told apart), each SAE's own and those in `scopes` are reported anyway. A token belongs to the scope of
+      the token that is predicted.
+    - `replace`: the scope of the tokens that are replaced; otherwise those that the SAE is for, by its record: what its
+      training left out is left alone. "all" replaces every real token.
     - `mean`: the vector (or one per hook name) of the mean ablation; otherwise the mean over the replaced
       positions of these texts.
     - `cache_chunk`: feed this many tokens at a time through a KV cache, as generation does; None runs each
       text in one go. Both give the same numbers up to rounding.
+    - `force`: run an SAE at another layer, or in another model, than its record names.
     """
     pairs = {
         label: (item, hook_of(item, None)) if isinstance(item, SAE) else (item[0], hook_of(item[0], item[1]))
@@ -151,26 +156,42 @@ def splice_many(
     if not pairs:
         raise DataError("no SAEs to evaluate")
     encoded, cut = encode_texts(texts, tokenizer, max_length=max_length)
-    _check(model, pairs, encoded)
-    if scope != "all" and any(t.is_response is None for t in encoded):
-        raise DataError(
-            f"scope {scope!r} needs to know which tokens are the response",
-            hint="give texts as (prompt, response) pairs, as messages, or as input_ids with is_prompt",
-        )
-    vocabulary = _vocabulary(model) or 1 << 15
-    budget = batch_tokens or max(64, min(1 << 13, (1 << 27) // vocabulary))
-    runner = Runner(model, cache_chunk, scope if replace == "scope" else None, keep_position_0)
-    with evaluating(model):
+    _check(model, pairs, encoded, force)
+    spots, shown = {}, {}
+    for label, (sae, hook) in pairs.items():
+        bound = sae.metadata.training.massive_above
+        own = parse(sae.metadata.own_scope, bound)
+        spots[label] = Spot(hook, own if replace is None else parse(replace, bound))
+        shown[label] = own if scope is None else parse(scope, bound)
+    bounds = {sae.metadata.training.massive_above for sae, _ in pairs.values()}
+    known = set.intersection(*(set(t.labels) for t in encoded)) | {NORM}
+    usual = [s for s in (parse("all"), parse("prompt"), parse("response")) if set(s.columns) <= known]
+    asked = [*shown.values(), *(spot.scope for spot in spots.values()), *(parse(s, next(iter(bounds))) for s in scopes)]
+    for one in asked:
+        missing = [c for c in one.columns if c not in known]
+        if "is_prompt" in missing:
+            raise DataError(
+                f"scope {one.name!r} needs to know which tokens are the response",
+                hint="give texts as (prompt, response) pairs, as messages, or as input_ids with is_prompt",
+            )
+        if missing:
+            raise DataError(
+                f"scope {one.name!r} needs {missing[0]!r} of every token, which these texts do not have",
+                hint="give texts as input_ids with that column; or choose another scope and replace=",
+            )
+    wanted = list({one.name: one for one in [*usual, *asked]}.values())
+    budget = batch_tokens or max(64, min(1 << 13, (1 << 24) // (_vocabulary(model) or 1 << 15)))
+    runner = Runner(model, cache_chunk)
+    with evaluating(model), progress(f"splicing {len(pairs)} SAEs", len(encoded), "texts", show=show) as task:
         work = batches(encoded, budget)
         if not work:
             raise DataError("no text has a real token", hint="every row is empty or padding")
-        means = means_at(runner, {hook for _, hook in pairs.values()}, work, mean)
-        sums = run_all(runner, pairs, means, work, len(encoded), on_batch)
-    where = "every real token" if replace == "real" else f"tokens of the {scope}"
-    where += " except position 0" if keep_position_0 else ""
+        means = means_at(runner, set(spots.values()), work, mean)
+        placed = {label: (sae, spots[label]) for label, (sae, _) in pairs.items()}
+        sums = run_all(runner, placed, means, work, len(encoded), wanted, task)
     return {
-        label: _result(label, hook, scope, sums, encoded, cut, where, resamples, seed)
-        for label, (_, hook) in pairs.items()
+        label: _result(label, spot, shown[label].name, [w.name for w in wanted], sums, cut, resamples, seed)
+        for label, spot in spots.items()
     }
 
 
@@ -184,7 +205,7 @@ def _vocabulary(model: nn.Module) -> int | None:
     return None if weight is None else int(weight.shape[0])
 
 
-def _check(model: nn.Module, pairs: Mapping[str, tuple[SAE, HookPoint]], texts: list[Tokens]) -> None:
+def _check(model: nn.Module, pairs: Mapping[str, tuple[SAE, HookPoint]], texts: list[Tokens], force: bool) -> None:
     if not hasattr(model, "get_input_embeddings"):
         raise ConfigError(
             f"{type(model).__name__} is not a transformers model", hint="load it with AutoModelForCausalLM"
@@ -213,39 +234,25 @@ def _check(model: nn.Module, pairs: Mapping[str, tuple[SAE, HookPoint]], texts: 
                 f"SAE {label!r} was trained on a model with a vocabulary of {trained}, this one has {vocabulary}",
                 hint=f"its metadata names {info.id or 'no model'}; load that model and its tokenizer",
             )
-        if info.id and model_id and not os.path.exists(model_id) and info.id.lower() != model_id.lower():
-            warnings.warn(f"SAE {label!r} was trained on {info.id}, the model is {model_id}", stacklevel=4)
+        if not force:
+            check_place(label, sae, hook, model_id)
 
 
 # ---- reading the sums off ----------------------------------------------------------------------------------
 
-COLUMNS: dict[str, tuple[int, ...]] = {"all": (0, 1), "prompt": (0,), "response": (1,)}
-
 
 def _result(
-    label: str,
-    hook: HookPoint,
-    scope: str,
-    sums: SumsByText,
-    texts: list[Tokens],
-    cut: int,
-    replaced: str,
-    resamples: int,
-    seed: int,
+    label: str, spot: Spot, scope: str, names: Sequence[str], sums: SumsByText, cut: int, resamples: int, seed: int
 ) -> SpliceResult:
-    labelled = all(t.is_response is not None for t in texts)
-    series = {
-        "n": sums.n,
-        "ce_clean": sums.of("clean"),
-        **{f"ce_{run}": sums.of((run, hook, "ce")) for run in ("mean", "zero")},
-        **{f"kl_{run}": sums.of((run, hook, "kl")) for run in ("mean", "zero")},
-        "ce_sae": sums.of(("sae", label, "ce")),
-        "kl": sums.of(("sae", label, "kl")),
-    }
+    hook = spot.hook
+    keys = {"n": ("n", hook), "ce_clean": ("clean", hook)}
+    for run in ("mean", "zero"):
+        keys |= {f"ce_{run}": (run, spot, "ce"), f"kl_{run}": (run, spot, "kl")}
+    keys |= {"ce_sae": ("sae", label, "ce"), "kl": ("sae", label, "kl")}
     measures: list[Measure] = []
     per_text: list[dict[str, Any]] = []
-    for name in ("all", "prompt", "response") if labelled else ("all",):
-        table = {key: values[:, COLUMNS[name]].sum(1) for key, values in series.items()}
+    for name in names:
+        table = {column: sums.of((key, name)) for column, key in keys.items()}
         used = np.flatnonzero(table["n"] > 0)
         if not used.size:
             if name == scope:
@@ -257,7 +264,7 @@ def _result(
         per_text += [
             {"text": int(i), "scope": name, **{key: float(values[i]) for key, values in table.items()}} for i in used
         ]
-    total = sums.n.sum(1)
+    total = sums.of((("n", hook), "all"))
     return SpliceResult(
         name=label,
         hook=hook.name,
@@ -267,7 +274,7 @@ def _result(
         n_texts=int((total > 0).sum()),
         n_skipped=int((total == 0).sum()),
         n_truncated=cut,
-        replaced=replaced,
+        replaced=spot.scope.name,
     )
 
 

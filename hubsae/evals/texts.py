@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hubsae.core.errors import DataError
 from hubsae.core.files import read_json
-
-PROMPT_KEYS = ("prompt", "question")
-RESPONSE_KEYS = ("response", "completion", "answer")
+from hubsae.core.text import PROMPT_KEYS, RESPONSE_KEYS
 
 
-class Tokens(NamedTuple):
+@dataclass
+class Tokens:
     """One text."""
 
     ids: Tensor
     """[length] int64, without padding"""
     is_response: Tensor | None
     """[length] bool; None where prompt and response are not told apart"""
+    labels: dict[str, np.ndarray] = field(default_factory=dict)
+    """[length] each: what else is known of the tokens, such as is_special or role"""
 
 
 class Batch(NamedTuple):
@@ -33,8 +36,8 @@ class Batch(NamedTuple):
     """[texts, longest]"""
     mask: Tensor
     """[texts, longest] bool"""
-    is_response: Tensor
-    """[texts, longest] bool; all false where not told apart"""
+    labels: dict[str, np.ndarray]
+    """[texts, longest] each, of the names that every text has; scopes look at them"""
     which: Tensor
     """[texts] index of each row in the whole list"""
 
@@ -52,16 +55,30 @@ def encode_texts(texts: Any, tokenizer: Any = None, *, max_length: int | None = 
     """
     out: list[Tokens] = []
     cut = 0
+    special = getattr(tokenizer, "all_special_ids", None)
     for text in _each(texts):
         tokens = _encode(text, tokenizer)
         if max_length is not None and tokens.ids.numel() > max_length:
             cut += 1
             response = tokens.is_response
-            tokens = Tokens(tokens.ids[:max_length], None if response is None else response[:max_length])
+            tokens.ids = tokens.ids[:max_length]
+            tokens.is_response = None if response is None else response[:max_length]
+            tokens.labels = {name: column[:max_length] for name, column in tokens.labels.items()}
+        tokens.labels = {**_labels(tokens, special), **tokens.labels}
         out.append(tokens)
     if not out:
         raise DataError("no texts to evaluate")
     return out, cut
+
+
+def _labels(tokens: Tokens, special: Sequence[int] | None) -> dict[str, np.ndarray]:
+    ids = tokens.ids.numpy()
+    known = {"position": np.arange(len(ids)), "token_id": ids}
+    if special is not None:
+        known["is_special"] = np.isin(ids, list(special))
+    if tokens.is_response is not None:
+        known["is_prompt"] = ~tokens.is_response.numpy()
+    return known
 
 
 def _each(texts: Any) -> Iterable[Any]:
@@ -104,7 +121,10 @@ def _encode_mapping(text: Mapping[str, Any], tokenizer: Any) -> Tokens:
         keep = torch.ones_like(ids, dtype=torch.bool) if mask is None else torch.as_tensor(mask).bool().cpu()
         prompt = text.get("is_prompt")
         response = None if prompt is None else ~torch.as_tensor(prompt).bool().cpu()[keep]
-        return Tokens(ids[keep], response)
+        known = ("input_ids", "attention_mask", "is_prompt")
+        more = {name: np.asarray(column) for name, column in text.items() if name not in known}
+        labels = {name: column[keep.numpy()] for name, column in more.items() if column.shape == tuple(keep.shape)}
+        return Tokens(ids[keep], response, labels)
     if "messages" in text:
         return _encode_chat(text["messages"], tokenizer)
     prompt = next((text[k] for k in PROMPT_KEYS if k in text), None)
@@ -180,14 +200,17 @@ def _pad(texts: list[Tokens], which: list[int]) -> Batch:
     # the pad id is never looked at: its positions are masked for attention, loss and splice alike
     ids = torch.zeros(len(texts), longest, dtype=torch.int64)
     mask = torch.zeros(len(texts), longest, dtype=torch.bool)
-    response = torch.zeros_like(mask)
+    names = [name for name in texts[0].labels if all(name in text.labels for text in texts)]
+    labels = {name: np.zeros((len(texts), longest), texts[0].labels[name].dtype) for name in names}
     for row, text in enumerate(texts):
         n = text.ids.numel()
         ids[row, :n] = text.ids
         mask[row, :n] = True
-        if text.is_response is not None:
-            response[row, :n] = text.is_response
-    return Batch(ids, mask, response, torch.tensor(which))
+        for name in names:
+            if text.labels[name].dtype.kind in "US":
+                labels[name] = labels[name].astype(object)
+            labels[name][row, :n] = text.labels[name]
+    return Batch(ids, mask, labels, torch.tensor(which))
 
 
 def read_texts(path: str | Path) -> list[Any]:

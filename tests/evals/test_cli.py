@@ -102,6 +102,34 @@ def test_eval_splices_into_a_model(hubsae, release, saved_model, tmp_path):
     assert (release.path / "results/splice.csv").is_file()
 
 
+def test_eval_follows_the_record_and_says_so(hubsae, release, saved_model, tmp_path, make_sae):
+    sae = make_sae()
+    sae.metadata.hook.layer, sae.metadata.training.exclude = 1, ["position_0"]
+    made = release.create(tmp_path / "own", name="own")
+    made.add(sae, "one")
+    (tmp_path / "texts.txt").write_text("Ann has 12 apples\nAnn eats 3 apples and 12 apples")
+    arguments = ("--model", saved_model, "--text", tmp_path / "texts.txt")
+    done = hubsae("eval", tmp_path / "own", *arguments)
+    assert done.exit_code == 0, done.output
+    assert "scope: not position_0 (what these SAEs are for, by their record)" in done.stderr
+    metadata = Metadata.load(tmp_path / "own" / "one")
+    own = metadata.metric("delta_ce", metadata.own_scope)
+    every = hubsae("eval", tmp_path / "own", *arguments, "--exclude", "none", "--json", "--out", tmp_path / "out")
+    replaced = next(r for r in json.loads(every.stdout) if r["metric"] == "delta_ce" and r["scope"] == "all")
+    assert replaced["replaced"] == "all" and replaced["value"] != pytest.approx(own, rel=1e-3)
+
+
+def test_the_error_by_group_of_tokens_is_one_command(hubsae, release, tmp_path, make_sae):
+    from hubsae.activations import ActivationWriter
+
+    with ActivationWriter(tmp_path / "acts", d=32, config="layers.0") as writer:
+        rows = torch.arange(90)
+        writer.write(torch.randn(90, 32), position=rows % 9, sample_id=rows // 9, token_id=rows % 5)
+    done = hubsae("eval", release.path, "-a", tmp_path / "acts", "--layer", 0, "--config", "layers.0", "--by-group")
+    assert done.exit_code == 0, done.output
+    assert "position 0" in done.stdout and "content" in done.stdout
+
+
 def test_eval_of_something_not_a_release_needs_a_place_to_write(hubsae, make_sae, activations, tmp_path):
     sae = make_sae()
     sae.metadata.hook.layer, sae.metadata.base_model.stage = 0, "instruct_base"
@@ -124,7 +152,7 @@ def test_activations_of_another_stage_or_layer_are_not_taken(hubsae, release, tm
 
 
 @pytest.mark.parametrize(
-    "arguments", [(), ("--model", "m"), ("-a", "x", "--scope", "bos")], ids=["nothing", "model only", "scope"]
+    "arguments", [(), ("--model", "m"), ("-a", "x", "--scope", "&")], ids=["nothing", "model only", "scope"]
 )
 def test_wrong_usage_of_eval_exits_with_2(hubsae, arguments):
     assert hubsae("eval", "somewhere", *arguments).exit_code == 2

@@ -128,13 +128,13 @@ def test_scopes_split_tokens_by_what_is_predicted_and_add_up(qwen, make_sae, tex
 def test_only_the_asked_positions_are_replaced(qwen, make_sae, texts):
     sae = make_sae()
     every = evals.splice(qwen, None, sae, "layers.1", texts, scope="response")
-    some = evals.splice(qwen, None, sae, "layers.1", texts, scope="response", replace="scope")
-    kept = evals.splice(qwen, None, sae, "layers.1", texts, keep_position_0=True)
+    some = evals.splice(qwen, None, sae, "layers.1", texts, scope="response", replace="response")
+    kept = evals.splice(qwen, None, sae, "layers.1", texts, replace="not position_0")
     assert some.value("ce_sae", "response") != pytest.approx(every.value("ce_sae", "response"), rel=1e-4)
     assert kept.value("ce_sae") != pytest.approx(every.value("ce_sae", "all"), rel=1e-4)
     # nothing before the response is touched, so its prediction is the clean one up to its first token
     assert some.value("ce_sae", "prompt") == pytest.approx(some.value("ce_clean", "prompt"), abs=1e-6)
-    assert (every.replaced, some.replaced) == ("every real token", "tokens of the response")
+    assert (every.replaced, some.replaced) == ("all", "response")
 
 
 def test_padding_is_never_shown_to_the_sae(qwen, make_sae, texts):
@@ -271,13 +271,17 @@ def test_a_vocabulary_that_is_not_the_one_trained_on(qwen, make_sae):
         evals.splice(qwen, None, sae, "layers.1", [[5, 6, 7]])
 
 
-def test_another_model_id_is_warned_about(qwen, make_sae):
+def test_another_model_or_layer_is_refused_unless_it_is_asked_for(qwen, make_sae):
     sae = make_sae()
     sae.metadata.base_model.id = "someone/else"
     qwen.config._name_or_path = "someone/this"
     try:
-        with pytest.warns(UserWarning, match="trained on someone/else, the model is someone/this"):
+        with pytest.raises(ConfigError, match="trained on someone/else, this is someone/this"):
             evals.splice(qwen, None, sae, "layers.1", [[5, 6, 7]])
+        sae.metadata.base_model.id, sae.metadata.hook.layer = "someone/this", 2
+        with pytest.raises(HookError, match=r"trained at layers\.2, these activations are those of layers\.1"):
+            evals.splice(qwen, None, sae, "layers.1", [[5, 6, 7]])
+        evals.splice(qwen, None, sae, "layers.1", [[5, 6, 7]], force=True)
     finally:
         qwen.config._name_or_path = ""
 
@@ -291,7 +295,70 @@ def test_weights_that_are_not_finite_are_an_error_and_not_a_number(qwen, make_sa
 
 def test_no_recovery_is_claimed_where_the_ablation_has_no_effect(qwen, make_sae):
     """The mean over one repeated position is that position: mean ablation changes nothing."""
-    result = evals.splice(qwen, None, make_sae(), "layers.1", [[5, 6]] * 3, keep_position_0=True)
+    result = evals.splice(qwen, None, make_sae(), "layers.1", [[5, 6]] * 3, replace="not position_0")
     measure = result.get("frac_recovered_mean")
     assert measure.value is None and "no effect" in measure.note
     assert all(m.name != "frac_recovered_mean" for m in result.metrics())
+
+
+def by_hand(model, sae, texts, hook, keep):
+    """Clean and spliced losses over the predicted tokens of a scope, with only its tokens replaced."""
+    clean, spliced, kl, n = 0.0, 0.0, 0.0, 0
+    with torch.no_grad():
+        for text in texts:
+            ids = text["input_ids"][None]
+            inside = keep(text)
+            a = model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
+            with edit_hook(model, hook, lambda h, _, m=inside: torch.where(m[None, :, None], sae(h), h)):
+                b = model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
+            at = torch.arange(len(a))[inside[1:]]
+            clean -= float(a[at, ids[0, 1:][at]].sum())
+            spliced -= float(b[at, ids[0, 1:][at]].sum())
+            kl += float((a[at].exp() * (a[at] - b[at])).sum())
+            n += len(at)
+    return clean / n, spliced / n, kl / n, n
+
+
+@pytest.mark.parametrize(
+    ("exclude", "keep"),
+    [
+        (["position_0"], lambda t: torch.arange(len(t["input_ids"])) > 0),
+        (["is_special", "position_0"], lambda t: ~t["is_special"] & (torch.arange(len(t["input_ids"])) > 0)),
+    ],
+)
+def test_what_training_left_out_is_left_alone_and_not_counted(exclude, keep, qwen, make_sae, texts):
+    texts = [{**t, "is_special": t["input_ids"] % 5 == 0} for t in texts]
+    sae = make_sae()
+    sae.metadata.training.exclude = exclude
+    result = evals.splice(qwen, None, sae, "layers.1", texts)
+    clean, spliced, kl, n = by_hand(qwen, sae, texts, "layers.1", keep)
+    assert result.scope == result.replaced == sae.metadata.own_scope
+    assert result.get("ce_sae").n_tokens == n
+    for metric, expected in (("ce_clean", clean), ("ce_sae", spliced), ("kl", kl)):
+        assert result.value(metric) == pytest.approx(expected, rel=1e-5, abs=1e-7), metric
+    every = evals.splice(qwen, None, sae, "layers.1", texts, replace="all")
+    assert every.value("ce_sae") != pytest.approx(spliced, rel=1e-4)
+
+
+def test_massive_tokens_are_left_alone_where_training_left_them_out(qwen, make_sae, texts):
+    norms = {}
+    with torch.no_grad():
+        for number, text in enumerate(texts):
+            from hubsae.core.hooks import read_hook
+
+            with read_hook(qwen, "layers.1", lambda h, number=number: norms.update({number: h[0].norm(dim=-1)})):
+                qwen(input_ids=text["input_ids"][None])
+    bound = float(torch.cat(list(norms.values())).median())
+    sae = make_sae()
+    sae.metadata.training.exclude, sae.metadata.training.massive_above = ["massive"], bound
+    result = evals.splice(qwen, None, sae, "layers.1", texts, batch_tokens=30)
+    numbers = {id(t): n for n, t in enumerate(texts)}
+    _, spliced, kl, n = by_hand(qwen, sae, texts, "layers.1", lambda t: norms[numbers[id(t)]] <= bound)
+    assert result.get("ce_sae").n_tokens == n
+    assert result.value("ce_sae") == pytest.approx(spliced, rel=1e-5)
+    assert result.value("kl") == pytest.approx(kl, rel=1e-5)
+
+
+def test_a_column_named_solution_is_a_response(tokenizer):
+    encoded, _ = encode_texts([{"problem": "w5 w6", "solution": " w7 w8"}], tokenizer)
+    assert encoded[0].is_response.tolist() == [False, False, True, True]
