@@ -1,4 +1,4 @@
-"""Every import of every file, at whatever depth it stands, and the circles they make."""
+"""Every import of every file, at whatever depth it stands: the circles they make, and those that point upwards."""
 
 from __future__ import annotations
 
@@ -59,3 +59,15 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
         if node not in index:
             visit(node)
     return found
+
+
+def upward(graph: dict[str, set[str]], rooms: list[str]) -> list[str]:
+    """Imports of a room above (`rooms` from the top down), as text."""
+
+    def floor(module: str) -> int | None:
+        part = module.split(".")[1] if "." in module else ""
+        return rooms.index(part) if part in rooms else None
+
+    pairs = [(module, target) for module, targets in sorted(graph.items()) for target in sorted(targets)]
+    floors = [(module, target, floor(module), floor(target)) for module, target in pairs]
+    return [f"{m} imports {t}" for m, t, a, b in floors if a is not None and b is not None and b < a]

@@ -13,6 +13,9 @@ import pytest
 
 import hubsae
 
+sys.path.insert(0, str(Path(__file__).parent))
+from imports import circles, import_graph, upward
+
 ROOT = Path(hubsae.__file__).parent
 ROOMS = ["cli", "recipes", "rl", "hub", "index", "train", "evals", "activations", "formats", "core", "kernels"]
 HEAVY = {
@@ -41,23 +44,50 @@ def top_level_imports(path: Path) -> set[str]:
 
 
 FILES = sorted(p for p in ROOT.rglob("*.py") if "_data" not in p.parts)
+RECIPES = sorted((ROOT.parent / "recipes").glob("*/*.py"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_a_room_imports_only_rooms_below_it(path):
+def test_a_file_imports_nothing_heavy_and_only_hub_talks_to_the_hub(path):
     room = path.relative_to(ROOT).parts[0]
     for module in top_level_imports(path):
         parts = module.split(".")
         if room == "localhub":
             assert parts[0] != "hubsae" or parts[1:2] == ["localhub"], f"{path.name} imports {module}"
-        elif parts[0] == "hubsae" and len(parts) > 1 and parts[1] in ROOMS and room in ROOMS:
-            assert ROOMS.index(parts[1]) >= ROOMS.index(room), f"{room} imports {module}, which is above it"
         assert room == "hub" or parts[0] != "huggingface_hub", f"only hub talks to the Hub; {path} imports {module}"
         if room != "localhub":
             assert parts[0] not in HEAVY, f"{path} imports {module} when it is imported itself"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_room_imports_only_rooms_below_it_at_any_depth():
+    assert upward(import_graph(ROOT), ROOMS) == []
+
+
+def test_no_imports_go_in_a_circle_at_any_depth():
+    # the last three, each of which is going
+    going = ("hubsae.hub.card", "hubsae.evals.accumulate", "hubsae.evals.comparison")
+    assert [circle for circle in circles(import_graph(ROOT)) if circle[0] not in going] == []
+
+
+def test_a_planted_circle_and_a_planted_upward_import_are_found(tmp_path):
+    root = tmp_path / "hubsae"
+    planted = {
+        "core/a.py": "def late():\n    from hubsae.core import b\n",
+        "core/b.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from hubsae.core.c import C\n",
+        "core/c.py": "import hubsae.core.a\n",
+        "core/d.py": "from hubsae.core.a import late\n",
+        "formats/e.py": "class E:\n    def push(self):\n        from hubsae.hub.f import push\n",
+        "hub/f.py": "import json\n",
+    }
+    for name, text in planted.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    graph = import_graph(root)
+    assert circles(graph) == [["hubsae.core.a", "hubsae.core.b", "hubsae.core.c"]]
+    assert upward(graph, ROOMS) == ["hubsae.formats.e imports hubsae.hub.f"]
+
+
+@pytest.mark.parametrize("path", [*FILES, *RECIPES], ids=lambda p: str(p.relative_to(ROOT.parent)))
 def test_a_file_says_what_it_is_for(path):
     assert (ast.get_docstring(ast.parse(path.read_text())) or "").strip(), f"{path} has no first line"
 
@@ -93,3 +123,15 @@ def test_the_examples_in_docstrings_run():
         if result.failed:
             failed.append(f"{path.relative_to(ROOT)}: {result.failed} of {result.attempted}")
     assert not failed, failed
+
+
+def test_the_examples_in_recipes_run():
+    from hubsae.recipes.registry import find_recipe
+
+    ran = 0
+    for path in RECIPES:
+        module = find_recipe(path.parent.name).module(path.stem)
+        result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
+        assert not result.failed, f"{path}: {result.failed} of {result.attempted}"
+        ran += result.attempted
+    assert ran > 10
