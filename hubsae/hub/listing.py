@@ -122,7 +122,7 @@ def describe(
 
 def _dataset(repo: str, revision: str | None, token: str | bool | None) -> Description | None:
     """What an activation dataset of that name holds, or None if there is none."""
-    from hubsae.core.errors import HubSAEError, named_options
+    from hubsae.core.errors import HubSAEError
     from hubsae.hub.activations import describe as describe_activations
 
     try:
