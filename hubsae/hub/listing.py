@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hubsae.core.errors import HubSAEError, named_options
 from hubsae.core.files import read_json, safe_join, safetensors_header
 from hubsae.core.metadata import Metadata
 from hubsae.core.text import check_name
@@ -122,7 +123,6 @@ def describe(
 
 def _dataset(repo: str, revision: str | None, token: str | bool | None) -> Description | None:
     """What an activation dataset of that name holds, or None if there is none."""
-    from hubsae.core.errors import HubSAEError
     from hubsae.hub.activations import describe as describe_activations
 
     try:
