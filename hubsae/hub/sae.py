@@ -355,7 +355,7 @@ class HubSAE(SAE):
 
     @classmethod
     def from_saelens(cls, sae: Any) -> HubSAE:
-        """A SAELens SAE (inference or training class) as a HubSAE."""
+        """`sae`, a SAELens SAE (inference or training class), as a HubSAE."""
         from hubsae.formats.saelens import from_saelens
 
         return cast("HubSAE", from_saelens(sae))
