@@ -22,12 +22,12 @@ def command(
 ) -> None:
     """Train sparse autoencoders; run the same command again to continue. Also under torchrun and accelerate launch."""
     from hubsae.cli._common import print_json, print_table
-    from hubsae.core.settings import parse_override
+    from hubsae.core.text import format_bytes, format_time
     from hubsae.train.job import load_job
 
-    job = load_job(config, dict(parse_override(text) for text in overrides or []))
+    job = load_job(config, overrides or [])
     if dry_run:
-        plans = job.plan()
+        plans = job.plan(resume=not fresh)
         if json_:
             print_json([{**vars(p), "total_bytes": p.total_bytes} for p in plans])
             return
@@ -38,8 +38,8 @@ def command(
             columns,
             [
                 [p.name, p.d_in, p.d_sae, f"{p.parameters:,}", f"{p.steps:,}", f"{p.tokens:,}"]
-                + [_size(b) for b in (p.state_bytes, p.gradient_bytes, p.step_bytes, p.total_bytes, p.checkpoint_bytes)]
-                + [_time(p.seconds), _time(p.h200_seconds)]
+                + [format_bytes(getattr(p, f"{part}_bytes")) for part in columns[6:11]]
+                + ["-" if s is None else format_time(s) for s in (p.seconds, p.h200_seconds)]
                 for p in plans
             ],
         )
@@ -58,28 +58,10 @@ def command(
     if json_:
         print_json(rows)
     else:
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        print_table(
-            f"written to {job.out}" if job.out else "", columns, [[row.get(c) for c in columns] for row in rows]
-        )
+        keys = list(dict.fromkeys(key for row in rows for key in row))
+        # the loss is in the space that was trained in, what was validated in that of the activations
+        spaces = {"train_loss": " (training space)", "val_mse": " (raw)", "val_fvu": " (raw)"}
+        columns = [key + spaces.get(key, "") for key in keys]
+        print_table(f"written to {job.out}" if job.out else "", columns, [[row.get(k) for k in keys] for row in rows])
     if all(r.error is not None for r in results):
         raise typer.Exit(1)
-
-
-def _size(count: int) -> str:
-    value = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}"
-        value /= 1024
-    return f"{value:.2f} GiB"
-
-
-def _time(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"

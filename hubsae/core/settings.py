@@ -43,11 +43,7 @@ def compose(schema: type[C], layers: Iterable[dict[str, Any]], overrides: Sequen
         key, value = parse_override(override)
         if key not in known:
             raise ConfigError(f"the config has no key {key!r}", hint=f"nearest: {nearest(key, sorted(known))}")
-        section = merged
-        *parents, last = key.split(".")
-        for parent in parents:
-            section = section.setdefault(parent, {})
-        section[last] = value
+        merged = merge(merged, nested(key, value))
     try:
         return schema.model_validate(merged)
     except ValidationError as error:
@@ -65,6 +61,17 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(out.get(key), dict)
         out[key] = merge(out[key], value) if both else value
     return out
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    """A value at a dotted key, as a mapping to merge.
+
+    >>> nested("a.b", 1)
+    {'a': {'b': 1}}
+    """
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -123,6 +130,8 @@ def _readable(error: ValidationError, known: set[str]) -> str:
         key = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
             lines.append(f"{key}: no such key (nearest: {nearest(key, sorted(known))})")
+        elif not key:  # a rule about several values says itself which
+            lines.append(problem["msg"].removeprefix("Value error, "))
         else:
             lines.append(f"{key}: {problem['msg']}, found {problem['input']!r}")
     return "the config is not valid:\n" + "\n".join(f"  {line}" for line in lines)

@@ -7,21 +7,16 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from hubsae.core.errors import ConfigError
 from hubsae.core.scopes import excluding
+from hubsae.core.settings import Settings
 
 Architecture = Literal["topk", "batch_topk", "jumprelu", "relu", "gated"]
 
 
-class Part(BaseModel):
-    """A group of settings; a misspelt name is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class InitConfig(Part):
+class InitConfig(Settings):
     """How parameters start, where no SAE to start from is given."""
 
     encoder: Literal["tied", "torch", "kaiming"] = Field(
@@ -46,7 +41,7 @@ class InitConfig(Part):
     )
 
 
-class AuxConfig(Part):
+class AuxConfig(Settings):
     """AuxK: a second reconstruction by dead latents alone, so that they get a gradient."""
 
     coefficient: float = Field(1 / 32, ge=0)
@@ -59,7 +54,7 @@ class AuxConfig(Part):
     scale_by_dead: bool = Field(default=False, description="Multiply by min(1, dead / k), as SAELens does.")
 
 
-class ResampleConfig(Part):
+class ResampleConfig(Settings):
     """Giving dead latents a new start."""
 
     method: Literal["worst_tokens", "anthropic"] = Field(
@@ -80,7 +75,7 @@ class ResampleConfig(Part):
         return step in self.at_steps or bool(self.every_epochs and epoch and epoch % self.every_epochs == 0)
 
 
-class DeadConfig(Part):
+class DeadConfig(Settings):
     """When a latent counts as dead, and what is done about it."""
 
     rule: Literal["tokens", "frequency"] = Field(
@@ -92,7 +87,7 @@ class DeadConfig(Part):
     resample: ResampleConfig | None = None
 
 
-class ScheduleConfig(Part):
+class ScheduleConfig(Settings):
     """Learning rate over the run: warm-up, then a shape."""
 
     shape: Literal["constant", "cosine", "linear"] = "constant"
@@ -104,7 +99,7 @@ class ScheduleConfig(Part):
     )
 
 
-class SparsityConfig(Part):
+class SparsityConfig(Settings):
     """Penalties of the architectures whose sparsity is trained and not chosen."""
 
     l1: float = Field(default=0.0, ge=0, description="relu, gated: coefficient of Σ z, mean over tokens.")
@@ -129,7 +124,7 @@ class SparsityConfig(Part):
     warmup_tokens: int = Field(default=0, ge=0, description="In place of warmup_steps.")
 
 
-class TrainConfig(Part):
+class TrainConfig(Settings):
     """One training run.
 
     >>> TrainConfig(architecture="topk", expansion=8, k=64, batch_size=512).width(896)

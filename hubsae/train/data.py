@@ -162,17 +162,7 @@ class TokenSelection:
         """Batches of a source with the labels it needs, nothing left out yet."""
         if self.columns:
             options["columns"] = self.columns
-        try:
-            stream = source.batches(size, **options)
-        except TypeError:
-            if not self.columns:
-                raise
-            raise ConfigError(
-                f"exclude={list(self.exclude)} needs the label columns {', '.join(self.columns)}, which "
-                f"{type(source).__name__} does not have",
-                hint="train on an ActivationDataset with these columns (from_tensor(x, position=...) makes one)",
-            ) from None
-        for batch in stream:
+        for batch in source.batches(size, **options):
             yield Rows(batch, {}) if isinstance(batch, Tensor) else Rows(batch["vector"], batch)
 
     def kept(self, batch: Rows) -> Tensor:
@@ -227,10 +217,8 @@ def sample(source: Source, rows: int, seed: int, selection: TokenSelection | Non
     found = take(chosen if isinstance(source, TensorSource) else chosen.numpy()).float()
     labels: dict[str, Any] = {}
     if selection.columns:
-        columns = getattr(source, "columns", None)
-        if columns is None:
-            return head(source, rows, seed, selection)  # which says what is missing
-        labels = {name: column[chosen.numpy()] for name, column in columns(selection.columns).items()}
+        columns = cast(Any, source).columns(selection.columns)
+        labels = {name: column[chosen.numpy()] for name, column in columns.items()}
     return selection.kept(Rows(found, labels))
 
 

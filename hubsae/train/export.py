@@ -72,8 +72,9 @@ def record(
     split: str | None = None,
     exclude: list[str] | None = None,
     massive_above: float | None = None,
+    sections: dict[str, Any] | None = None,
 ) -> Metadata:
-    """metadata.json of a training run; what the caller knows in `config.record` takes precedence."""
+    """metadata.json of a training run; what is known besides, in `sections`, takes precedence."""
     s = config.schedule
     schedule = s.shape if s.shape == "constant" else f"{s.shape} to {s.floor:g} of the peak"
     if s.warmup_tokens or s.warmup_steps:
@@ -115,7 +116,7 @@ def record(
             "versions": {"hubsae": __version__, "torch": torch.__version__, "python": platform.python_version()},
         },
     }
-    for section, values in config.record.items():
+    for section, values in (sections or config.record).items():
         if isinstance(values, dict) and isinstance(data.get(section), dict):
             data[section] = {**data[section], **values}
         else:

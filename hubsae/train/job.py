@@ -11,23 +11,25 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, model_validator
 
 from hubsae.core.errors import ConfigError, nearest
-from hubsae.core.metadata import describe_validation
+from hubsae.core.settings import Settings, compose, merge, nested, parse_override, read_yaml
+from hubsae.train import preflight
 from hubsae.train.api import train, train_many
-from hubsae.train.config import Part, TrainConfig
+from hubsae.train.config import TrainConfig
 from hubsae.train.estimate import Estimate, estimate
 from hubsae.train.result import TrainResult
 
 CONFIGS = Path(__file__).parent / "configs"
 
 
-class DataConfig(Part):
+class DataConfig(Settings):
     """Where activations are."""
 
     path: str = Field(description="Folder, file, or dataset repo that ActivationDataset.open takes.")
@@ -41,7 +43,7 @@ class DataConfig(Part):
     rows: int | None = Field(default=None, description="Tokens, for a dry run without the data.")
 
 
-class Job(Part):
+class Job(Settings):
     """A file of `hubsae train`.
 
     >>> job = Job(data={"path": "acts"}, train={"d_sae": 64}, grid={"k": [2, 4]})
@@ -56,20 +58,24 @@ class Job(Part):
     train: dict[str, Any] = Field(default_factory=dict, description="Fields of TrainConfig.")
     grid: dict[str, list[Any]] = Field(default_factory=dict, description="Fields and the values to combine.")
 
+    @model_validator(mode="after")
+    def _one_value_each(self) -> Job:
+        for key in self.grid:
+            value: Any = self.train
+            for part in key.split("."):
+                value = value.get(part) if isinstance(value, dict) else None
+            if value is not None:
+                raise ValueError(f"{key}={value} is set beside a grid over {key}; say grid.{key}=[{value}]")
+        return self
+
     def cells(self) -> list[TrainConfig]:
         """The configs of the run: one, or one per point of the grid."""
-        points = [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
         cells = []
-        for point in points:
-            fields = dict(self.train)
-            for key, value in point.items():
-                _put(fields, key, value)
-            if point:
-                fields["name"] = ",".join(f"{key.split('.')[-1]}={value}" for key, value in point.items())
-            try:
-                cells.append(TrainConfig.model_validate(fields))
-            except ValidationError as error:
-                raise ConfigError(f"train: {describe_validation(error)}", hint=_hint(error)) from None
+        for values in itertools.product(*self.grid.values()):
+            point = dict(zip(self.grid, values, strict=True))
+            name = {"name": ",".join(f"{key.split('.')[-1]}={value}" for key, value in point.items())} if point else {}
+            fields = [nested(key, value) for key, value in point.items()]
+            cells.append(compose(TrainConfig, [self.train, *fields, name]))
         return cells
 
     def chosen_device(self) -> torch.device:
@@ -94,13 +100,23 @@ class Job(Part):
             val = ActivationDataset.open(d.path, d.config, d.val_split, **options)
         return rows, val
 
-    def plan(self) -> list[Estimate]:
-        """Memory and time of every cell, without training; the data itself is only asked for its shape."""
-        d_in, rows = self.data.d_in, self.data.rows
-        if Path(self.data.path).exists() or d_in is None or rows is None:
-            source = self.open()[0]
-            d_in, rows = source.d, source.n_rows
-        return [estimate(cell, d_in, rows, self.chosen_device()) for cell in self.cells()]
+    def plan(self, *, resume: bool = True) -> list[Estimate]:
+        """Memory and time of every cell, without training; raises what the run would.
+
+        Where the data is not here, `data.d_in` and `data.rows` stand for it.
+        """
+        cells, d, rows, source, val = self.cells(), self.data.d_in, self.data.rows, None, None
+        if Path(self.data.path).exists() or d is None or rows is None:
+            source, val = self.open()
+            d, rows = source.d, source.n_rows
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        for cell in cells:
+            preflight.check_settings([cell], d, rows, ranks=ranks if cell.parallel == "data" else 1)
+        if source is not None:
+            preflight.check_data(cells, source, val)
+            if self.out is not None and resume:
+                preflight.check_folder(Path(self.out), preflight.settings_of(cells, source))
+        return [estimate(cell, d, rows, self.chosen_device(), ranks) for cell in cells]
 
     def run(self, *, resume: bool = True, quiet: bool = False) -> list[TrainResult]:
         """Train; run again to go on."""
@@ -113,45 +129,26 @@ class Job(Part):
         return train_many(cells, rows, **options)
 
 
-def load_job(name: str, overrides: dict[str, Any]) -> Job:
-    """A job from a YAML file, or one of the configs that come with hubsae by its name; overrides by dotted key."""
-    import yaml
-
+def load_job(name: str, overrides: Sequence[str] = ()) -> Job:
+    """A job from a YAML file, or one of the configs that come with hubsae by its name; `key.path=value` on top."""
     path = Path(name)
     if not path.exists() and (CONFIGS / f"{name}.yaml").is_file():
         path = CONFIGS / f"{name}.yaml"
     if not path.is_file():
         known = sorted(p.stem for p in CONFIGS.glob("*.yaml"))
         raise ConfigError(f"there is no config {name}", hint=f"a YAML file, or one of: {nearest(name, known)}")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected a mapping with data and train, found {type(data).__name__}")
-    for key, value in overrides.items():
+    data = read_yaml(path)
+    for text in overrides:
+        key, value = parse_override(text)
         top = key.split(".")[0]
         if top not in Job.model_fields and top in TrainConfig.model_fields:
             key = f"train.{key}"  # hubsae train FILE k=32
-        _put(data, key, value)
-    try:
-        return Job.model_validate(data)
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {describe_validation(error)}", hint=_hint(error)) from None
+        data = merge(data, _placed(key, value))
+    return compose(Job, [data])
 
 
-def _put(data: dict[str, Any], key: str, value: Any) -> None:
-    *parents, last = key.split(".")
-    for parent in parents:
-        inner = data.get(parent)
-        data[parent] = dict(inner) if isinstance(inner, dict) else {}
-        data = data[parent]
-    data[last] = value
-
-
-def _hint(error: ValidationError) -> str | None:
-    for item in error.errors():
-        if item["type"] == "extra_forbidden":
-            known = sorted({*TrainConfig.model_fields, *Job.model_fields, *DataConfig.model_fields})
-            return f"nearest: {nearest(str(item['loc'][-1]), known)}"
-    return None
+def _placed(key: str, value: Any) -> dict[str, Any]:
+    """An override as a layer; grid keys have dots of their own."""
+    if key.startswith("grid."):
+        return {"grid": {key.removeprefix("grid."): value}}
+    return nested(key, value)

@@ -24,7 +24,7 @@ from hubsae.core.normalizer import Normalizer
 from hubsae.core.progress import Task, progress
 from hubsae.core.sae import SAE
 from hubsae.kernels import linear
-from hubsae.train import checkpoint, data, dead, export, init, select, validate
+from hubsae.train import checkpoint, data, dead, export, init, preflight, provenance, select, validate
 from hubsae.train.best import Best
 from hubsae.train.config import TrainConfig
 from hubsae.train.learn import learn
@@ -61,20 +61,18 @@ class Run:
         self.same_rows = self.comm if self.comm.splits_latents else Solo()
         self.source, self.val = data.split(data.as_source(activations), val, first.val_fraction)
         d = self.source.d
-        if self.val is not None and self.val.d != d:
-            raise DataError(f"validation activations have width {self.val.d}, training ones {d}")
         ranks = self.comm.world if self.comm.splits_rows else 1
+        preflight.check_settings(configs, d, self.source.n_rows, ranks=ranks)
+        preflight.check_data(configs, self.source, self.val)
         self.steps_per_epoch, self.total = first.steps(self.source.n_rows)
         self.local_batch = first.batch_size // ranks
-        if first.batch_size % (ranks * first.accumulate):
-            raise ConfigError(
-                f"batch_size {first.batch_size} does not divide into {ranks} ranks x {first.accumulate} parts",
-                hint="choose a multiple",
-            )
-        for config in configs:
-            config.check(d)
-            if config.architecture == "gated" and self.comm.splits_latents:
-                raise ConfigError(f"{config.name}: gated SAEs cannot be split by latents", hint="use parallel: data")
+        self.suffix = f".rank{self.comm.rank}" if self.comm.splits_latents else ""
+        if out is not None:
+            settings = preflight.settings_of(configs, self.source)
+            if resume:
+                preflight.check_folder(out, settings, suffix=self.suffix)
+            if self.comm.rank == 0:
+                write_json_atomic(out / "config.json", settings)
         self.bank = Bank(configs, d, device=self.device, shares=self._shares(configs, d))
         self.cells = self.bank.cells
         for cell, start in zip(self.cells, starts if starts is not None else [None] * len(configs), strict=True):
@@ -84,10 +82,8 @@ class Run:
         self.task = Task("training")
         self.step, self.epoch = 0, 0
         self.finished = False
-        self.suffix = f".rank{self.comm.rank}" if self.comm.splits_latents else ""
         self._stop = False
         self._timed = (time.perf_counter(), 0)
-        self._check_folder(configs, resume)
         found = self._whole_state() if out is not None and resume else None
         if found is not None:
             self._restore(*found)
@@ -102,6 +98,8 @@ class Run:
             return None
         world, rank, shares = self.comm.world, self.comm.rank, []
         for config in configs:
+            if config.architecture == "gated":
+                raise ConfigError(f"{config.name}: gated SAEs cannot be split by latents", hint="use parallel: data")
             width = config.width(d)
             if width % world or (config.k or 0) > width // world:
                 raise ConfigError(
@@ -110,26 +108,6 @@ class Run:
                 )
             shares.append((rank * width // world, (rank + 1) * width // world))
         return shares
-
-    def _check_folder(self, configs: Sequence[TrainConfig], resume: bool) -> None:
-        """A run folder belongs to one configuration."""
-        if self.out is None:
-            return
-        file = self.out / "config.json"
-        settings = {
-            "cells": [c.model_dump(mode="json") for c in configs],
-            "d_in": self.source.d,
-            "rows": self.source.n_rows,
-        }
-        if resume and file.exists() and checkpoint.latest(self.out, suffix=self.suffix) is not None:
-            before = read_json(file)
-            if before != settings:
-                raise ConfigError(
-                    f"{self.out} holds a run with other settings: {_differences(before, settings)}",
-                    hint="choose another folder, or start over there with resume=False (--fresh)",
-                )
-        if self.comm.rank == 0:
-            write_json_atomic(file, settings)
 
     def _start(self, space: Normalizer | None) -> None:
         self.log.fresh()
@@ -323,8 +301,6 @@ class Run:
             cell.sums, cell.measured = [0.0, 0.0, 0.0], values
             self.log.add("eval", self.step, cell.config.name, tokens=cell.tokens, **values)
             metric = cell.config.metric or ("val_mse" if self.val is not None else "train_loss")
-            if metric not in values:
-                raise ConfigError(f"metric {metric} needs validation data", hint="pass val=, or set val_fraction")
             entry = {"step": self.step, "metric": metric, "value": values[metric], "values": values}
             entry |= {"threshold": cell.threshold, "tokens": cell.tokens}
             if self.out is not None or (cell.config.select == "best" and cell.config.keep_best > 0):
@@ -446,6 +422,7 @@ class Run:
             split=f"contiguous tail of {cell.config.val_fraction:g}" if cell.config.val_fraction else None,
             exclude=list(self.tokens.exclude),
             massive_above=self.tokens.massive_above,
+            sections=provenance.joined(cell.config.record, self.source),
         )
 
     @contextmanager
@@ -469,13 +446,6 @@ class Run:
         if self._stop:  # it came behind the last step
             where = f"everything is in {self.out}" if self.out else "its result is lost, there is no run folder (out=)"
             raise TrainingInterrupted(f"interrupted when training was done: {where}")
-
-
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    wrong = [key for key in ("d_in", "rows") if before.get(key) != now[key]]
-    for old, new in zip(before.get("cells", []), now["cells"], strict=False):
-        wrong += [f"{new['name']}.{key}" for key in new if old.get(key) != new[key]]
-    return ", ".join(wrong) or "another list of SAEs"
 
 
 @contextmanager

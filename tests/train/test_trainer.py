@@ -171,7 +171,7 @@ def test_groups_of_tokens_are_left_out_by_name(tokens):
     assert result.metrics["val_fvu"] == pytest.approx(float(errors / spread), rel=1e-4)
     with pytest.raises(ConfigError, match="needs the label columns position"):
         train(config(exclude=("position_0",)), tokens)
-    with pytest.raises(DataError, match="no column 'is_special'"):
+    with pytest.raises(ConfigError, match="needs the label columns is_special"):
         train(config(exclude=("special",)), data)
 
 

@@ -1,0 +1,68 @@
+"""What would make a run fail, found before it begins: by the run itself and by a dry run alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hubsae.core.errors import ConfigError, DataError
+from hubsae.core.files import read_json
+from hubsae.train import checkpoint
+from hubsae.train.config import TrainConfig
+from hubsae.train.data import TokenSelection
+from hubsae.train.provenance import joined
+
+
+def check_settings(configs: Sequence[TrainConfig], d: int, rows: int, *, ranks: int = 1) -> None:
+    """Raise where settings do not fit each other or the shape of the data."""
+    first = configs[0]
+    first.steps(rows)
+    if first.batch_size % (ranks * first.accumulate):
+        raise ConfigError(
+            f"batch_size {first.batch_size} does not divide into {ranks} ranks x {first.accumulate} parts",
+            hint="choose a multiple",
+        )
+    for config in configs:
+        config.check(d)
+
+
+def check_data(configs: Sequence[TrainConfig], source: Any, val: Any) -> None:
+    """Raise where the data lack what the settings ask of them."""
+    if val is not None and val.d != source.d:
+        raise DataError(f"validation activations have width {val.d}, training ones {source.d}")
+    for config in configs:
+        if val is None and (config.metric or "").startswith("val_"):
+            raise ConfigError(f"metric {config.metric} needs validation data", hint="pass val=, or set val_fraction")
+        joined(config.record, source)
+        selection = TokenSelection.of(config, None)
+        for data in (source, val):
+            missing = [name for name in selection.columns if name not in getattr(data, "label_names", ())]
+            if data is not None and missing:
+                have = ", ".join(getattr(data, "label_names", ())) or "none"
+                raise ConfigError(
+                    f"exclude={list(selection.exclude)} needs the label columns {', '.join(missing)}",
+                    hint=f"columns there: {have}; ActivationDataset.from_tensor(x, position=...) gives a tensor some",
+                )
+
+
+def check_folder(out: Path | None, settings: dict[str, Any], *, suffix: str = "") -> None:
+    """Raise where a run folder holds a state of other settings."""
+    file = None if out is None else out / "config.json"
+    if out is None or file is None or not file.exists() or checkpoint.latest(out, suffix=suffix) is None:
+        return
+    before = read_json(file)
+    if before == settings:
+        return
+    wrong = [key for key in ("d_in", "rows") if before.get(key) != settings[key]]
+    for old, new in zip(before.get("cells", []), settings["cells"], strict=False):
+        wrong += [f"{new['name']}.{key}" for key in new if old.get(key) != new[key]]
+    raise ConfigError(
+        f"{out} holds a run with other settings: {', '.join(wrong) or 'another list of SAEs'}",
+        hint="choose another folder, or start over there with resume=False (--fresh)",
+    )
+
+
+def settings_of(configs: Sequence[TrainConfig], source: Any) -> dict[str, Any]:
+    """What a run folder belongs to."""
+    return {"cells": [c.model_dump(mode="json") for c in configs], "d_in": source.d, "rows": source.n_rows}
