@@ -38,7 +38,7 @@ class Recipe:
 
     >>> recipe = find_recipe("rl_chain")
     >>> recipe.profiles
-    ['demo', 'fast', 'full', 'tiny']
+    ['demo', 'fast', 'full', 'small', 'tiny']
     """
 
     name: str

@@ -28,6 +28,7 @@ from hubsae.core.quiet import quiet
 from hubsae.recipes.tiny_problems import Problem, draw_style, make_problems, styled_answer
 from hubsae.recipes.tiny_tokenizer import train_tokenizer
 from hubsae.recipes.worlds import World, build_once, cache_root, prompt_ids, write_record
+from hubsae.rl.warmup import AnswerBatch, answer_batch, answer_loss
 
 FORMAT = 1
 """Raised when the same config would no longer give the same world."""
@@ -226,10 +227,7 @@ def _warm_up(
         share = min((step + 1) / warm, 1 - 0.95 * max(step - warm, 0) / max(config.steps - warm, 1))
         for group in optimizer.param_groups:
             group["lr"] = config.lr * share
-        ids, mask, weights = _batch(config, tokenizer, rng.sample(problems, config.batch), rng)
-        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
-        each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        loss = (each * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
+        loss = answer_loss(model, _batch(config, tokenizer, rng.sample(problems, config.batch), rng))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -241,21 +239,9 @@ def _warm_up(
     return losses
 
 
-def _batch(config: TinyConfig, tokenizer: Any, problems: list[Problem], rng: random.Random) -> tuple:
-    """Prompt and answer of each problem, right-padded: ids, mask, loss weights, each [batch, tokens]."""
+def _batch(config: TinyConfig, tokenizer: Any, problems: list[Problem], rng: random.Random) -> AnswerBatch:
+    """Prompt and answer of each problem, in a style drawn for it."""
     prompts = [prompt_ids(tokenizer, problem) for problem in problems]
-    answers = tokenizer(
-        [styled_answer(problem, draw_style(rng)) + tokenizer.eos_token for problem in problems],
-        add_special_tokens=False,
-    ).input_ids
-    width = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
-    ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
-    mask = torch.zeros(len(prompts), width, dtype=torch.long)
-    weights = torch.zeros(len(prompts), width)
-    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        end = len(prompt) + len(answer)
-        ids[row, :end] = torch.tensor(prompt + answer)
-        mask[row, :end] = 1
-        weights[row, : len(prompt)] = config.prompt_weight
-        weights[row, len(prompt) : end] = 1.0
-    return ids, mask, weights
+    styled = [styled_answer(problem, draw_style(rng)) + tokenizer.eos_token for problem in problems]
+    answers = tokenizer(styled, add_special_tokens=False).input_ids
+    return answer_batch(list(zip(prompts, answers, strict=True)), tokenizer.pad_token_id, config.prompt_weight)

@@ -76,6 +76,7 @@ def train_config(sae: SAESettings, member: Member, record: dict[str, Any], seed:
         batch_size=sae.batch_size,
         epochs=sae.epochs,
         clip=sae.clip,
+        exclude=sae.exclude,
         project=False,
         aux=AuxConfig(coefficient=sae.aux, k=sae.aux_k_factor * chain.k, target="full") if sae.aux else None,
         dead=DeadConfig(rule="frequency", frequency=sae.dead_frequency, resample=resample),

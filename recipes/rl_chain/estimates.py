@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from hubsae.recipes.steps import Estimate
 from hubsae.rl.config import RLConfig
+from hubsae.rl.warmup import WarmUp
 
 from .settings import ChainConfig, ChainSettings, Mode
 
@@ -20,6 +21,12 @@ def source(config: ChainConfig) -> Estimate:
     size = config.model.parameters * 4
     what = f"{config.model.label} ({config.model.parameters / 1e6:,.0f} M parameters), {config.data.id}"
     return Estimate(what, disk=size, memory=size)
+
+
+def warmup(config: ChainConfig, settings: WarmUp) -> Estimate:
+    """Supervised steps: weights, gradient, two moments."""
+    size = config.model.parameters * 4
+    return Estimate(f"{settings.steps} steps of {settings.batch} answers", disk=size, memory=4 * size)
 
 
 def reinforcement(config: ChainConfig, rl: RLConfig) -> Estimate:

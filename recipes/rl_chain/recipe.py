@@ -12,6 +12,7 @@ Stages can also be checkpoints that exist already: `stages={ppo_step10: ./ckpt/1
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from hubsae.rl.ppo import PPO
 from hubsae.rl.problems import make_prompts
 from hubsae.rl.rollout import Sampling
 from hubsae.rl.stages import merge_loss
+from hubsae.rl.warmup import warm_up
 from hubsae.train import train_chain
 
 from . import chain as common
@@ -53,10 +55,14 @@ def steps(config: Config) -> list[Step]:
     world = {"model": config.model, "data": config.data, "seed": config.seed}
     plan = [Step("source", run.source, world, estimate=estimates.source(config))]
     policy: tuple[str, ...] = ("source",)
+    if config.warmup is not None:
+        settings = {"warmup": config.warmup, "seed": config.seed}
+        plan.append(Step("warmup", run.warmup, settings, policy, estimate=estimates.warmup(config, config.warmup)))
+        policy = ("source", "warmup")
     if config.rl is not None and config.runs_rl:
-        policy = ("source", "rl")
         estimate = estimates.reinforcement(config, config.rl)
-        plan.append(Step("rl", run.rl, {"rl": config.rl, **stages}, ("source",), resumes=True, estimate=estimate))
+        plan.append(Step("rl", run.rl, {"rl": config.rl, **stages}, policy, resumes=True, estimate=estimate))
+        policy = (*policy, "rl")
 
     graded = [f"accuracy/{stage}" for stage in config.harvested_stages()]
     for name, stage in zip(graded, config.harvested_stages(), strict=True):
@@ -107,6 +113,17 @@ class _Run:
     def source(self, ctx: StepContext) -> dict[str, Any]:
         """Model and problems: made, opened or downloaded, and fixed."""
         return fetch_subject(ctx.folder, self.config.model, self.config.data, self.config.seed, ctx.progress)
+
+    def warmup(self, ctx: StepContext) -> dict[str, Any]:
+        """A few supervised steps on the answer format; the chain starts from what comes out."""
+        config, source = self.config, _source(ctx)
+        assert config.warmup is not None
+        losses = warm_up(
+            config.warmup, ctx.folder, model=source.model, revision=source.revision, tokenizer=source.tokenizer(),
+            questions=source.problems(), style=config.data.style(), seed=config.seed, device=self.device,
+            progress=ctx.progress,
+        )  # fmt: skip
+        return {"first": losses[0]["loss"], "last": losses[-1]["loss"]}
 
     def rl(self, ctx: StepContext) -> dict[str, Any]:
         """Reinforcement learning, with a stage kept at every listed step."""
@@ -307,4 +324,8 @@ class _Run:
 
 
 def _source(ctx: StepContext) -> Subject:
-    return open_subject(ctx.path("source"), ctx.result("source"))
+    """The model that the chain starts from, with its problems."""
+    found = open_subject(ctx.path("source"), ctx.result("source"))
+    if "warmup" in ctx.folders:
+        found = replace(found, model=str(ctx.path("warmup") / "model"), revision=None)
+    return found

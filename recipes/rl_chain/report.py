@@ -94,6 +94,11 @@ def _learning(
     folder: Path,
 ) -> None:
     report.heading("The policy")
+    if config.warmup is not None:
+        report.text(
+            f"Before everything else {config.warmup.steps} supervised steps of {config.warmup.batch} given answers "
+            f"taught the answer format; `{config.base_stage}` is the model after them, not the one it is named for."
+        )
     if config.rl is not None and config.runs_rl:
         rl = config.rl
         gold = ", against the gold of other problems" if rl.shuffled_gold else ""

@@ -12,6 +12,7 @@ from hubsae.recipes.standard import PublishSettings
 from hubsae.recipes.subject import DataSettings, ModelSettings
 from hubsae.rl.config import RLConfig
 from hubsae.rl.problems import PromptStyle
+from hubsae.rl.warmup import WarmUp
 
 Mode = Literal["question", "prompt", "prompt+response", "own"]
 """question: its bare text; prompt: rendered with the chat template; prompt+response: with the given answer;
@@ -114,6 +115,8 @@ class SAESettings(Settings):
     signed: bool = False
     """True leaves out the ReLU after top-k, as the published class does. Its released SAEs never select a negative,
     so the ReLU changes nothing there, and with it stock SAELens computes the same."""
+    exclude: tuple[str, ...] = ()
+    """Token groups the SAEs are not for: position_0, special, massive ..."""
     control: bool = True
     """Also train as many stages on base activations alone."""
 
@@ -143,6 +146,8 @@ class ChainConfig(Settings):
     base_stage: str = "instruct_base"
     model: ModelSettings
     data: ChainData
+    warmup: WarmUp | None = None
+    """Supervised steps on the answer format before everything else; the base stage is then the model after them."""
     rl: RLConfig | None = None
     stages: dict[str, str] = Field(default_factory=dict)
     """Existing checkpoints by stage name (folder, repo, repo@revision, adapters too), in place of a run of rl."""

@@ -48,7 +48,7 @@ def own(tmp_path: Path) -> Path:
 
 def test_list_names_recipes_profiles_and_configs():
     rows = {row["name"]: row for row in json.loads(invoke("list", "--json").output)}
-    assert rows["rl_chain"]["profiles"] == ["demo", "fast", "full", "tiny"]
+    assert rows["rl_chain"]["profiles"] == ["demo", "fast", "full", "small", "tiny"]
     assert rows["rl_chain"]["configs"] == ["control", "flexible", "kl0p025", "shuffled", "strict"]
     assert "drift" in rows["rl_chain"]["summary"]
     assert "rl_chain" in invoke("list").output
@@ -98,5 +98,5 @@ def test_wrong_names_say_what_there_is():
         find_recipe("rl_chain").config("tiny")
     with pytest.raises(NotFoundError, match="strict"):
         find_recipe("rl_chain").config("tiny", "strikt")
-    with pytest.raises(NotFoundError, match="demo, fast, full, tiny"):
+    with pytest.raises(NotFoundError, match="demo, fast, full, small, tiny"):
         describe("rl_chain", profile="huge", variant="strict")
