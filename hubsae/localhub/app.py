@@ -26,6 +26,13 @@ from .routes import all_routes
 log = logging.getLogger("hubsae.localhub")
 
 
+PREFLIGHT = {
+    "Access-Control-Allow-Origin": "*",
+    "Access-Control-Allow-Methods": "GET, HEAD",
+    "Access-Control-Allow-Headers": "Range",
+}
+
+
 class App:
     """The callable uvicorn runs."""
 
@@ -67,6 +74,8 @@ class App:
         """The answer to a request; every refusal becomes one, and a bug a logged 500."""
         call = Call(self.hub, request, {})
         try:
+            if method == "OPTIONS":  # may a page of a sandbox ask for ranges? It may; answers say who may read them
+                return Response(status_code=204, headers=PREFLIGHT)
             _refuse_foreign_pages(request, method)
             match = self.router.find(method, path)
             call.params = match.params

@@ -148,6 +148,8 @@ TABLE: dict[str, tuple[Case, ...]] = {
     "GET /api/{kind}/{repo}/compare/{change}": (Case(content),),
     "GET /{repo}/resolve/{revision}/{path...}": (Case(content), Case(content, fill={"path...": "big.bin"})),
     "GET /{repo}/raw/{revision}/{path...}": (Case(content),),
+    "GET /{repo}/features": (Case(content, also=(404,)),),
+    "GET /storage/site/{word}/{repo}/resolve/{revision}/{path...}": (Case(nobody, refused=(403,)),),
     "GET /api/resolve-cache/{kind}/{repo}/{revision}/{path...}": (Case(content),),
     "GET /api/{kind}/{repo}/safetensors-metadata/{path...}": (Case(content, also=(400,)),),
     "GET /api/{kind}/{repo}/xet-read-token/{revision}": (Case(content),),

@@ -19,6 +19,12 @@ routes = Router()
 # requests for these count as a download of a model, as on the Hub (GET and HEAD)
 QUERY_FILES = {"config.json", "config.yaml", "hyperparams.yaml", "params.json", "meta.yaml"}
 
+SITE, SITE_DATA = "index.html", "reverse-index"
+SITE_POLICY = (
+    "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
+    "connect-src {}; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
+)
+
 
 def _find(call: Call) -> tuple[Repo, str, str, Entry, BlobInfo]:
     repo = call.repo()
@@ -115,6 +121,49 @@ def storage(call: Call) -> Response:
         raise HubError(404, "This object was deleted")
     headers = {"ETag": f'"{oid}"', **_headers(str(claims.get("name") or "object"))}
     return content_answer(call.request, size, repo.lfs.source(oid), headers)
+
+
+def has_site(repo: Repo) -> bool:
+    """Whether the repo carries feature pages."""
+    sha = repo.git.ref("refs/heads/main")
+    tree = repo.git.commit(sha).tree if sha else None
+    return tree is not None and all(repo.git.lookup(tree, path) is not None for path in (SITE, SITE_DATA))
+
+
+@routes.on_repo("GET", "/features")
+def features(call: Call) -> Response:
+    """The feature pages of a repo, at an address of their own that only those who may read the repo can get.
+
+    The page holds code from a repo. The sandbox gives it an origin that is nobody's: it reaches what lies under its own
+    signed address, without the reader's password, and nothing else. A `#...` of the link survives the redirect.
+    """
+    repo = call.repo()
+    call.hub.registry.require_content(repo, call.caller)
+    if not has_site(repo):
+        raise entry_not_found(SITE, repo.head())
+    word = call.hub.signer.sign({"kind": "site", "repo": repo.meta["uid"]})
+    place = f"{call.base}/storage/site/{word}/{quote_path(repo.id)}/resolve/{repo.head()}/{SITE}"
+    return Response(status_code=303, headers={"Location": place, "Cache-Control": "no-store"})
+
+
+@routes.on("GET", "/storage/site/{word}/{repo}/resolve/{revision}/{path...}")
+def site(call: Call) -> Response:
+    """A file of the feature pages by a signed url."""
+    repo = call.hub.registry.by_uid(call.hub.signer.verify(call["word"], "site")["repo"])
+    sha, path = repo.git.resolve(call["revision"]), call["path"]
+    entry = repo.git.lookup(repo.git.commit(sha).tree, path)
+    if entry is None or entry.is_tree or not (path == SITE or path.startswith(f"{SITE_DATA}/")):
+        raise entry_not_found(path, sha)
+    info = repo.blob_info(entry)
+    headers = {"ETag": f'"{info.lfs.oid if info.lfs else entry.sha}"', **_headers(path)}
+    headers |= {"Access-Control-Allow-Origin": "*", "Referrer-Policy": "no-referrer"}
+    if path == SITE:
+        headers["Content-Type"] = "text/html; charset=utf-8"
+        headers["Content-Security-Policy"] = SITE_POLICY.format(call.base)
+    if info.lfs is not None:
+        return content_answer(call.request, info.size, repo.lfs.source(info.lfs.oid), headers)
+    data = repo.git.blob(entry.sha)
+    return content_answer(call.request, len(data), lambda start, end: iter((data[start:end],)), headers)
 
 
 @routes.on("GET", "/api/resolve-cache/{kind}/{repo}/{revision}/{path...}")

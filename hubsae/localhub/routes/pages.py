@@ -26,6 +26,7 @@ from ..history import log, unified_diff
 from ..http import Call, quote_path
 from ..repos import KINDS, Repo
 from ..routing import Router
+from .content import has_site
 from .discussions import number_of
 
 routes = Router()
@@ -82,6 +83,7 @@ def _repo_page(call: Call, repo: Repo, template: str, tab: str, revision: str = 
         tags=tags,
         tab=tab,
         revision=revision,
+        features=has_site(repo),
         **values,
     )
 

@@ -1,0 +1,1 @@
+"""Index: what the features of an SAE fire on, and the pages that show it."""
