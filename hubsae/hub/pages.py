@@ -1,0 +1,94 @@
+"""The feature pages of a release on the Hub: fetched to look at, or published as a static Space of their own."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from hubsae.core.errors import HubSAEError
+from hubsae.hub.client import HubClient, split_repo
+from hubsae.hub.explain import explained
+from hubsae.hub.upload import Contents, LocalFile, Published, State, publish
+from hubsae.index.page import FOLDER, TABLES, indexes, render
+
+README = """---
+title: {title}
+emoji: 🔎
+colorFrom: gray
+colorTo: blue
+sdk: static
+pinned: false
+---
+
+Features of the sparse autoencoders of [{repo}]({url}): what each fires on, how strongly, and what it makes likelier.
+"""
+
+
+def fetch(
+    repo: str,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    endpoint: str | None = None,
+    notify: Callable[[str], None] | None = None,
+) -> Path:
+    """Download what the feature pages of a repo read, through the shared cache; the folder that holds it."""
+    repo_id, revision = split_repo(repo, revision)
+    client = HubClient(token, endpoint or "", notify=notify)
+    sha = client.resolve(repo_id, revision)
+    if client.offline:
+        return client.cached_snapshot(repo_id, sha)
+    wanted = {"summary.json", *TABLES}
+    parts = (path.split("/") for path in client.tree(repo_id, sha))
+    paths = ["/".join(p) for p in parts if len(p) == 3 and p[0] == FOLDER and p[2] in wanted]
+    if not paths:
+        raise HubSAEError(
+            f"{repo_id} has no reverse index", hint="make one from the release and push again: hubsae index"
+        )
+    for path in paths:
+        client.download(repo_id, path, revision=sha)
+    return client.cached_snapshot(repo_id, sha)
+
+
+def publish_space(
+    release: Path,
+    space: str,
+    *,
+    repo: str,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    endpoint: str | None = None,
+    notify: Callable[[str], None] | None = None,
+) -> Published:
+    """Publish the pages of a release folder as a static Space, in one commit; `repo` is what the pages tell to load.
+
+    Nothing runs there: a static Space serves files, and the browser does the rest.
+    """
+    saes = indexes(release)
+    if not saes:
+        raise HubSAEError(
+            f"{release} has no reverse index", hint=f"make one: hubsae index {release} --activations ACTS"
+        )
+    client = HubClient(token, endpoint or "", notify=notify)
+    with explained(client, space, repo_type="space", writing=True):
+        made = client.retry(
+            lambda: client.api.create_repo(
+                space, repo_type="space", space_sdk="static", private=private, exist_ok=True
+            ),
+            f"creating {space}",
+        )
+    files = [LocalFile("index.html", render(saes, title=repo, repo=repo).encode())]
+    for name in (line["name"] for line in saes):
+        files += [LocalFile(f"{FOLDER}/{name}/{table}", release / FOLDER / name / table) for table in TABLES]
+    readme = README.format(title=f"Features of {repo.split('/')[-1]}", repo=repo, url=client.page(repo))
+
+    def build(state: State) -> Contents:
+        ours = [*files, LocalFile("README.md", readme.encode())]
+        kept = {file.path for file in ours}
+        stale = {path for path in state.tree if path.startswith(f"{FOLDER}/")} - kept
+        return Contents(ours, frozenset(stale))
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "It seems that you are about to commit a data file")  # that is the point
+        return publish(client, made.repo_id, build, message=f"Feature pages of {repo}", repo_type="space")

@@ -1,0 +1,60 @@
+"""Feature pages travel: pushed with a release, fetched to look at, published as a static Space."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from hubsae.core.errors import HubSAEError
+from hubsae.hub.client import HubClient
+from hubsae.hub.pages import fetch, publish_space
+from hubsae.index.page import build, indexes
+
+
+def synthetic(release: Path, **sizes) -> Path:
+    """The made-up index of the page tests."""
+    path = Path(__file__).parents[1] / "index" / "synthetic.py"
+    spec = importlib.util.spec_from_file_location("synthetic_index", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.write(release, **sizes)
+
+
+@pytest.fixture
+def release(tmp_path: Path) -> Path:
+    folder = tmp_path / "release"
+    for name in ("layer01", "layer02"):
+        synthetic(folder, d_sae=300, active=120, examples=300, name=name)
+    build(folder, repo="me/saes")
+    return folder
+
+
+def test_a_space_holds_the_page_and_its_tables_and_nothing_stale(hub, release):
+    done = publish_space(release, "me/features", repo="me/saes")
+    client = HubClient()
+    files = set(client.tree("me/features", repo_type="space"))
+    tables = {f"reverse-index/layer0{n}/{name}.parquet" for n in (1, 2) for name in ("summary", "features")}
+    assert done.committed and files == {".gitattributes", "README.md", "index.html", *tables}
+    page = client.download("me/features", "index.html", repo_type="space").read_text()
+    assert '"repo": "me/saes"' in page
+    assert not publish_space(release, "me/features", repo="me/saes").committed, "the same again is no commit"
+    for path in (release / "reverse-index/layer02").iterdir():
+        path.unlink()
+    publish_space(release, "me/features", repo="me/saes")
+    assert not any("layer02" in path for path in client.tree("me/features", repo_type="space"))
+
+
+def test_what_the_pages_read_is_fetched_from_a_repo_and_nothing_else(hub, release):
+    client = HubClient()
+    (release / "large.bin").write_bytes(b"0" * 1000)
+    client.ensure_repo("me/saes")
+    client.api.upload_folder(repo_id="me/saes", folder_path=release)
+    folder = fetch("me/saes")
+    assert [line["name"] for line in indexes(folder)] == ["layer01", "layer02"]
+    assert not (folder / "large.bin").exists()
+    with pytest.raises(HubSAEError, match="no reverse index"):
+        client.ensure_repo("me/empty")
+        fetch("me/empty")
