@@ -52,6 +52,7 @@ def train_configs(
         "epochs": settings.epochs,
         "data_seed": seed,
         "normalize": settings.normalize,
+        "project": settings.project,
         "lr": settings.lr,
         "schedule": ScheduleConfig(shape="cosine", floor=settings.floor),
         "aux": AuxConfig(coefficient=settings.aux) if settings.aux else None,
@@ -71,6 +72,7 @@ def train_configs(
         mine = {**shared, "name": cell.id, "expansion": cell.expansion, "seed": seed + cell.seed}
         training: dict[str, Any] = {"kind": LABELS[cell.kind]}
         init: dict[str, Any] = {"encoder": settings.init, "decoder": "torch" if settings.init == "torch" else "random"}
+        init["bias"] = settings.bias
         if cell.kind in ("topk", "batch_topk"):
             mine |= {"architecture": cell.kind, "k": cell.k}
         elif cell.kind == "jumprelu_fixed":

@@ -120,6 +120,8 @@ class TrainSettings(Settings):
     init: Literal["tied", "torch"] = Field(
         default="tied", description="tied: encoder := decoder's transpose; torch: nn.Linear."
     )
+    bias: Literal["mean", "zeros"] = Field(default="mean", description="Start of the pre-bias.")
+    project: bool = Field(default=True, description="Take the part along a decoder row out of its gradient.")
     aux: float | None = Field(default=None, gt=0, description="AuxK coefficient (1/32 is usual); none as published.")
     dead_tokens: int = Field(default=100_000, ge=1, description="AuxK takes up latents silent for this many tokens.")
     jumprelu: JumpReLUSettings = JumpReLUSettings()
