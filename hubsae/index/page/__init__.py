@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hubsae.core.errors import HubSAEError
+from hubsae.core.files import write_text_atomic
 
 FOLDER = "reverse-index"
 TABLES = ("summary.parquet", "features.parquet")
@@ -99,7 +100,5 @@ def build(release: str | Path, *, title: str | None = None, repo: str | None = N
     page = release / "index.html"
     text = render(saes, title=title or repo or release.resolve().name, repo=repo)
     if not page.is_file() or page.read_text(encoding="utf-8") != text:
-        part = page.with_name(".index.html.part")
-        part.write_text(text, encoding="utf-8")
-        part.replace(page)
+        write_text_atomic(page, text)
     return page

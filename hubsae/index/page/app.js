@@ -192,7 +192,7 @@
 
   const COLUMNS = {
     feature: { title: "feature", text: false },
-    label: { title: "label", text: true, css: "mid-col" },
+    label: { title: "label, or its tokens", text: true, css: "mid-col" },
     top_token: { title: "top token", text: true },
     density: { title: "density", css: "r" },
     max: { title: "max", css: "r mid-col" },

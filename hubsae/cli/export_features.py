@@ -1,0 +1,67 @@
+"""hubsae export-features: the features of a release for another site."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hubsae.cli._common import JsonOption, out, print_json
+
+PANEL = "Publish and load"
+
+
+def command(
+    release: Annotated[Path, typer.Argument(help="A release folder with a reverse index.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write into.")],
+    sae: Annotated[str | None, typer.Option(help="Id of the SAE.", show_default="the only one")] = None,
+    to: Annotated[str, typer.Option(help="For which site: neuronpedia.")] = "neuronpedia",
+    model: Annotated[str | None, typer.Option(help="The model's id there, such as qwen3-8b.")] = None,
+    source_set: Annotated[
+        str, typer.Option(help="Name of the set of SAEs there; with the layer it names one.")
+    ] = "hubsae",
+    creator: Annotated[str, typer.Option(help="Who made it, as shown there.")] = "",
+    creator_id: Annotated[
+        str, typer.Option(help="Your user id there; an import by the site's own team fills it in.")
+    ] = "",
+    repo: Annotated[str | None, typer.Option(help="Repo of the weights on the Hub.")] = None,
+    vectors: Annotated[bool, typer.Option("--vectors/--no-vectors", help="With decoder rows, for steering.")] = True,
+    json: JsonOption = False,
+) -> None:
+    """Write a reverse index as Neuronpedia imports it: its bulk folder, and batches for its upload call.
+
+    What it cannot take is left out and counted: features that never fire, labels, co-firing.
+    """
+    from hubsae.core.errors import HubSAEError
+    from hubsae.index import neuronpedia, page
+
+    if to != "neuronpedia":
+        raise HubSAEError(f"no export to {to!r}", hint="there is: --to neuronpedia")
+    found = {line["id"]: line for line in page.indexes(release)}
+    if not found:
+        raise HubSAEError(f"{release} has no reverse index", hint=f"make one: hubsae index {release}")
+    if sae is None and len(found) == 1:
+        sae = next(iter(found))
+    if sae not in found:
+        raise HubSAEError("which SAE?" if sae is None else f"no index of {sae!r}", hint=f"--sae {' | '.join(found)}")
+    line = found[sae]
+    base = (line["base_model"] or "").rsplit("/", 1)[-1].lower()
+    if not (model or base):
+        raise HubSAEError("the model's id there is not known", hint="--model qwen3-8b")
+    names = neuronpedia.Names(model or base, source_set, release.resolve().name, creator, creator_id, repo)
+    rows = None
+    if vectors:
+        from hubsae.hub.sae import HubSAE
+
+        rows = HubSAE.from_pretrained(str(release), line["id"]).W_dec.detach().float().numpy()
+    done = neuronpedia.export(release / page.FOLDER / line["name"], target, names, vectors=rows)
+    if json:
+        print_json(neuronpedia.as_dict(done))
+        return
+    out().print(f"{done.folder}", markup=False, soft_wrap=True)
+    out().print(
+        f"{done.features} features with {done.activations} activations in {done.batches} batches, and as "
+        f"{done.uploads} upload batches.\nLeft out: {done.dead} features that never fire, {done.labels} labels (their "
+        "methods and models must exist there)."
+    )
