@@ -127,7 +127,7 @@ def verify(
             raise IntegrityError(
                 f"{id}: stock SAELens computes something else from the written files "
                 f"(same latents on {rows:.1%} of {len(x)} probe tokens, relative error up to {error:.2g})",
-                hint="nothing was uploaded; publish without this check with --no-saelens-check, and please report it",
+                hint="nothing was uploaded; publish without this check with --no-check-saelens, and please report it",
             )
     if not known.exact:
         notes.append(known.note)
