@@ -50,7 +50,19 @@ class Merged:
 
 def fingerprint(text: str) -> str:
     """Eight hex digits that tell whether a block is still as it was generated."""
-    return hashlib.sha256(text.strip().encode()).hexdigest()[:8]
+    return hashlib.sha256(settled(text).encode()).hexdigest()[:8]
+
+
+def settled(text: str) -> str:
+    """A block's text in the one form that survives editors, line endings and another rendering.
+
+    >>> settled("a  \\r\\n\\r\\n\\r\\nb\\n")
+    'a\\n\\nb'
+    """
+    lines = [line.rstrip() for line in re.split(r"\r\n?|\n", text)]
+    # a block cannot hold the marks that blocks are told by
+    text = "\n".join(lines).strip().replace("<!-- hubsae:", "&lt;!-- hubsae:")
+    return re.sub(r"\n{3,}", "\n\n", text)
 
 
 def marked(name: str, text: str) -> str:
@@ -61,13 +73,13 @@ def marked(name: str, text: str) -> str:
     3 SAEs
     <!-- hubsae:end contents -->
     """
-    text = text.strip()
+    text = settled(text)
     return f"<!-- hubsae:begin {name} {fingerprint(text)} -->\n{text}\n<!-- hubsae:end {name} -->"
 
 
 def parse(text: str) -> Readme:
     """Split a README into front matter, body and memory."""
-    text = text.replace("\r\n", "\n")
+    text = re.sub(r"\r\n?", "\n", text)
     front: dict[str, Any] = {}
     found = _FRONT.match(text)
     if found:
@@ -142,9 +154,8 @@ def update(existing: str | None, front: dict[str, Any], blocks: dict[str, str], 
         # a block that has nothing to say any more, e.g. results whose file is gone
         found = present[name]
         if fingerprint(found["text"]) == found["hash"]:
-            body = _replace(body, name, "")
+            body = re.sub(r"\n{3,}", "\n\n", _replace(body, name, ""))
     memory = {"blocks": sorted(known | set(blocks)), "front": front}
-    body = re.sub(r"\n{3,}", "\n\n", body)
     return Merged(compose(Readme(merged_front, body, memory)), kept)
 
 

@@ -1,7 +1,7 @@
 """Model cards, rendered from the record of a release and from nothing else.
 
 A card template is a Jinja file in `cards/`; it is a sequence of blocks (`{% call block("contents") %}`), each of
-which the reader's own words survive around (see `readme.py`). A number on a card is a number in metadata.json, in
+which the reader's own words survive around (see `core/readme.py`). A number on a card is a number in metadata.json, in
 the manifest or in `results/*.csv`; what is not recorded is said to be not recorded.
 """
 
@@ -11,7 +11,7 @@ import csv
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,17 @@ from hubsae.core.bundled import bundled
 from hubsae.core.errors import ConfigError, FormatError
 from hubsae.core.files import safe_join
 from hubsae.core.metadata import Metadata
+from hubsae.core.text import format_bytes, stage_order
 from hubsae.formats.manifest import Manifest, SAEEntry
 from hubsae.hub import cardtext
+from hubsae.hub.cardtext import unique
+from hubsae.hub.examples import Example, example_features
 
 KINDS = ("single", "chain", "grid", "release")
-HEADLINES = ("nmse_pooled", "fve", "fvu", "mse", "l0", "dead_fraction", "delta_ce", "frac_recovered_mean", "ce_sae")
+HEADLINES = (
+    "fvu", "nmse_pooled", "mse", "l0", "dead_fraction", "frac_recovered_mean", "kl", "delta_ce", "fve", "ce_sae",
+)  # fmt: skip
+MAX_HEADLINES = 6
 MAX_RESULT_ROWS, MAX_RESULT_COLUMNS = 24, 12
 
 
@@ -50,29 +56,6 @@ class Record:
 
 
 @dataclass
-class MetricMeaning:
-    """One definition of a metric, over all SAEs of a release."""
-
-    name: str
-    definition: str | None
-    source: str | None
-    tokens: dict[str, set[int | None]] = field(default_factory=dict)
-    """Token counts by scope."""
-
-    @property
-    def scopes(self) -> str:
-        """Scopes with their token counts, as one cell."""
-        return "; ".join(f"{scope}: {self._count(counts)}" for scope, counts in self.tokens.items())
-
-    @staticmethod
-    def _count(counts: set[int | None]) -> str:
-        known = sorted(n for n in counts if n is not None)
-        if not known:
-            return "–"
-        return cardtext.number(known[0]) + (f" to {cardtext.number(known[-1])}" if known[-1] > known[0] else "")
-
-
-@dataclass
 class ResultTable:
     """One CSV of `results/`; without rows where it is too long or too wide for a card."""
 
@@ -95,58 +78,64 @@ class Card:
     datasets: list[str] = field(default_factory=list)
     results: list[ResultTable] = field(default_factory=list)
     plots: list[str] = field(default_factory=list)
-    extra_files: list[tuple[str, int]] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list)
     citation: str | None = None
-    limitations: list[str] = field(default_factory=list)
+    limitations: Sequence[str] = ()
     revision: str | None = None
-    endpoint: str | None = None
 
     # -- derived facts -------------------------------------------------------------------------------------
+
+    @property
+    def records_metadata(self) -> list[Metadata]:
+        """The record of each SAE."""
+        return [record.metadata for record in self.records]
 
     @cached_property
     def base_models(self) -> list[str]:
         """Every base model, in order of appearance."""
-        return cardtext.unique(r.metadata.base_model.id for r in self.records)
+        return unique(m.base_model.id for m in self.records_metadata)
 
     @cached_property
     def layers(self) -> list[int]:
         """Every layer, ascending."""
-        return sorted(cardtext.unique(r.layer for r in self.records))
+        return sorted(unique(r.layer for r in self.records))
 
     @cached_property
     def stages(self) -> list[str]:
         """Every stage in training order: by step where known, else in order of appearance."""
-        steps: dict[str, int] = {}
-        order: dict[str, int] = {}
-        for record in self.records:
-            if record.stage is not None:
-                order.setdefault(record.stage, len(order))
-                step = record.metadata.base_model.step
-                steps[record.stage] = step if step is not None else cardtext.step_of(record.stage)
-        return sorted(order, key=lambda stage: (steps[stage], order[stage]))
+        steps = {r.stage: r.metadata.base_model.step for r in self.records}
+        names = unique(r.stage for r in self.records)
+        return sorted(names, key=lambda name: stage_order(name) if steps[name] is None else (0, steps[name], []))
 
     @cached_property
     def architectures(self) -> list[str]:
         """Every selection rule."""
-        return cardtext.unique(r.metadata.config.architecture for r in self.records)
+        return unique(m.config.architecture for m in self.records_metadata)
 
     @cached_property
+    def scopes(self) -> list[str]:
+        """The token groups that the SAEs are for."""
+        return unique(m.own_scope for m in self.records_metadata)
+
+    @property
     def headline_metrics(self) -> list[str]:
-        """Names of the metrics worth a column: the usual ones first, then others, at most five."""
-        present = cardtext.unique(m.name for r in self.records for m in r.metadata.metrics)
+        """Names of the metrics worth a column, in each SAE's own scope: the usual ones first, then others."""
+        present = unique(m.name for record in self.records_metadata for m in record.own_metrics)
         usual = [name for name in HEADLINES if name in present]
-        return (usual + [name for name in present if name not in usual])[:5]
+        return (usual + [name for name in present if name not in usual])[:MAX_HEADLINES]
 
-    @cached_property
-    def metric_meanings(self) -> list[MetricMeaning]:
-        """Each metric with its definition, and the scopes and token counts it was taken on."""
-        found: dict[tuple[str, str | None, str | None], MetricMeaning] = {}
-        for record in self.records:
-            for m in record.metadata.metrics:
-                key = (m.name, m.definition, m.source)
-                meaning = found.setdefault(key, MetricMeaning(*key))
-                meaning.tokens.setdefault(m.scope or "not said", set()).add(m.n_tokens)
-        return list(found.values())
+    @property
+    def definitions(self) -> list[tuple[str, str | None, str | None]]:
+        """(metric, definition, who took it), each once."""
+        return unique((m.name, m.definition, m.source) for r in self.records_metadata for m in r.metrics)
+
+    @property
+    def tokens_by_scope(self) -> list[tuple[str, str]]:
+        """(scope, on how many tokens), each once."""
+        found: dict[str, set[int]] = {}
+        for metric in (m for record in self.records_metadata for m in record.metrics):
+            found.setdefault(metric.scope or "not said", set()).update({metric.n_tokens} - {None})
+        return [(scope, cardtext.number_range(sorted(counts))) for scope, counts in found.items()]
 
     @cached_property
     def example(self) -> Record:
@@ -165,14 +154,14 @@ class Card:
         return sum(r.size for r in self.records)
 
     def value(self, record: Record, name: str) -> str:
-        """A metric of an SAE as text, or a dash."""
-        number = record.metadata.metric(name, "all")
-        number = record.metadata.metric(name) if number is None else number
-        return "–" if number is None else cardtext.number(number)
+        """A metric of an SAE in its own scope as text, or a dash."""
+        found = record.metadata.metric(name, record.metadata.own_scope)
+        found = next((m.value for m in record.metadata.own_metrics if m.name == name), None) if found is None else found
+        return "–" if found is None else cardtext.number(found)
 
     def facts(self, section: str) -> list[tuple[str, str]]:
         """(label, value) of one section of the metadata over all SAEs; what varies is listed."""
-        return cardtext.facts(section, [r.metadata for r in self.records])
+        return cardtext.facts(section, self.records_metadata)
 
     def front_matter(self) -> dict[str, Any]:
         """The YAML header: only what is known."""
@@ -180,14 +169,13 @@ class Card:
         if self.saelens_ready:
             tags.append("saelens")
         tags += [name.replace("_", "-") for name in self.architectures]
-        front: dict[str, Any] = {"library_name": "hubsae", "tags": tags}
-        if self.base_models:
-            front["base_model"] = self.base_models[0] if len(self.base_models) == 1 else self.base_models
-        if self.datasets:
-            front["datasets"] = list(self.datasets)
-        if self.license:
-            front["license"] = self.license
-        return front
+        base = [cardtext.plain(name) for name in self.base_models]
+        front = {
+            "base_model": base[0] if len(base) == 1 else base,
+            "datasets": [cardtext.plain(name) for name in self.datasets],
+            "license": cardtext.plain(self.license or ""),
+        }
+        return {"library_name": "hubsae", "tags": tags} | {name: value for name, value in front.items() if value}
 
 
 def guess_kind(records: list[Record]) -> str:
@@ -201,6 +189,10 @@ def guess_kind(records: list[Record]) -> str:
     return "grid" if len(place) == 1 and len(shapes) > 1 else "release"
 
 
+# -- rendering ---------------------------------------------------------------------------------------------------
+
+
+@lru_cache(4)
 def environment(template_folder: Path | None = None) -> Any:
     """Jinja with the house's filters; `template_folder` is searched before the built-in templates."""
     import jinja2
@@ -212,20 +204,22 @@ def environment(template_folder: Path | None = None) -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=False,
-        autoescape=False,  # Markdown; values go through `cell`, which neutralises what would break a table
+        autoescape=False,  # Markdown, where each kind of place has an escape of its own, see `cardtext`
     )
     env.filters.update(
         number=cardtext.number,
-        bytes=cardtext.human_bytes,
+        bytes=format_bytes,
         cell=cardtext.cell,
+        code=cardtext.code,
+        literal=cardtext.literal,
+        target=cardtext.target,
+        prose=cardtext.prose,
         count=lambda n, one, many=None: f"{n:,} {one if n == 1 else many or one + 's'}",
         listing=cardtext.listing,
-        human=lambda text: str(text).replace("_", " "),
         architecture=cardtext.architecture_name,
         limits=cardtext.saelens_limits,
         unrecorded=cardtext.not_recorded,
     )
-    env.globals.update(snippets=cardtext.snippets)
     return env
 
 
@@ -273,6 +267,9 @@ def render_card(
     return readme.update(existing, card.front_matter(), render_blocks(card, template), force=force)
 
 
+# -- reading a release -------------------------------------------------------------------------------------------
+
+
 def card_of_release(
     folder: str | os.PathLike[str],
     repo_id: str,
@@ -293,22 +290,15 @@ def card_of_release(
         for entry in manifest
     ]
     return card_of(
-        manifest,
-        repo_id,
-        records,
-        lambda path: safe_join(root, path),
-        kind=kind,
-        title=title,
-        citation=citation,
-        limitations=limitations,
-    )
+        manifest, repo_id, records, lambda path: safe_join(root, path),
+        kind=kind, title=title, citation=citation, limitations=limitations,
+    )  # fmt: skip
 
 
 def record_of(entry: SAEEntry, metadata: Metadata) -> Record:
     """One SAE of a manifest, with its record."""
     weights = next((f for f in entry.files if f.path.endswith("sae_weights.safetensors")), None)
-    size = sum(f.size for f in entry.files)
-    return Record(entry.id, entry.path, metadata, size, weights.sha256 if weights else None)
+    return Record(entry.id, entry.path, metadata, sum(f.size for f in entry.files), weights and weights.sha256)
 
 
 def card_of(
@@ -325,25 +315,25 @@ def card_of(
     """A card from a manifest and the records of its SAEs; `find` gives the place of a result file."""
     if not records:
         raise FormatError(f"{repo_id}/config.json", "a release with at least one SAE", "an empty list of SAEs")
-    paths = [f.path for f in manifest.files]
-    given = {
-        "kind": guess_kind(records),
-        "description": manifest.description,
-        "license": manifest.license,
-        "datasets": manifest.datasets or cardtext.unique(r.metadata.activations.id for r in records),
-        "results": _results(find, paths),
-        "plots": [p for p in paths if p.startswith("plots/") and p.endswith((".png", ".svg"))],
-        "extra_files": [(f.path, f.size) for f in manifest.files],
-    }
+    if kind is not None and kind not in KINDS:
+        raise ConfigError(f"no card of kind {kind!r}", hint=f"kinds: {', '.join(KINDS)}")
     extra = manifest.model_extra or {}
-    for name in ("title", "citation", "limitations"):
-        if name in extra:
-            given[name] = extra[name]
-    options = {"kind": kind, "title": title, "citation": citation, "limitations": limitations}
-    given |= {key: value for key, value in options.items() if value is not None}
-    if given["kind"] not in KINDS:
-        raise ConfigError(f"no card of kind {given['kind']!r}", hint=f"kinds: {', '.join(KINDS)}")
-    return Card(repo_id=repo_id, records=records, **given)
+    paths = [f.path for f in manifest.files]
+    card = Card(
+        repo_id=repo_id,
+        records=records,
+        kind=kind or guess_kind(records),
+        title=title or extra.get("title"),
+        description=manifest.description,
+        license=manifest.license,
+        datasets=manifest.datasets or unique(r.metadata.activations.id for r in records),
+        results=_results(find, paths),
+        plots=[p for p in paths if p.startswith("plots/") and p.endswith((".png", ".svg"))],
+        citation=citation or extra.get("citation"),
+        limitations=limitations or extra.get("limitations") or (),
+    )
+    card.examples = example_features(find, paths, card.example.id)
+    return card
 
 
 def _results(find: Callable[[str], Path], paths: Iterable[str]) -> list[ResultTable]:
