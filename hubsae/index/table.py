@@ -1,0 +1,477 @@
+"""The reverse index as an accumulator of a pass: per feature counts, histogram, n-best records with their context.
+
+Of every firing four things are done, all of them by columns: its size goes into a histogram, its value into a sum, and
+it is compared with the bounds of its feature: the weakest of the strongest samples kept so far, and the largest hash
+of the random ones. Few pass; only for these a context is looked up. Everything is exact and mergeable: counts are
+integers, sums are integers of 2^-20, records are an n-best cut (see `best`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hubsae.core.errors import DataError
+from hubsae.core.scopes import ALL, Scope
+from hubsae.evals.accumulate import mix
+from hubsae.evals.passes import PassBlock, load_state, save_state
+from hubsae.index.best import Kept, Records, find_in_run, keep, rank_in_group, rows_that_fit
+
+KIND = "feature table"
+BINS = 64
+"""Histogram bins: two per doubling of |z|, from 2^-16 to 2^16; smaller and larger ones fall into the outermost."""
+LOWEST = -16
+UNIT = np.float32(2**20)
+ROWS = 16_384
+"""Rows taken in at once: 1 M records at k 64, so that what a block's first firings displace is looked up once."""
+PAIRED = 16_384
+"""Tokens, drawn by hash, whose features are kept whole: which features fire together."""
+NO_VALUE, NO_HASH, NO_SAMPLE = np.float32(-np.inf), 2**63 - 1, -(2**63)
+POOL = 1 << 16
+"""Records held before the first cut."""
+_ONE = torch.ones(1, dtype=torch.int64)
+
+
+def bin_edges() -> list[float]:
+    """The 65 edges of the histogram's bins.
+
+    >>> bin_edges()[32:35]
+    [1.0, 1.5, 2.0]
+    """
+    return [2.0 ** (LOWEST + i // 2) * (1.5 if i % 2 else 1.0) for i in range(BINS + 1)]
+
+
+def bins_of(values: np.ndarray) -> np.ndarray:
+    """The histogram bin of each float32 value, by its exponent and the first bit behind it. int32"""
+    place = (values.view(np.int32) >> 22) & 0x1FF
+    return np.clip(place - ((127 + LOWEST) << 1), 0, BINS - 1)
+
+
+class FeatureTable:
+    """What a pass gathers of one SAE's features.
+
+    >>> from hubsae.core.config import SAEConfig
+    >>> from hubsae.core.sae import SAE
+    >>> from hubsae.evals.passes import run_pass
+    >>> sae = SAE.random(SAEConfig(architecture="topk", d_in=4, d_sae=8, k=2))
+    >>> table = FeatureTable("a", 8, top=2)
+    >>> _ = run_pass(torch.randn(100, 4, generator=torch.manual_seed(0)), {"a": sae}, [table])
+    >>> int(table.count.sum()), table.n_tokens
+    (200, 100)
+    """
+
+    columns = ("position", "sample_id", "token_id", "is_special", "role", "turn")
+
+    def __init__(
+        self,
+        name: str,
+        d_sae: int,
+        *,
+        top: int = 10,
+        random: int = 10,
+        window: int = 8,
+        scope: Scope = ALL,
+        identity: Mapping[str, Any] | None = None,
+        rows: int = ROWS,
+    ):
+        """`identity` says what is indexed (hash of the SAE, tokenizer); states of another one are not merged."""
+        if top < 1 or window < 0 or random < 0:
+            raise DataError(f"top {top}, random {random}, window {window}: at least 1, 0 and 0 are needed")
+        self.name, self.d_sae, self.top, self.random, self.window = name, d_sae, top, random, window
+        self.scope, self.identity = scope, dict(identity or {})
+        self.rows = max(1, min(rows, rows_that_fit(d_sae) - 2 * window - 1))
+        self.columns = tuple(dict.fromkeys([*FeatureTable.columns, *scope.columns]))
+        self.context = window
+        self.n_tokens, self.n_rows = 0, 0
+        self.spans: list[list[int]] = []
+        """Runs of rows that were taken in."""
+        self.histogram = np.zeros((d_sae, BINS), np.int64)
+        self.sum = np.zeros(d_sae)
+        self.first, self.special = np.zeros(d_sae, np.int64), np.zeros(d_sae, np.int64)
+        self.known: dict[str, bool] = {}
+        self.roles: list[str] = []
+        self.records = Records.none(2 * window + 1)
+        self.pairs = np.zeros(0, np.int64), np.zeros(0, np.int32)
+        """(hash of the token, feature) of the firings of the tokens drawn"""
+        self._fresh: list[Records] = []
+        self._pool = 0
+        # of the strongest samples of each feature so far: value of the strongest token, and which sample
+        self._best = np.full((d_sae, top), NO_VALUE)
+        self._best_sample = np.full((d_sae, top), NO_SAMPLE, np.int64)
+        self._lowest = np.full((d_sae, random), NO_HASH, np.int64)
+        """Smallest hashes of each feature's firings."""
+        self._bound, self._bound_hash = self._bounds()
+        self._bound_pairs = 2**63 - 1
+        self._rising = True
+        self._next: int | None = None
+        self._waiting: list[dict[str, np.ndarray]] = []
+        self._behind = 0
+
+    # ---- adding -----------------------------------------------------------------------------------------------
+
+    @property
+    def count(self) -> np.ndarray:
+        """Firings of each feature. [d_sae]"""
+        self.settle()
+        return self.histogram.sum(1)
+
+    def add(self, block: PassBlock) -> None:
+        """Take in a block; blocks come in the order of the rows."""
+        codes = block.codes[self.name]
+        self.add_codes(codes.indices, codes.values, block.labels, block.start, halo=block.halo, scope=self.scope)
+
+    def add_codes(
+        self,
+        indices: torch.Tensor | np.ndarray,
+        values: torch.Tensor | np.ndarray,
+        labels: Mapping[str, np.ndarray],
+        start: int,
+        *,
+        halo: bool = False,
+        scope: Scope = ALL,
+    ) -> None:
+        """Take in codes [rows, k] of consecutive rows from `start` on; rows of a halo are context only."""
+        feature = np.ascontiguousarray(torch.as_tensor(indices).cpu().numpy(), dtype=np.int32)
+        value = np.ascontiguousarray(torch.as_tensor(values).float().cpu().numpy())
+        n = len(feature)
+        index = np.arange(start, start + n)
+        unknown = np.full(n, -1)
+        sample = np.asarray(labels.get("sample_id", unknown)).astype(np.int64)
+        counted = np.zeros(n, bool) if halo else scope.mask(labels, n)
+        for name in ("position", "token_id", "is_special", "role", "turn", "sample_id"):
+            self.known[name] = self.known.get(name, False) or name in labels
+        block = {
+            "feature": feature,
+            "value": value,
+            "index": index,
+            # a token of an unknown sample is a sample of its own, and has no neighbours
+            "sample": np.where(sample >= 0, sample, -2 - index),
+            "position": np.asarray(labels.get("position", unknown)).astype(np.int32),
+            "token": np.asarray(labels.get("token_id", unknown)).astype(np.int32),
+            "turn": np.asarray(labels.get("turn", unknown)).astype(np.int32),
+            "role": self._role_codes(labels.get("role"), n),
+            "special": np.asarray(labels.get("is_special", np.zeros(n, bool))).astype(bool),
+            "counted": counted,
+        }
+        if self._next is not None and self._next != start:
+            self.settle()
+        self._next = start + n
+        self._waiting.append(block)
+        if not halo:
+            self._cover(start, start + n)
+            self.n_rows += n
+            self.n_tokens += int(counted.sum())
+        if sum(len(b["index"]) for b in self._waiting) - self._behind >= self.rows + self.window:
+            self._take_in(last=False)
+
+    def _role_codes(self, roles: np.ndarray | None, n: int) -> np.ndarray:
+        if roles is None:
+            return np.full(n, -1, np.int16)
+        names, codes = np.unique(np.asarray(roles).astype(str), return_inverse=True)
+        self.roles += [name for name in names.tolist() if name not in self.roles]
+        return np.array([self.roles.index(name) for name in names.tolist()], np.int16)[codes.reshape(-1)]
+
+    def _cover(self, start: int, end: int) -> None:
+        for low, high in self.spans:
+            if start < high and low < end:
+                raise DataError(f"rows {max(start, low)} to {min(end, high)} were taken in already")
+        self._rising = self._rising and (not self.spans or start >= self.spans[-1][1])
+        self.spans = _joined([*self.spans, [start, end]])
+
+    def settle(self) -> None:
+        """Take in what waits for its right neighbours, as if none came."""
+        if self._waiting:
+            self._take_in(last=True)
+            self._waiting, self._behind = [], 0
+
+    def _take_in(self, *, last: bool) -> None:
+        """Count and compare the waiting rows, all but the last `window`, whose neighbours may still come."""
+        width = max(b["feature"].shape[1] for b in self._waiting)
+        rows = {
+            name: np.concatenate([_widened(b[name], width) for b in self._waiting]) for name in self._waiting[0]
+        } if len(self._waiting) > 1 else self._waiting[0]  # fmt: skip
+        n = len(rows["index"])
+        here = np.arange(self._behind, n if last else n - self.window)
+        here = here[rows["counted"][here]]
+        if len(here):
+            self._count(rows, here)
+        kept = max(0, n - 2 * self.window)
+        self._waiting = [{name: column[kept:] for name, column in rows.items()}]
+        self._behind = n - self.window - kept
+
+    def _count(self, rows: dict[str, np.ndarray], here: np.ndarray) -> None:
+        every = len(here) == here[-1] - here[0] + 1
+        part = slice(here[0], here[-1] + 1) if every else here
+        feature, value = rows["feature"][part], rows["value"][part]
+        k = feature.shape[1]
+        flat, size = feature.reshape(-1), value.reshape(-1)
+        fires = size != 0
+        whole = bool(fires.all())
+        if not whole:
+            where = np.flatnonzero(fires)
+            flat, size, row = flat[where], size[where], where // k
+        place = torch.from_numpy(((flat << 6) | bins_of(size)).astype(np.int64))
+        # adds in place: a table of counts of every million records would cost more than counting them
+        torch.from_numpy(self.histogram).view(-1).scatter_add_(0, place, _ONE.expand(len(place)))
+        self.sum += np.bincount(flat, weights=np.rint(size * UNIT), minlength=self.d_sae)
+        for table, column in ((self.first, rows["position"][part] == 0), (self.special, rows["special"][part])):
+            if column.any():
+                chosen = feature[column][value[column] != 0]
+                table += np.bincount(chosen, minlength=self.d_sae)
+        hashes = mix(rows["index"][part])
+        self._draw_pairs(hashes, feature, value)
+        # while rows come in order a tie always loses to the token before it; otherwise it may win
+        passes = (np.greater if self._rising else np.greater_equal)(size, self._bound[flat])
+        if self.random:
+            near = self._bound_hash[feature] > hashes[:, None]
+            passes |= near.reshape(-1) if whole else near.reshape(-1)[where]
+        found = np.flatnonzero(passes)
+        if not len(found):
+            return
+        row = found // k if whole else row[found]
+        _, samples = np.unique(rows["sample"][part], return_inverse=True)
+        ranks = np.empty(len(hashes), np.int64)
+        ranks[np.argsort(hashes)] = np.arange(len(hashes))
+        best = find_in_run(flat[found], size[found], row, samples.reshape(-1), ranks, self.top, self.random)
+        of_row = here[0] + best.row if every else here[best.row]
+        hashed = hashes[best.row]
+        self._raise_bounds(best.feature, best.value, rows["sample"][of_row], hashed, best.leads, best.drawn)
+        still = best.value >= self._bound[best.feature]
+        if self.random:
+            still |= hashed <= self._bound_hash[best.feature]
+        feature, value, of_row = best.feature[still].astype(np.int32), best.value[still], of_row[still]
+        self._fresh.append(self._with_context(rows, feature, value, of_row))
+        self._pool += len(feature)
+        if self._pool > max(POOL, 2 * len(self.records.feature)):
+            self._cut()
+
+    def _raise_bounds(
+        self, feature: np.ndarray, value: np.ndarray, sample: np.ndarray, hashed: np.ndarray, leads: np.ndarray,
+        drawn: np.ndarray,
+    ) -> None:  # fmt: skip
+        """Let new firings, sorted by feature and value, into the small tables that the bounds are read from."""
+        of, new = _by_feature(feature[leads], self.top, (value[leads], NO_VALUE), (sample[leads], NO_SAMPLE))
+        values = np.concatenate([self._best[of], new[0]], 1)
+        samples = np.concatenate([self._best_sample[of], new[1]], 1)
+        order = np.argsort(-values, axis=1, kind="stable")
+        values, samples = np.take_along_axis(values, order, 1), np.take_along_axis(samples, order, 1)
+        # a sample that goes on from the rows before stands there twice: its weaker entry goes
+        same = np.tril(samples[:, :, None] == samples[:, None, :], -1).any(2)
+        if same.any():
+            values[same] = NO_VALUE
+            order = np.argsort(-values, axis=1, kind="stable")
+            values, samples = np.take_along_axis(values, order, 1), np.take_along_axis(samples, order, 1)
+        self._best[of], self._best_sample[of] = values[:, : self.top], samples[:, : self.top]
+        self._bound[of] = values[:, self.top - 1]
+        if self.random:
+            of, (new,) = _by_feature(feature[drawn], self.random, (hashed[drawn], NO_HASH))
+            lowest = np.sort(np.concatenate([self._lowest[of], new], 1), axis=1)[:, : self.random]
+            self._lowest[of], self._bound_hash[of] = lowest, lowest[:, -1]
+
+    def _bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        hashes = self._lowest[:, -1].copy() if self.random else np.full(self.d_sae, -1, np.int64)
+        return self._best[:, -1].copy(), hashes
+
+    def _with_context(
+        self, rows: dict[str, np.ndarray], feature: np.ndarray, value: np.ndarray, row: np.ndarray
+    ) -> Records:
+        """Records of firings (feature, row), with the tokens around and the feature's value at each of them."""
+        width, n = 2 * self.window + 1, len(rows["index"])
+        sample = rows["sample"]
+        ids = np.full((len(row), width), -1, np.int32)
+        for column in range(width):
+            other = row + (column - self.window)
+            inside = np.flatnonzero((other >= 0) & (other < n) & (sample[np.clip(other, 0, n - 1)] == sample[row]))
+            ids[inside, column] = rows["token"][other[inside]]
+        around = np.zeros((len(row), width), np.float32)
+        around[:, self.window] = value
+        if self.window and len(row):
+            self._fill_around(rows, feature, row, around)
+        plain = (rows[name][row] for name in ("index", "sample", "position", "token", "turn", "role"))
+        return Records(feature, value, *plain, ids, around)
+
+    def _fill_around(self, rows: dict[str, np.ndarray], feature: np.ndarray, row: np.ndarray, around: np.ndarray) -> None:
+        """All firings of these features, by feature and row: what fires near a record stands beside it in this list."""
+        wanted = np.zeros(self.d_sae, bool)
+        wanted[feature] = True
+        hit = np.flatnonzero(wanted[rows["feature"].reshape(-1)] & (rows["value"].reshape(-1) != 0))
+        k, n = rows["feature"].shape[1], len(rows["index"])
+        key = rows["feature"].reshape(-1)[hit].astype(np.int64) * n + hit // k
+        order = np.argsort(key)
+        key, values = key[order], rows["value"].reshape(-1)[hit][order]
+        mine = feature.astype(np.int64) * n + row
+        at = np.searchsorted(key, mine)
+        sample = rows["sample"]
+        for step in range(-self.window, self.window + 1):
+            if step:
+                near = np.clip(at + step, 0, len(key) - 1)
+                away = key[near] - mine
+                # within the window, and of the same feature: the rows must be in range too
+                close = np.flatnonzero((np.abs(away) <= self.window) & (away != 0))
+                other = row[close] + away[close]
+                close = close[(other >= 0) & (other < n)]
+                close = close[sample[row[close] + away[close]] == sample[row[close]]]
+                around[close, self.window + away[close]] = values[near[close]]
+
+    def _draw_pairs(self, hashes: np.ndarray, feature: np.ndarray, value: np.ndarray) -> None:
+        row = np.flatnonzero(hashes < self._bound_pairs)
+        if len(row):
+            held, features = self.pairs
+            fires = value[row] != 0
+            tokens = np.repeat(hashes[row], fires.sum(1))
+            self.pairs = np.concatenate([held, tokens]), np.concatenate([features, feature[row][fires]])
+            self._cut_pairs(2 * PAIRED)
+
+    def _cut_pairs(self, most: int) -> None:
+        """Keep the firings of the PAIRED tokens of smallest hash, once there are more than `most`."""
+        tokens, features = self.pairs
+        different = np.unique(tokens)
+        if len(different) > most:
+            self._bound_pairs = int(different[PAIRED])
+            kept = tokens < self._bound_pairs
+            self.pairs = tokens[kept], features[kept]
+
+    def _cut(self) -> None:
+        """Join what came with what is held, and cut to what is kept."""
+        parts = [self.records, *self._fresh]
+        self._fresh, self._pool = [], 0
+        keys = (np.concatenate([getattr(p, name) for p in parts]) for name in ("feature", "value", "index", "sample"))
+        kept = keep(*keys, self.top, self.random)
+        # column by column: the windows are the most of it, and need not be held twice over
+        self.records = Records(*(np.concatenate(columns)[kept.rows] for columns in zip(*parts, strict=True)))
+        self._read_bounds(kept)
+
+    def _read_bounds(self, kept: Kept) -> None:
+        """The small tables of the bounds, read off the records."""
+        feature = self.records.feature
+        self._best[:], self._best_sample[:], self._lowest[:] = NO_VALUE, NO_SAMPLE, NO_HASH
+        rank = kept.prompt_rank
+        leads = rank >= 0
+        self._best[feature[leads], rank[leads]] = self.records.value[leads]
+        self._best_sample[feature[leads], rank[leads]] = self.records.sample[leads]
+        drawn = kept.random_rank >= 0
+        hashes = mix(self.records.index[drawn])
+        order = np.lexsort((hashes, feature[drawn]))
+        of = feature[drawn][order]
+        self._lowest[of, rank_in_group(of)] = hashes[order]
+        self._bound, self._bound_hash = self._bounds()
+
+    # ---- merging, saving ----------------------------------------------------------------------------------------
+
+    def merge(self, other: FeatureTable) -> None:
+        """Take in the table of other rows of the same SAE; the result does not depend on the order of merges."""
+        for what in ("d_sae", "top", "random", "window", "identity"):
+            mine, theirs = getattr(self, what), getattr(other, what)
+            if mine != theirs:
+                if what == "identity":
+                    what = next(k for k in {**mine, **theirs} if mine.get(k) != theirs.get(k))
+                    mine, theirs = mine.get(what), theirs.get(what)
+                raise DataError(
+                    f"these tables do not belong together: {what} is {mine!r} in one and {theirs!r} in the other",
+                    hint="merge parts of one index only: same SAE, settings and tokenizer",
+                )
+        if self.scope.name != other.scope.name:
+            raise DataError(f"one table is about {self.scope.name!r}, the other about {other.scope.name!r}")
+        self.settle()
+        other.settle()
+        for low, high in other.spans:
+            self._cover(low, high)
+        self.n_rows, self.n_tokens = self.n_rows + other.n_rows, self.n_tokens + other.n_tokens
+        self.histogram, self.sum = self.histogram + other.histogram, self.sum + other.sum
+        self.first, self.special = self.first + other.first, self.special + other.special
+        self.known = {name: self.known.get(name, False) or held for name, held in {**self.known, **other.known}.items()}
+        roles = [*self.roles, *(role for role in other.roles if role not in self.roles)]
+        self.roles = roles
+        moved = np.array([*(roles.index(role) for role in other.roles), -1], np.int16)
+        for part in [other.records, *other._fresh]:
+            self._fresh.append(part._replace(role=moved[part.role]))
+        self._cut()
+        self.pairs = tuple(np.concatenate(both) for both in zip(self.pairs, other.pairs, strict=True))
+        self._cut_pairs(PAIRED)
+
+    def result(self) -> FeatureTable:
+        """This table, cut and in the one order that its contents have."""
+        self.settle()
+        self._cut()
+        self._cut_pairs(PAIRED)
+        tokens, features = self.pairs
+        order = np.lexsort((features, tokens))
+        self.pairs = tokens[order], features[order]
+        roles = sorted(self.roles)
+        moved = np.array([*(roles.index(role) for role in self.roles), -1], np.int16)
+        self.records = self.records._replace(role=moved[self.records.role])
+        self.roles = roles
+        return self
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the table; the same contents are the same bytes."""
+        self.result()
+        arrays = {f"records/{name}": getattr(self.records, name) for name in Records._fields}
+        arrays |= {name: getattr(self, name) for name in ("histogram", "sum", "first", "special")}
+        arrays |= {"pairs/token": self.pairs[0], "pairs/feature": self.pairs[1]}
+        facts = {name: getattr(self, name) for name in ("n_tokens", "n_rows", "spans", "known", "roles")}
+        facts |= {"name": self.name, "scope": self.scope.name, "massive_above": self.scope.massive_above}
+        facts |= {name: getattr(self, name) for name in ("d_sae", "top", "random", "window", "identity")}
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+        return save_state(path, KIND, tensors, facts)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Take over a table that was saved."""
+        vars(self).update(vars(FeatureTable.open(path)))
+
+    @staticmethod
+    def open(path: str | os.PathLike[str]) -> FeatureTable:
+        """Read a table that was saved."""
+        from hubsae.core.scopes import parse
+
+        tensors, facts = load_state(path, KIND)
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        settings = {name: facts[name] for name in ("top", "random", "window", "identity")}
+        scope = parse(facts["scope"], facts["massive_above"])
+        table = FeatureTable(facts["name"], facts["d_sae"], scope=scope, **settings)
+        for name in ("n_tokens", "n_rows", "spans", "known", "roles"):
+            setattr(table, name, facts[name])
+        for name in ("histogram", "sum", "first", "special"):
+            setattr(table, name, arrays[name])
+        table.records = Records(*(arrays[f"records/{name}"] for name in Records._fields))
+        table.pairs = arrays["pairs/token"], arrays["pairs/feature"]
+        table._cut()
+        return table
+
+
+def _widened(column: np.ndarray, width: int) -> np.ndarray:
+    """Codes of fewer places padded with nothing at index 0."""
+    if column.ndim == 1 or column.shape[1] == width:
+        return column
+    return np.pad(column, ((0, 0), (0, width - column.shape[1])))
+
+
+def _joined(spans: list[list[int]]) -> list[list[int]]:
+    """Runs of rows in order, those that touch as one."""
+    out: list[list[int]] = []
+    for low, high in sorted(spans):
+        if out and out[-1][1] == low:
+            out[-1][1] = high
+        else:
+            out.append([low, high])
+    return out
+
+
+def _by_feature(
+    feature: np.ndarray, width: int, *columns: tuple[np.ndarray, Any]
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Columns of at most `width` entries for each feature (sorted) as tables: the features, and [features, width] each."""
+    place = rank_in_group(feature)
+    of = feature[place == 0]
+    row = np.cumsum(place == 0) - 1
+    tables = []
+    for column, nothing in columns:
+        table = np.full((len(of), width), nothing, column.dtype)
+        table[row, place] = column
+        tables.append(table)
+    return of, tables
