@@ -72,7 +72,8 @@ def main() -> None:
           f"window {options.window}: {blocks * rate:.0f} M records")  # fmt: skip
     print(f"all of it      {blocks * rate / (sum(times) + end):7.1f} M records per CPU second")
     print(f"second half    {(blocks - half) * rate / (sum(times[half:]) + end):7.1f} M records per CPU second")
-    print(f"memory         {(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3:7.1f} MB at most beside the codes")
+    memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3
+    print(f"memory         {memory:7.1f} MB at most beside the codes")
     print(f"records kept   {len(table.records.feature):,} of {len(active):,} active features")
 
     check = FeatureTable("a", options.features, top=options.top, random=options.random, window=0)

@@ -32,8 +32,12 @@ def fetch(
     token: str | bool | None = None,
     endpoint: str | None = None,
     notify: Callable[[str], None] | None = None,
+    every: bool = False,
 ) -> Path:
-    """Download what the feature pages of a repo read, through the shared cache; the folder that holds it."""
+    """Download what the feature pages of a repo read, through the shared cache; the folder that holds it.
+
+    With `every`, all files of its indexes.
+    """
     repo_id, revision = split_repo(repo, revision)
     client = HubClient(token, endpoint or "", notify=notify)
     sha = client.resolve(repo_id, revision)
@@ -41,7 +45,7 @@ def fetch(
         return client.cached_snapshot(repo_id, sha)
     wanted = {"summary.json", *TABLES}
     parts = (path.split("/") for path in client.tree(repo_id, sha))
-    paths = ["/".join(p) for p in parts if len(p) == 3 and p[0] == FOLDER and p[2] in wanted]
+    paths = ["/".join(p) for p in parts if len(p) == 3 and p[0] == FOLDER and (every or p[2] in wanted)]
     if not paths:
         raise HubSAEError(
             f"{repo_id} has no reverse index", hint="make one from the release and push again: hubsae index"

@@ -89,9 +89,7 @@ def rank_in_group(group: np.ndarray) -> np.ndarray:
     return np.arange(len(group)) - np.repeat(starts, np.diff(np.append(starts, len(group))))
 
 
-def keep(
-    feature: np.ndarray, value: np.ndarray, index: np.ndarray, sample: np.ndarray, top: int, random: int
-) -> Kept:
+def keep(feature: np.ndarray, value: np.ndarray, index: np.ndarray, sample: np.ndarray, top: int, random: int) -> Kept:
     """Which records are kept. All arguments are [n]; a token stands once per feature.
 
     >>> feature, index = np.zeros(4, np.int32), np.arange(4)

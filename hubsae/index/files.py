@@ -19,7 +19,7 @@ from hubsae.core.text import printable
 from hubsae.evals.groups import token_texts
 from hubsae.index.best import Kept, Records, keep
 from hubsae.index.lens import Logits, Neighbours
-from hubsae.index.table import BINS, FeatureTable, bin_edges
+from hubsae.index.table import FeatureTable, bin_edges
 
 FOLDER = "reverse-index"
 VERSION = 1

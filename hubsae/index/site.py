@@ -41,9 +41,7 @@ def write_site(
         "density": pa.array(metrics["density"], pa.float64()),
         "max": pa.array(metrics["max"], pa.float32()),
         "mean": pa.array(metrics["mean"], pa.float32()),
-        **{
-            name: pa.array(metrics[name], pa.float32()) for name in ("purity", "position_0_share", "special_share")
-        },
+        **{name: pa.array(metrics[name], pa.float32()) for name in ("purity", "position_0_share", "special_share")},
     }
     summary = pa.table(
         plain
@@ -91,9 +89,7 @@ def _examples(prompts: Columns) -> list[dict[str, Any] | None]:
     """Each record once: one that is among the strongest tokens is not repeated as the strongest of its sample."""
     names = ("kind", "rank", "value", "quantile", "sample_id", "position", "role", "turn", "center", "tokens", "values")
     strong = {
-        (feature, index)
-        for feature, index, kind in _rows(prompts, "feature", "token_index", "kind")
-        if kind == "token"
+        (feature, index) for feature, index, kind in _rows(prompts, "feature", "token_index", "kind") if kind == "token"
     }
     out: list[dict[str, Any] | None] = []
     for key, row in zip(_rows(prompts, "feature", "token_index"), _rows(prompts, *names), strict=True):

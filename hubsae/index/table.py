@@ -295,7 +295,9 @@ class FeatureTable:
         plain = (rows[name][row] for name in ("index", "sample", "position", "token", "turn", "role"))
         return Records(feature, value, *plain, ids, around)
 
-    def _fill_around(self, rows: dict[str, np.ndarray], feature: np.ndarray, row: np.ndarray, around: np.ndarray) -> None:
+    def _fill_around(
+        self, rows: dict[str, np.ndarray], feature: np.ndarray, row: np.ndarray, around: np.ndarray
+    ) -> None:
         """All firings of these features, by feature and row: what fires near a record stands beside it in this list."""
         wanted = np.zeros(self.d_sae, bool)
         wanted[feature] = True
@@ -465,7 +467,7 @@ def _joined(spans: list[list[int]]) -> list[list[int]]:
 def _by_feature(
     feature: np.ndarray, width: int, *columns: tuple[np.ndarray, Any]
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Columns of at most `width` entries for each feature (sorted) as tables: the features, and [features, width] each."""
+    """Columns of at most `width` entries for each feature (sorted), as tables [features, width]; the features first."""
     place = rank_in_group(feature)
     of = feature[place == 0]
     row = np.cumsum(place == 0) - 1
