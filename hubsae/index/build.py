@@ -1,6 +1,6 @@
 """Make the index of SAEs: from activations on disk, or from a model and texts, in parts that survive a kill.
 
-The rows are cut into parts at fixed places; each part leaves one table per SAE in `NAME/.parts/`, and the parts merge to
+The rows are cut into parts at fixed places; each part leaves one table per SAE in `NAME/.parts/`, and they merge to
 the bytes of one pass. A run that goes on skips the parts that are there; ranks take every n-th part, and whoever
 finds all of them writes the files.
 """
