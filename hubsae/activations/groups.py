@@ -47,7 +47,8 @@ class ChatLayout:
     ...     chat_template = "yes"
     ...     def apply_chat_template(self, messages, **_):
     ...         return "".join(f"<{m['role']}>{m['content']}</>" for m in messages)
-    >>> groups = ChatLayout(Template()).label([{"role": "user", "content": "Hi"}], "<user>Hi</>", [(0, 6), (6, 8), (8, 11)])
+    >>> chat, spans = [{"role": "user", "content": "Hi"}], [(0, 6), (6, 8), (8, 11)]
+    >>> groups = ChatLayout(Template()).label(chat, "<user>Hi</>", spans)
     >>> groups["is_template"].tolist(), groups["role"].tolist()
     ([True, False, True], ['user', 'user', 'user'])
     """
@@ -81,9 +82,7 @@ class ChatLayout:
 
     def _render(self, roles: Sequence[str], ask: bool) -> str:
         messages = [{"role": role, "content": _mark(number)} for number, role in enumerate(roles)]
-        return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=ask, **self.options
-        )
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask, **self.options)
 
     def _skeleton(self, roles: tuple[str, ...], ask: bool) -> list[Piece]:
         whole = self._render(roles, ask)
@@ -152,8 +151,9 @@ def _between(
         edge = start
     at = len(text) if edge is None and following >= len(roles) - 1 else min(max((edge or 0) - start, 0), len(text))
     role = roles[last] if last >= 0 else ""
-    found = [Piece(text[:at], last, role, True, role == "assistant"), Piece(text[at:], following, roles[following], True, False)]  # fmt: skip
-    return [piece for piece in found if piece.text]
+    close = Piece(text[:at], last, role, True, role == "assistant")
+    head = Piece(text[at:], following, roles[min(following, len(roles) - 1)], True, False)
+    return [piece for piece in (close, head) if piece.text]
 
 
 def _walk(pieces: Sequence[Piece], contents: Sequence[str], text: str) -> list[int] | None:

@@ -27,6 +27,7 @@ ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "a
 MODES: tuple[Mode, ...] = ("text", "prompt", "prompt+response", "generate", "packed")
 Select = Literal["all", "prompt", "response", "assistant"]
 
+
 @dataclass
 class Sample:
     """One sequence to run the model on."""
@@ -176,12 +177,12 @@ class Preparer:
             sample = Sample(number, found, len(found), item=item)
             return self._labelled(sample, asked, text, offsets, ask=True)
         if messages[-1]["role"] != "assistant":
-            chat = isinstance(item, Mapping) and any(key in item for key in MESSAGE_KEYS)
+            if any(m["role"] == "assistant" for m in messages) or len(messages) > 1:
+                raise DataError(f"sample {number} ends with a turn of {messages[-1]['role']}: there is no response")
             raise DataError(
-                f"sample {number} ends with a turn of {messages[-1]['role']}: there is no response",
-                hint="mode='prompt' takes prompts alone"
-                if chat or isinstance(item, (list, tuple))
-                else f"name its column with response_column=, or use one of {', '.join(RESPONSE_KEYS)}",
+                f"sample {number} has no response",
+                hint=f"name its column with response_column=, or use one of {', '.join(RESPONSE_KEYS)}; "
+                "mode='prompt' takes prompts alone",
             )
         if not messages[:-1]:
             raise DataError(f"sample {number} has no prompt")
@@ -224,6 +225,15 @@ class Preparer:
             )
         except jinja2.TemplateError as error:  # roles that it does not take, say
             raise DataError(f"sample {number} is refused by the chat template: {error}") from error
+
+
+def prepare(items: Sequence[Any], first_id: int, tokenizer: Any, how: Preparation) -> list[Sample]:
+    """Samples of items, numbered from `first_id`; one that cannot be used is an error.
+
+    >>> [sample.ids for sample in prepare([[1, 2], [3]], 0, None, Preparation())]
+    [[1, 2], [3]]
+    """
+    return Preparer(tokenizer, how, strict=True).prepare(items, first_id)[0]
 
 
 def token_ids(item: Any) -> tuple[list[int], int] | None:
@@ -307,9 +317,7 @@ def _tokens(tokenizer: Any, text: str, add: bool) -> tuple[list[int], list[tuple
     return list(found["input_ids"]), list(found["offset_mapping"])
 
 
-def _divide(
-    tokenizer: Any, text: str, at: int, *, add: bool
-) -> tuple[list[int], int, list[tuple[int, int]] | None]:
+def _divide(tokenizer: Any, text: str, at: int, *, add: bool) -> tuple[list[int], int, list[tuple[int, int]] | None]:
     """Tokens of `text`, how many of them begin before character `at`, and what each spans."""
     ids, offsets = _tokens(tokenizer, text if getattr(tokenizer, "is_fast", False) else text[:at], add)
     if offsets is None:

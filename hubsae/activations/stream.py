@@ -44,6 +44,13 @@ class Place(NamedTuple):
     batch: int = 0
 
 
+class Probe(NamedTuple):
+    """A first look at a hook point."""
+
+    d: int
+    largest: float
+
+
 @dataclass
 class HarvestBatch:
     """The kept tokens of one forward pass, sample by sample."""
@@ -166,16 +173,18 @@ class Stream:
         finally:
             self.model.train(was_training)
 
-    def largest(self, items: Sequence[Any]) -> dict[str, float]:
-        """The largest magnitude at each hook point over the beginnings of some items."""
-        largest = {hook.name: 0.0 for hook in self.hooks}
-        probing = Preparer(self.tokenizer, self._as_text() if self.how.mode == "packed" else self.how)
-        samples, _ = probing.prepare(items, 0)
-        probe = [s.ids[:PROBE_TOKENS] for s in samples if s.ids][:PROBE_SAMPLES]
-        if probe:
-            for name, hidden in capture(self.model, *padded(probe), self.hooks).items():
-                largest[name] = float(hidden.float().abs().amax())
-        return largest
+    def probe(self, items: Sequence[Any]) -> dict[str, Probe]:
+        """Width and largest magnitude at each hook point over the beginnings of some items."""
+        preparer = Preparer(self.tokenizer, self._as_text() if self.how.mode == "packed" else self.how)
+        samples, _ = preparer.prepare(items, 0)
+        beginnings = [s.ids[:PROBE_TOKENS] for s in samples if s.ids][:PROBE_SAMPLES] or [[0]]
+        found = {}
+        was_training = self.model.training
+        self.model.eval()
+        for name, hidden in capture(self.model, *padded(beginnings), self.hooks).items():
+            found[name] = Probe(hidden.shape[1], float(hidden.float().abs().amax()))
+        self.model.train(was_training)
+        return found
 
     def _as_text(self) -> Preparation:
         return Preparation("text", None, text_column=self.how.text_column, special_tokens=self.how.special_tokens)
@@ -187,7 +196,7 @@ class Stream:
         by_window: bool,
         start: Place,
     ) -> Iterator[list[Sample]]:
-        """Windows of samples, tokenised, answered and scored; empty lists keep the count of windows that are not ours."""
+        """Windows of samples, tokenised, answered and scored; empty lists stand for those that are not ours."""
         total = 0
         for number, (first, items) in enumerate(windows):
             self.counts.passed = first

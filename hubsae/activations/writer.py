@@ -13,6 +13,7 @@ import contextlib
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from hubsae.activations.splits import SplitRule
 from hubsae.activations.stats import TILE, RunningStats
 from hubsae.core.errors import ConfigError, DataError, FormatError
 from hubsae.core.extras import require
-from hubsae.core.files import atomic_path
+from hubsae.core.files import atomic_path, read_json, sha256_file, write_json_atomic, writing
 
 HEAD_ROOM = 4.0
 """A suggested scale leaves the largest value seen this factor below float16's limit."""
@@ -112,6 +113,7 @@ class ActivationWriter:
         names = self.rule.names if isinstance(split, SplitRule) else (split,)
         self._finalize = finalize
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.journal = Journal(self.folder, rank)
         finished, rows, next_index = self._take_up(names)
         self._streams = {n: _Stream(self, n, next_index[n], finished[n], rows[n]) for n in names}
 
@@ -125,6 +127,7 @@ class ActivationWriter:
                 continue
             ids = []
             for path in paths:
+                self.journal.check(path)
                 file = _open_parquet(path)
                 metadata = {
                     k.decode(): v.decode() for k, v in (file.metadata.metadata or {}).items() if k != b"ARROW:schema"
@@ -197,6 +200,10 @@ class ActivationWriter:
         labels = {name: self._label(name, value, len(x)) for name, value in given.items()}
         self._check_range(x)
         validation = self.rule.validation(labels["sample_id"], labels["position"])
+        with self._writing():
+            self._append(x, labels, validation)
+
+    def _append(self, x: Tensor, labels: dict[str, np.ndarray], validation: np.ndarray) -> None:
         for name, stream in self._streams.items():
             if len(self._streams) == 1:
                 keep = np.ones(len(x), dtype=bool)
@@ -236,8 +243,20 @@ class ActivationWriter:
 
     def commit(self) -> None:
         """Close the current files, so that everything written so far survives a kill. Call between samples."""
-        for stream in self._streams.values():
-            stream.commit()
+        with self._writing():
+            for stream in self._streams.values():
+                stream.commit()
+
+    def _writing(self) -> AbstractContextManager[None]:
+        kept = sum(stream.n_rows - stream.shard_rows for stream in self._streams.values())
+        return writing(self.folder, still_good=f"{kept:,} rows lie in finished files there")
+
+    def commit_older_than(self, seconds: float) -> None:
+        """Close those of the current files that were begun at least that long ago. Call between samples."""
+        with self._writing():
+            for stream in self._streams.values():
+                if stream.shard_rows and time.monotonic() - stream.opened >= seconds:
+                    stream.commit()
 
     def abort(self) -> None:
         """Give up the unfinished files; finished ones stay."""
@@ -260,6 +279,28 @@ class ActivationWriter:
             self.close()
         else:
             self.abort()
+
+
+class Journal:
+    """The sha256 of every finished file of one rank, so that a resumed harvest builds on no damaged one."""
+
+    def __init__(self, folder: Path, rank: int):
+        self.path = folder / f".journal-{rank:05d}.json"
+        self.known: dict[str, str] = read_json(self.path) if self.path.is_file() else {}
+
+    def add(self, name: str, written: Path) -> None:
+        """Enter the file that will be called `name`."""
+        self.known[name] = sha256_file(written)
+        write_json_atomic(self.path, self.known)
+
+    def check(self, path: Path) -> None:
+        """Refuse a file that is not as it was written; one that another rank or version wrote is not known."""
+        expected = self.known.get(path.name)
+        if expected is not None and (found := sha256_file(path)) != expected:
+            raise FormatError(
+                path, f"the file with sha256 {expected}", f"one with {found}",
+                hint="it was damaged behind the harvest: remove it, and its samples are done again",
+            )  # fmt: skip
 
 
 class _Stream:
@@ -369,6 +410,9 @@ class _Stream:
         record["statistics"] = self.stats.to_json()
         assert self.parquet is not None
         self.parquet.close({FOOTER_KEY: json.dumps(record, ensure_ascii=False, allow_nan=False)})
+        self.parquet.file.flush()
+        # the journal comes first: a file that a kill leaves under its final name is always in it
+        self.writer.journal.add(shard_name(self.split, self.writer.rank, self.index), Path(self.parquet.file.name))
         self.cleanup.close()
         self.parquet = None
         self.index += 1

@@ -23,7 +23,11 @@ def command(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write.")] = None,
     push: Annotated[str | None, typer.Option("--push", help="Dataset repo to publish to when done.")] = None,
     mode: Annotated[str, typer.Option(help="text, prompt, prompt+response, generate or packed.")] = "text",
-    select: Annotated[str, typer.Option(help="Tokens to keep: all, prompt or response.")] = "all",
+    select: Annotated[str, typer.Option(help="Tokens to keep: all, prompt, response or assistant.")] = "all",
+    exclude: Annotated[
+        str | None, typer.Option(help="Groups of tokens not to store: position_0,special,template,role=system ...")
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at a sample that cannot be used.")] = False,
     stage: Annotated[str | None, typer.Option(help="Name of a checkpoint; becomes part of the config names.")] = None,
     adapter: Annotated[str | None, typer.Option(help="LoRA adapter, merged in float32.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Tokenizer, if not the model's.")] = None,
@@ -98,7 +102,8 @@ def command(
         max_samples=max_samples, max_tokens=max_tokens, chat=False if raw else None, system=system,
         prompt_column=prompt_column, response_column=response_column, text_column=text_column,
         generation=generation, seed=seed, scorers=scorers, validation_fraction=validation, split_by=split_by,
-        batch_tokens=batch_tokens, source=record,
+        batch_tokens=batch_tokens, source=record, strict=strict,
+        exclude=[name.strip() for name in (exclude or "").split(",") if name.strip()],
     )  # fmt: skip
     if Ranks.find().rank != 0:
         return

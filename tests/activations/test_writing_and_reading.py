@@ -224,7 +224,8 @@ def test_a_writer_that_fails_leaves_finished_files_only(tmp_path):
         writer.write(torch.ones(50, 4), sample_id=1)
         raise RuntimeError("stop")
     assert len(ActivationDataset.open(tmp_path)) == 50
-    assert [p.name for p in (tmp_path / "layers.3").iterdir()] == ["train-00000-00000.parquet"]
+    left = sorted(p.name for p in (tmp_path / "layers.3").iterdir())
+    assert left == [".journal-00000.json", "train-00000-00000.parquet"]
 
 
 def test_what_cannot_be_stored_is_refused_with_the_way_out(tmp_path):
