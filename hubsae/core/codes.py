@@ -28,6 +28,8 @@ class SparseCodes(NamedTuple):
     """[..., 1] what a per-token norm subtracted; needed to decode, None where there is no such norm."""
     token_scale: Tensor | None = None
     """[..., 1] what a per-token norm divided by."""
+    skip: Tensor | None = None
+    """[..., d_out] what a transcoder's skip matrix adds to the decoded codes; None where it has none."""
 
     def dense(self) -> Tensor:
         """The same codes as a dense tensor [..., d_sae]."""
@@ -42,14 +44,16 @@ class SparseCodes(NamedTuple):
     def to(self, *args, **kwargs) -> SparseCodes:
         """Move to a device and, for the values, to a dtype."""
         values = self.values.to(*args, **kwargs)
-        moved = [t if t is None else t.to(*args, **kwargs) for t in (self.token_mean, self.token_scale)]
+        beside = (self.token_mean, self.token_scale, self.skip)
+        moved = [t if t is None else t.to(*args, **kwargs) for t in beside]
         return SparseCodes(self.indices.to(values.device), values, self.d_sae, *moved)
 
     def reshape(self, *lead: int) -> SparseCodes:
         """The same codes with other leading dimensions."""
         k = self.indices.shape[-1]
-        norms = [t if t is None else t.reshape(*lead, 1) for t in (self.token_mean, self.token_scale)]
-        return SparseCodes(self.indices.reshape(*lead, k), self.values.reshape(*lead, k), self.d_sae, *norms)
+        beside = (self.token_mean, self.token_scale, self.skip)
+        shaped = [t if t is None else t.reshape(*lead, t.shape[-1]) for t in beside]
+        return SparseCodes(self.indices.reshape(*lead, k), self.values.reshape(*lead, k), self.d_sae, *shaped)
 
     @staticmethod
     def from_dense(z: Tensor) -> SparseCodes:

@@ -5,12 +5,13 @@
     z   = select(pre)
     x̂   = z @ W_dec + b_dec
 
-Architectures differ in `select` and in nothing else, so they are a field and not a class hierarchy.
+Architectures differ in `select` and in nothing else, so they are a field and not a class hierarchy. A transcoder is the
+same formula between two hook points: its decoder is d_out wide, c is 0, and a skip matrix may add `x @ W_skip.T`.
 """
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -52,6 +53,17 @@ class SAEConfig(BaseModel):
         "Not affine in x, hence never folded into the weights.",
     )
     dtype: DType = Field(default="float32", description="Type of the stored weights.")
+    d_out: int | None = Field(
+        default=None, ge=1, description="Transcoders: width of what is predicted. None for an autoencoder."
+    )
+    skip: bool | None = Field(default=None, description="Transcoders: true where W_skip maps the input to the output.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_transcoder(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("d_out") is not None:
+            return {"apply_b_dec_to_input": False, **data}
+        return data
 
     @model_validator(mode="after")
     def _consistent(self) -> SAEConfig:
@@ -67,24 +79,44 @@ class SAEConfig(BaseModel):
             )
         if not self.topk_relu and self.architecture != "topk":
             raise ValueError(f"topk_relu=False means signed top-k; it says nothing for {self.architecture}")
+        if self.skip and self.d_out is None:
+            raise ValueError("skip is of transcoders: give d_out")
+        if self.d_out is not None and (self.apply_b_dec_to_input or self.token_norm != "none"):
+            raise ValueError(
+                "a transcoder's b_dec lies at its output, so nothing of it can be subtracted from the input "
+                "(apply_b_dec_to_input), and a norm of the input is not undone at the output (token_norm)"
+            )
         return self
+
+    @property
+    def is_transcoder(self) -> bool:
+        """Whether it predicts the activations of another hook point."""
+        return self.d_out is not None
+
+    @property
+    def width_out(self) -> int:
+        """Width of what is decoded: d_out of a transcoder, else d_in."""
+        return self.d_in if self.d_out is None else self.d_out
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
         """Names of the tensors this architecture has, in the order they are stored."""
+        skip = ("W_skip",) if self.skip else ()
         if self.architecture == "gated":
-            return ("W_enc", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag")
+            return ("W_enc", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag", *skip)
         if self.architecture == "jumprelu":
-            return ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
-        return ("W_enc", "b_enc", "W_dec", "b_dec")
+            return ("W_enc", "b_enc", "W_dec", "b_dec", "threshold", *skip)
+        return ("W_enc", "b_enc", "W_dec", "b_dec", *skip)
 
     def tensor_shape(self, name: str) -> tuple[int, ...]:
         """The shape the tensor `name` must have."""
         if name == "W_enc":
             return (self.d_in, self.d_sae)
         if name == "W_dec":
-            return (self.d_sae, self.d_in)
-        return (self.d_in,) if name == "b_dec" else (self.d_sae,)
+            return (self.d_sae, self.width_out)
+        if name == "W_skip":
+            return (self.width_out, self.d_in)
+        return (self.width_out,) if name == "b_dec" else (self.d_sae,)
 
     @property
     def selection(self) -> str:

@@ -7,8 +7,10 @@ bias is b_d. Substituting z gives the same function of the raw activation x with
     subtracting b_dec' first:       b_enc' = b_enc + (b_d - p) W_enc
     not subtracting it:             b_enc' = b_enc - (p + mean/std) W_enc
 
-k and thresholds do not change. Done in float64 and stored as float32; subtracting b_dec first keeps large
-means out of the product and is about ten times more exact when a dimension has one, so it is the default.
+k and thresholds do not change. Done in float64 and stored as float32; subtracting b_dec first keeps large means out of
+the product and is about ten times more exact when a dimension has one, so it is the default. A transcoder has the
+statistics of its output in the place of the decoder's; its skip matrix becomes std_out * W_skip / std, and what the
+mean adds through it goes into b_dec.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ class TrainedTensors(NamedTuple):
     """`b_enc`, or for gated SAEs `b_gate` and `b_mag`; all [d_sae]."""
     r_mag: Tensor | None = None
     """Gated only: log scale of the magnitudes [d_sae]."""
+    W_skip: Tensor | None = None
+    """Transcoders with a skip matrix: [d_out, d_in]."""
 
 
 def fold(
@@ -40,11 +44,14 @@ def fold(
     std: Tensor | None = None,
     *,
     apply_b_dec_to_input: bool | None = None,
+    output: tuple[Tensor, Tensor] | None = None,
+    transcoder: bool = False,
 ) -> tuple[dict[str, Tensor], bool]:
     """Canonical tensors on raw activations, and whether b_dec is subtracted before encoding.
 
     Left to itself it subtracts b_dec, except where the SAE subtracts nothing and has no normaliser: then the
-    tensors are already canonical. What needs no arithmetic is passed through bit for bit.
+    tensors are already canonical. What needs no arithmetic is passed through bit for bit. `output` is the mean and
+    std of what a transcoder predicts.
 
     >>> eye = torch.eye(2)
     >>> t = TrainedTensors(eye, eye, torch.zeros(2), None, {"b_enc": torch.zeros(2)})
@@ -54,21 +61,34 @@ def fold(
     """
     normalised = mean is not None or std is not None
     if apply_b_dec_to_input is None:
-        apply_b_dec_to_input = normalised or trained.pre_bias is not None
+        apply_b_dec_to_input = not transcoder and (normalised or trained.pre_bias is not None)
     dtype = trained.W_enc.dtype
     b_d = trained.b_dec.double()
-    p = torch.zeros_like(b_d) if trained.pre_bias is None else trained.pre_bias.double()
-    mu = torch.zeros_like(b_d) if mean is None else mean.double().expand_as(b_d)
-    sigma = torch.ones_like(b_d) if std is None else std.double().expand_as(b_d)
+    zero = torch.zeros(trained.W_enc.shape[0], dtype=torch.float64, device=b_d.device)
+    p = zero if trained.pre_bias is None else trained.pre_bias.double()
+    mu = zero if mean is None else mean.double().expand_as(zero)
+    sigma = zero + 1 if std is None else std.double().expand_as(zero)
+    # the space of the output: that of the input, except where a transcoder has statistics of its own (or none)
+    mu_out, sigma_out = (mu, sigma) if not transcoder else (torch.zeros_like(b_d), torch.ones_like(b_d))
+    if output is not None:
+        mu_out, sigma_out = output[0].double().expand_as(b_d), output[1].double().expand_as(b_d)
+    scaled = output is not None if transcoder else normalised
 
     moved = (b_d - p) if apply_b_dec_to_input else -(p + mu / sigma)
     # one float64 copy of a matrix at a time: wide SAEs are packaged on small machines
     shift = moved @ trained.W_enc.double() if bool(moved.any()) else None
     out: dict[str, Tensor] = {
         "W_enc": (trained.W_enc.double() / sigma[:, None]).to(dtype) if normalised else trained.W_enc,
-        "W_dec": (trained.W_dec.double() * sigma).to(dtype) if normalised else trained.W_dec,
-        "b_dec": (sigma * b_d + mu).to(dtype) if normalised else trained.b_dec,
+        "W_dec": (trained.W_dec.double() * sigma_out).to(dtype) if scaled else trained.W_dec,
+        "b_dec": trained.b_dec,
     }
+    if (skip := trained.W_skip) is not None:
+        out["W_skip"] = skip
+        if normalised or scaled:
+            out["W_skip"] = (sigma_out[:, None] * skip.double() / sigma).to(dtype)
+            b_d = b_d - skip.double() @ (mu / sigma)
+    if scaled or (skip is not None and normalised):
+        out["b_dec"] = (sigma_out * b_d + mu_out).to(dtype)
     for name, bias in trained.encoder_biases.items():
         if shift is None:
             out[name] = bias

@@ -6,7 +6,7 @@ New tensors are always returned to the model: editing in place would also change
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hubsae.core.codes import SparseCodes
 from hubsae.core.errors import HookError
 from hubsae.core.hooks import HookPoint, edit_hook
+from hubsae.core.metadata import HookInfo
 from hubsae.core.sae import SAE
 
 
@@ -40,17 +41,33 @@ class Recorded:
 
 
 def hook_of(sae: SAE, hook: Any = None) -> HookPoint:
-    """The hook point asked for, or the one the SAE's metadata names."""
-    if hook is not None:
-        return HookPoint.parse(hook)
-    info = sae.metadata.hook
-    if info.layer is not None and info.kind != "other":
-        said = HookPoint.parse(info.module_path).said if info.module_path else ""
-        return HookPoint(info.layer, info.kind, said)
-    for name in (info.transformer_lens, info.module_path):
-        if name:
-            return HookPoint.parse(name)
-    raise HookError("this SAE's metadata names no hook point", hint="pass hook=, for example hook='model.layers.18'")
+    """The hook point asked for, or the one the SAE's metadata names; of a transcoder, that of its input."""
+    return HookPoint.parse(hook) if hook is not None else _recorded(sae.metadata.hook, "hook='model.layers.18'")
+
+
+def hook_out_of(sae: SAE, hook: Any = None) -> HookPoint:
+    """Where what the SAE computes belongs: a transcoder's output, else `hook_of`."""
+    if not sae.config.is_transcoder:
+        return hook_of(sae, hook)
+    return HookPoint.parse(hook) if hook is not None else _recorded(sae.metadata.hook_out, "hook_out='18.mlp_out'")
+
+
+def _recorded(info: HookInfo | None, example: str) -> HookPoint:
+    names = [] if info is None else [name for name in (info.transformer_lens, info.module_path) if name]
+    points, problems = [], []
+    for name in names:
+        try:
+            points.append(HookPoint.parse(name))
+        except HookError as error:
+            problems.append(error)
+    if info is not None and info.layer is not None and info.kind != "other":
+        # a module that was named stays named, so that a family in which it is another place refuses it
+        return HookPoint(info.layer, info.kind, next((p.said for p in points if p.said and p.kind == info.kind), ""))
+    if points:
+        return points[0]
+    if problems:
+        raise problems[0]
+    raise HookError("this SAE's metadata names no hook point", hint=f"pass {example}, for example")
 
 
 def _check_width(sae: SAE, hidden: Tensor) -> None:
@@ -77,22 +94,39 @@ def attach(sae: SAE, model: nn.Module, hook: Any = None) -> Iterator[Recorded]:
 
 
 @contextmanager
-def splice(sae: SAE, model: nn.Module, hook: Any = None, *, mask: Tensor | None = None) -> Iterator[None]:
+def splice(
+    sae: SAE, model: nn.Module, hook: Any = None, *, mask: Tensor | None = None, hook_out: Any = None
+) -> Iterator[None]:
     """Replace the activations by their reconstruction, where `mask` [batch, seq] is true (everywhere without one).
 
-    The SAE computes in its own dtype; the result is cast back to the model's.
+    A transcoder reads at its input and replaces at its output (`hook_out`). The SAE computes in its own dtype; the
+    result is cast back to the model's.
     """
+    read: list[Tensor] = []
 
-    def edit(hidden: Tensor, _: dict[str, Any]) -> Tensor:
+    def see(hidden: Tensor, _: dict[str, Any]) -> None:
         _check_width(sae, hidden)
-        rebuilt = sae(hidden.to(sae.device)).to(hidden)
+        read[:] = [hidden]
+
+    def edit(hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        if not sae.config.is_transcoder:
+            see(hidden, kwargs)
+        if not read:
+            raise HookError("the transcoder's output came before its input", hint="is hook_out behind hook?")
+        rebuilt = sae(read.pop().to(sae.device)).to(hidden)
+        if rebuilt.shape != hidden.shape:
+            raise HookError(f"the SAE gives {tuple(rebuilt.shape)}, the model has {tuple(hidden.shape)} there")
         if mask is None:
             return rebuilt
         if mask.shape != hidden.shape[:2]:
             raise HookError(f"mask has shape {tuple(mask.shape)}, the activations are {tuple(hidden.shape[:2])}")
         return torch.where(mask.to(hidden.device)[..., None].bool(), rebuilt, hidden)
 
-    with edit_hook(model, hook_of(sae, hook), edit):
+    with ExitStack() as stack:
+        if sae.config.is_transcoder:
+            stack.enter_context(edit_hook(model, hook_of(sae, hook), see))
+            hook = hook_out
+        stack.enter_context(edit_hook(model, hook_out_of(sae, hook), edit))
         yield
 
 
@@ -101,6 +135,8 @@ def steer(
     sae: SAE, model: nn.Module, feature: int, strength: float, hook: Any = None, *, unit: bool = False
 ) -> Iterator[None]:
     """Add `strength` × the decoder row of `feature` to the activations at every position.
+
+    A transcoder's goes to its output.
 
     With `unit` the direction is first scaled to norm one, so that strengths compare across features.
     """
@@ -116,8 +152,9 @@ def steer(
         direction = direction / direction.norm().clamp_min(torch.finfo(direction.dtype).tiny)
 
     def edit(hidden: Tensor, _: dict[str, Any]) -> Tensor:
-        _check_width(sae, hidden)
+        if hidden.shape[-1] != direction.shape[0]:
+            _check_width(sae, hidden)
         return hidden + (strength * direction).to(hidden)
 
-    with edit_hook(model, hook_of(sae, hook), edit):
+    with edit_hook(model, hook_out_of(sae, hook), edit):
         yield

@@ -46,7 +46,11 @@ class HookInfo(Section):
     """Where in the model the SAE reads."""
 
     layer: int | None = Field(default=None, description="0-based block.")
-    kind: str = Field(default="resid_post", description="resid_post, resid_pre, mlp_out or attn_out.")
+    kind: str = Field(
+        default="resid_post",
+        description="A place (resid_post, resid_pre, resid_mid, mlp_in, mlp_norm, mlp_out, attn_z, attn_out, embed), "
+        "a module of the block with its side (mlp.down_proj.input), or other.",
+    )
     module_path: str | None = Field(default=None, description="Module to hook, such as model.layers.18.")
     transformer_lens: str | None = Field(default=None, description="Such as blocks.18.hook_resid_post.")
     final_norm: Literal["before", "after"] | None = Field(
@@ -162,11 +166,16 @@ class Metadata(Section):
     config: SAEConfig
     base_model: BaseModelInfo = Field(default_factory=BaseModelInfo)
     hook: HookInfo = Field(default_factory=HookInfo)
+    hook_out: HookInfo | None = Field(default=None, description="Transcoders: where what they predict lies.")
     normalizer: NormalizerInfo = Field(default_factory=NormalizerInfo)
     decoder: DecoderFlags = Field(default_factory=DecoderFlags)
     training: TrainingInfo = Field(default_factory=TrainingInfo)
     activations: ActivationInfo = Field(default_factory=ActivationInfo)
     metrics: list[Metric] = Field(default_factory=list)
+    saelens: dict[str, Any] | None = Field(
+        default=None,
+        description="What a SAELens config says beyond this record (cfg, metadata); written back.",
+    )
     provenance: Provenance = Field(default_factory=Provenance)
 
     @property

@@ -32,6 +32,9 @@ class SAE(nn.Module):
         pre  = (x - c) @ W_enc + b_enc
         x̂    = select(pre) @ W_dec + b_dec
 
+    Or a transcoder (`config.d_out`): the same between two hook points, with c = 0 and, where there is a skip matrix,
+    `+ x @ W_skip.T` (W_skip is [d_out, d_in], as SAELens stores it).
+
     >>> config = SAEConfig(architecture="topk", d_in=4, d_sae=8, k=2)
     >>> sae = SAE.random(config, seed=0)
     >>> codes = sae.encode_sparse(torch.randn(3, 4))
@@ -47,6 +50,7 @@ class SAE(nn.Module):
     b_gate: nn.Parameter
     b_mag: nn.Parameter
     r_mag: nn.Parameter
+    W_skip: nn.Parameter
 
     def __init__(
         self,
@@ -107,7 +111,12 @@ class SAE(nn.Module):
 
     def extra_repr(self) -> str:
         """Shown by print(sae)."""
-        where = self.metadata.hook.module_path or self.metadata.hook.transformer_lens or "unknown hook point"
+        hook, out = self.metadata.hook, self.metadata.hook_out
+        where = hook.module_path or hook.transformer_lens or "unknown hook point"
+        if self.config.is_transcoder:
+            target = None if out is None else out.module_path or out.transformer_lens
+            where += f" -> {target or 'unknown hook point'}, d_out={self.config.d_out}"
+            where += ", with a skip matrix" if self.config.skip else ""
         return f"{self.config.selection}, d_in={self.d_in}, d_sae={self.d_sae}, {where}, {self.dtype}, {self.device}"
 
     # ---- what it computes -------------------------------------------------------------------------------
@@ -124,7 +133,8 @@ class SAE(nn.Module):
         """
         flat, mean, scale = self._normed(x)
         values, indices = self._select(flat, sorted)
-        return SparseCodes(indices, values, self.d_sae, mean, scale).reshape(*x.shape[:-1])
+        skip = flat @ self.W_skip.t() if self.config.skip else None
+        return SparseCodes(indices, values, self.d_sae, mean, scale, skip).reshape(*x.shape[:-1])
 
     def encode(self, x: Tensor) -> Tensor:
         """Dense codes [..., d_sae], as SAELens users expect them."""
@@ -136,14 +146,21 @@ class SAE(nn.Module):
         return out.scatter_(-1, codes.indices, codes.values)
 
     def decode(self, codes: SparseCodes | Tensor) -> Tensor:
-        """Reconstruction of sparse or dense codes [..., d_in]."""
+        """Reconstruction of sparse or dense codes [..., d_in]; of a transcoder, its prediction [..., d_out]."""
         if isinstance(codes, SparseCodes):
             lead = codes.values.shape[:-1]
             flat = codes.reshape(-1)
             out = inference.decode_rows(flat.indices, flat.values.to(self.dtype), self.W_dec, self.b_dec)
             if flat.token_scale is not None and flat.token_mean is not None:
                 out = out * flat.token_scale + flat.token_mean
-            return out.reshape(*lead, self.d_in)
+            if flat.skip is not None:
+                out = out + flat.skip
+            return out.reshape(*lead, self.config.width_out)
+        if self.config.skip:
+            raise ConfigError(
+                "this transcoder adds a function of its input to what it decodes, and a dense code does not hold it",
+                hint="decode the SparseCodes of encode_sparse(x), which carry what is needed, or call sae(x)",
+            )
         if self.config.token_norm != "none":
             raise ConfigError(
                 f"this SAE normalises each token ({self.config.token_norm}), so a dense code does not say how to "
@@ -153,7 +170,7 @@ class SAE(nn.Module):
         return codes.to(self.dtype) @ self.W_dec + self.b_dec
 
     def forward(self, x: Tensor) -> Tensor:
-        """The reconstruction of x [..., d_in]."""
+        """The reconstruction of x [..., d_in]; of a transcoder, what it predicts [..., d_out]."""
         return self.decode(self.encode_sparse(x))
 
     def _normed(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -216,10 +233,13 @@ class SAE(nn.Module):
     def random(cls, config: SAEConfig, *, seed: int = 0) -> Self:
         """An untrained SAE with unit-norm decoder rows and a tied encoder, for tests and as a start."""
         generator = torch.Generator().manual_seed(seed)
-        W_dec = torch.randn(config.d_sae, config.d_in, generator=generator)
+        W_dec = torch.randn(config.d_sae, config.width_out, generator=generator)
         W_dec /= W_dec.norm(dim=1, keepdim=True)
         tensors = {name: torch.zeros(config.tensor_shape(name)) for name in config.tensor_names}
         tensors["W_dec"], tensors["W_enc"] = W_dec, W_dec.t().contiguous()
+        if config.is_transcoder:  # nothing to tie: its two sides are different activations
+            encoder = torch.randn(config.d_in, config.d_sae, generator=generator)
+            tensors["W_enc"] = encoder / encoder.norm(dim=0)
         if "threshold" in tensors:
             tensors["threshold"] += 0.1
         dtype = getattr(torch, config.dtype)

@@ -126,7 +126,7 @@ def encode_block(sae: SAE, x: Tensor) -> SparseCodes:
     ]
     norms = [
         None if getattr(parts[0], name) is None else torch.cat([getattr(part, name) for part in padded])
-        for name in ("token_mean", "token_scale")
+        for name in ("token_mean", "token_scale", "skip")
     ]
     return SparseCodes(
         torch.cat([p.indices for p in padded]), torch.cat([p.values for p in padded]), parts[0].d_sae, *norms

@@ -45,6 +45,11 @@ class Found:
     count: int = 0
     token_norm: str = "none"
     sparsity: Tensor | None = None
+    transcoder: bool = False
+    """Whether it predicts another hook point; then nothing is subtracted and its decoder may have another width."""
+    output: tuple[Tensor, Tensor] | None = None
+    """Transcoders: mean and std of what is predicted, where it was normalised in training."""
+    hook_out: str | None = None
     layer: int | None = None
     stage: str | None = None
     hook: str | None = None
@@ -60,19 +65,21 @@ def assemble(found: Found, choices: Overrides) -> SAE:
     """Fold what was found into the canonical form, check it, and write down what is known of it."""
     found = _chosen(found, choices)
     trained = _float32(found.path, found.trained)
-    _check_shapes(found.path, trained, found.threshold)
+    _check_shapes(found, trained)
     d_in, d_sae = trained.W_enc.shape
+    d_out = trained.W_dec.shape[1] if found.transcoder else None
     given = {**trained.encoder_biases, "W_enc": trained.W_enc, "W_dec": trained.W_dec, "b_dec": trained.b_dec}
     optional = {
         "pre_bias": trained.pre_bias,
         "r_mag": trained.r_mag,
+        "W_skip": trained.W_skip,
         "threshold": found.threshold,
         "mean": found.mean,
         "std": found.std,
     }
     io.ensure_finite(found.path, given | {name: t for name, t in optional.items() if t is not None})
     _check_std(found)
-    tensors, subtract = fold(trained, found.mean, found.std)
+    tensors, subtract = fold(trained, found.mean, found.std, output=found.output, transcoder=found.transcoder)
     if found.threshold is not None:
         tensors["threshold"] = found.threshold.float().contiguous()
     tensors = io.owned(found.path, tensors, [*given.values(), *optional.values()])
@@ -86,6 +93,8 @@ def assemble(found: Found, choices: Overrides) -> SAE:
         threshold=found.batch_threshold,
         apply_b_dec_to_input=subtract,
         token_norm=found.token_norm,
+        d_out=d_out,
+        skip=True if trained.W_skip is not None else None,
     )
     if found.architecture == "batch_topk" and found.batch_threshold is None:
         warnings.warn(
@@ -117,14 +126,14 @@ def make_config(path: Path, **values: Any) -> SAEConfig:
 def _chosen(found: Found, choices: Overrides) -> Found:
     """Apply the choices that are not about the layout (those the reader itself applied)."""
     new: dict[str, Any] = {}
-    for name in ("architecture", "k", "topk_relu", "token_norm", "layer", "stage", "hook", "base_model",
+    for name in ("architecture", "k", "topk_relu", "token_norm", "layer", "stage", "hook", "hook_out", "base_model",
                  "base_model_revision"):  # fmt: skip
         if (value := getattr(choices, name)) is not None:
             new[name] = value
     if choices.threshold is not None:
         new["batch_threshold"] = choices.threshold
     if choices.input_scale is not None:
-        d_in = found.trained.b_dec.shape[0]
+        d_in = found.trained.W_enc.shape[0]
         new["std"] = torch.full((d_in,), 1 / choices.input_scale, dtype=torch.float64)
         new["mean"] = torch.zeros(d_in, dtype=torch.float64)
         new["normalizer_note"] = f"inputs were multiplied by {choices.input_scale:g} in training; folded"
@@ -147,17 +156,26 @@ def _float32(path: Path, trained: TrainedTensors) -> TrainedTensors:
         wide("pre-bias", trained.pre_bias),
         biases,  # pyright: ignore[reportArgumentType]
         wide("r_mag", trained.r_mag),
+        wide("W_skip", trained.W_skip),
     )
 
 
-def _check_shapes(path: Path, trained: TrainedTensors, threshold: Tensor | None) -> None:
-    if trained.W_enc.ndim != 2:
-        raise FormatError(path, "W_enc with two dimensions", f"shape {tuple(trained.W_enc.shape)}")
+def _check_shapes(found: Found, trained: TrainedTensors) -> None:
+    path = found.path
+    for name, matrix in (("W_enc", trained.W_enc), ("W_dec", trained.W_dec)):
+        if matrix.ndim != 2:
+            raise FormatError(
+                path,
+                f"{name} with two dimensions",
+                f"shape {tuple(matrix.shape)}",
+                hint="crosscoders and cross-layer transcoders have a third; load them with the tool that made them",
+            )
     d_in, d_sae = trained.W_enc.shape
-    rows = [("W_dec", trained.W_dec, (d_sae, d_in)), ("b_dec", trained.b_dec, (d_in,))]
+    d_out = trained.W_dec.shape[1] if found.transcoder else d_in
+    rows = [("W_dec", trained.W_dec, (d_sae, d_out)), ("b_dec", trained.b_dec, (d_out,))]
     rows += [("the pre-bias", trained.pre_bias, (d_in,)), ("r_mag", trained.r_mag, (d_sae,))]
     rows += [(name, bias, (d_sae,)) for name, bias in trained.encoder_biases.items()]
-    rows += [("threshold", threshold, (d_sae,))]
+    rows += [("threshold", found.threshold, (d_sae,)), ("W_skip", trained.W_skip, (d_out, d_in))]
     for name, tensor, shape in rows:
         if tensor is not None and tuple(tensor.shape) != shape:
             turned = tuple(tensor.shape) == shape[::-1] and len(shape) == 2
@@ -193,6 +211,8 @@ def _record(found: Found, choices: Overrides, config: SAEConfig, normalizer: Nor
     if "step" not in base and (step := stage_step(base.get("stage"))) is not None:
         base["step"] = step
     record["hook"] = hook_record(found.hook, found.layer, base.get("id")) | record.get("hook", {})
+    if config.is_transcoder:
+        record["hook_out"] = hook_record(found.hook_out, None, base.get("id")) | record.get("hook_out", {})
     record["config"] = config
     record["decoder"] = found.flags.model_copy(update={"overridden": choices.of_reading()})
     if "normalizer" not in record:

@@ -49,6 +49,8 @@ class Overrides:
     layer: int | None = None
     stage: str | None = None
     hook: str | None = None
+    hook_out: str | None = None
+    """Transcoders: where what they predict lies."""
     base_model: str | None = None
     base_model_revision: str | None = None
 
@@ -70,7 +72,7 @@ class Overrides:
 
     def of_reading(self) -> list[str]:
         """Those that change how tensors are read, not what is recorded about them."""
-        said = ("layer", "stage", "hook", "base_model", "base_model_revision")
+        said = ("layer", "stage", "hook", "hook_out", "base_model", "base_model_revision")
         return sorted(name for name in self.named() if name not in said)
 
 

@@ -36,7 +36,17 @@ SPARSITY_NAME = saelens.SPARSITY_NAME
 SAE_FILES = (WEIGHTS_NAME, CFG_NAME, METADATA_NAME, NORMALIZER_NAME, SPARSITY_NAME)
 
 # Which dimension of each tensor counts latents.
-LATENT_AXIS = {"W_enc": 1, "W_dec": 0, "b_enc": 0, "threshold": 0, "b_gate": 0, "b_mag": 0, "r_mag": 0, "b_dec": -1}
+LATENT_AXIS = {
+    "W_enc": 1,
+    "W_dec": 0,
+    "b_enc": 0,
+    "threshold": 0,
+    "b_gate": 0,
+    "b_mag": 0,
+    "r_mag": 0,
+    "b_dec": -1,
+    "W_skip": -1,
+}
 
 
 def detect(probe: Probe) -> str | None:
@@ -88,7 +98,7 @@ def write(sae: SAE, folder: str | os.PathLike[str]) -> Path:
         io.write_safetensors(folder / SPARSITY_NAME, {"sparsity": sae.sparsity.float()})
     elif (folder / SPARSITY_NAME).exists():
         (folder / SPARSITY_NAME).unlink()
-    write_json_atomic(folder / CFG_NAME, saelens.cfg_of(sae.config, metadata))
+    write_json_atomic(folder / CFG_NAME, saelens.cfg_of(sae, metadata))
     metadata.save(folder)
     return folder
 

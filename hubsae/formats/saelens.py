@@ -8,7 +8,9 @@ What SAELens cannot express, it gets as the nearest thing it can, and `fidelity`
 from __future__ import annotations
 
 import os
+import re
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +18,11 @@ import torch
 from torch import Tensor
 
 from hubsae.core.config import SAEConfig
-from hubsae.core.errors import FormatError
+from hubsae.core.errors import ConfigError, FormatError, HookError
 from hubsae.core.extras import require
 from hubsae.core.files import write_json_atomic
 from hubsae.core.fold import TrainedTensors, fold_decoder_norms
+from hubsae.core.hooks import HookPoint
 from hubsae.core.metadata import Metadata
 from hubsae.core.sae import SAE
 from hubsae.formats import tensors as io
@@ -35,6 +38,10 @@ SAELENS_VERSION = "6.0.0"
 # SAELens' activation store and evals stop without these; used where the record does not say.
 ASSUMED = {"context_size": 1024, "prepend_bos": False}
 
+# hook names of TransformerLens under which SAELens flattens the heads itself
+HEADS = ".hook_z"
+UNIT_NORM = 1e-6  # rows this near to norm one are of norm one
+
 ARCHITECTURES = {
     "standard": "relu",
     "topk": "topk",
@@ -42,7 +49,17 @@ ARCHITECTURES = {
     "gated": "gated",
     "batchtopk": "batch_topk",
     "matryoshka_batchtopk": "batch_topk",
+    "transcoder": "relu",
+    "skip_transcoder": "relu",
+    "jumprelu_transcoder": "jumprelu",
+    "jumprelu_skip_transcoder": "jumprelu",
 }
+TOOLS = {
+    "temporal": "attends over tokens",
+    "matching_pursuit": "encodes by a loop over its decoder",
+    "abstopk": "keeps the largest magnitudes, negative ones too",
+}
+"""Architectures of SAELens that have no canonical form, and what they do that has none."""
 TENSORS = {
     "relu": ("W_enc", "b_enc", "W_dec", "b_dec"),
     "topk": ("W_enc", "b_enc", "W_dec", "b_dec"),
@@ -60,6 +77,8 @@ class Fidelity(NamedTuple):
 
     exact: bool
     note: str
+    loads: bool = True
+    """Whether SAELens loads it at all."""
 
 
 def fidelity(config: SAEConfig) -> Fidelity:
@@ -70,6 +89,8 @@ def fidelity(config: SAEConfig) -> Fidelity:
     >>> fidelity(SAEConfig(architecture="batch_topk", d_in=4, d_sae=8, k=2)).exact
     False
     """
+    if config.is_transcoder and _architecture(config) not in ARCHITECTURES:
+        return Fidelity(False, f"SAELens has no transcoder with {config.selection} and refuses to load it", False)
     if config.architecture == "topk" and not config.topk_relu:
         return Fidelity(
             False,
@@ -108,49 +129,103 @@ def with_constant_norm(sae: SAE) -> SAE:
     return SAE.build(config, tensors, metadata=metadata, sparsity=sae.sparsity)
 
 
-def cfg_of(config: SAEConfig, metadata: Metadata) -> dict[str, Any]:
-    """The content of cfg.json."""
-    architecture = {"relu": "standard", "batch_topk": "topk"}.get(config.architecture, config.architecture)
-    extra: dict[str, Any] = {}
+def _architecture(config: SAEConfig) -> str:
+    """Its name in SAELens; one that SAELens does not have where it has no such transcoder."""
+    stored = config.architecture == "batch_topk" and config.threshold is not None
+    name = "jumprelu" if stored else {"relu": "standard", "batch_topk": "topk"}.get(
+        config.architecture, config.architecture
+    )  # fmt: skip
+    if not config.is_transcoder:
+        return name
+    return f"{'' if name == 'standard' else name + '_'}{'skip_' if config.skip else ''}transcoder"
+
+
+def cfg_of(sae: SAE, metadata: Metadata | None = None) -> dict[str, Any]:
+    """The content of cfg.json: what the record says, and what a SAELens config said beyond it."""
+    config, metadata = sae.config, metadata or sae.metadata
+    kept = metadata.saelens or {}
+    architecture = _architecture(config)
+    extra: dict[str, Any] = dict(kept.get("metadata") or {})
     if config.architecture == "batch_topk" and config.threshold is not None:
-        architecture = "jumprelu"
-        extra = {"training_architecture": "batchtopk", "training_architecture_details": {"k": config.k}}
+        details = extra.get("training_architecture_details") or {}
+        extra |= {"training_architecture_details": {**details, "k": config.k}}
+        extra.setdefault("training_architecture", "batchtopk")
     known = fidelity(config)
     if not known.exact:
         extra["hubsae_fidelity"] = known.note
     assumed = {k: v for k, v in ASSUMED.items() if getattr(metadata.hook, k) is None}
     if assumed:
         extra["hubsae_assumed"] = sorted(assumed)
-    hook = metadata.hook
+    hook, out = metadata.hook, metadata.hook_out
+    hook_name = hook.transformer_lens or hook.module_path
+    named: dict[str, Any] = {"model_name": metadata.base_model.id, "hf_hook_name": hook.module_path}
+    if out is not None:
+        extra["hook_name_out"] = out.transformer_lens or out.module_path
+        named["hf_hook_name_out"] = out.module_path
+    for key, now in named.items():
+        # the spelling of the source, where it means the same
+        before = extra.get(key)
+        same = isinstance(before, str) and now in (hub_id(before), before.removesuffix(".output"))
+        extra[key] = before if same else now
     norm = {"layer_norm": "layer_norm", "constant_norm": "constant_norm_rescale"}.get(config.token_norm, "none")
+    heads = "hook_z" if (hook_name or "").endswith(HEADS) else "none"
     cfg: dict[str, Any] = {
+        **(kept.get("cfg") or {}),
         "d_in": config.d_in,
         "d_sae": config.d_sae,
         "dtype": config.dtype,
         "device": "cpu",
         "apply_b_dec_to_input": config.apply_b_dec_to_input,
         "normalize_activations": norm,
-        "reshape_activations": "none",
+        "reshape_activations": (kept.get("cfg") or {}).get("reshape_activations") or heads,
         "metadata": {
             "sae_lens_version": SAELENS_VERSION,
             "sae_lens_training_version": None,
-            "model_name": metadata.base_model.id,
-            "hook_name": hook.transformer_lens or hook.module_path,
-            "hf_hook_name": hook.module_path,
             "hook_head_index": None,
             "model_class_name": "HookedTransformer",
             "model_from_pretrained_kwargs": {},
+            **extra,
+            "hook_name": hook_name,
             "prepend_bos": hook.prepend_bos if hook.prepend_bos is not None else ASSUMED["prepend_bos"],
             "context_size": hook.context_size or ASSUMED["context_size"],
             "dataset_path": metadata.activations.text_dataset,
-            **extra,
         },
         "architecture": architecture,
     }
+    if config.d_out is not None:
+        cfg["d_out"] = config.d_out
     if architecture == "topk":
-        # the training default of SAELens is true, so absence would be ambiguous
-        cfg |= {"k": config.k, "rescale_acts_by_decoder_norm": False}
+        # with rows of norm one the rule changes nothing, and SAEDashboard and Neuronpedia's runner ask for it
+        cfg |= {"k": config.k, "rescale_acts_by_decoder_norm": has_unit_rows(sae)}
     return cfg
+
+
+def has_unit_rows(sae: SAE) -> bool:
+    """Whether every decoder row has norm one, so that SAELens' scaling by decoder norms changes nothing."""
+    return bool(((sae.W_dec.detach().float().norm(dim=1) - 1).abs() <= UNIT_NORM).all())
+
+
+# TransformerLens' short names of models, and where on the Hub they are.
+_ALIASES = {
+    r"gpt2-small": "openai-community/gpt2",
+    r"(gemma-.+)": "google/{}",
+    r"(pythia-.+)": "EleutherAI/{}",
+    r"(Qwen\d.*)": "Qwen/{}",
+    r"(Llama-3.+|Llama-2.+)": "meta-llama/{}",
+    r"(OLMo-.+)": "allenai/{}",
+    r"mistral-7b": "mistralai/Mistral-7B-v0.1",
+}
+
+
+def hub_id(name: str | None) -> str | None:
+    """The Hub id of a model that SAELens calls by TransformerLens' short name; other names as they are.
+
+    >>> hub_id("gpt2-small"), hub_id("gemma-2-2b"), hub_id("Qwen/Qwen3-8B"), hub_id("my-model")
+    ('openai-community/gpt2', 'google/gemma-2-2b', 'Qwen/Qwen3-8B', 'my-model')
+    """
+    if not isinstance(name, str) or "/" in name:
+        return name
+    return next((to.format(name) for short, to in _ALIASES.items() if re.fullmatch(short, name)), name)
 
 
 def write(sae: SAE, folder: str | os.PathLike[str]) -> Path:
@@ -161,7 +236,7 @@ def write(sae: SAE, folder: str | os.PathLike[str]) -> Path:
     io.write_safetensors(folder / WEIGHTS_NAME, stored_tensors(sae))
     if sae.sparsity is not None:
         io.write_safetensors(folder / SPARSITY_NAME, {"sparsity": sae.sparsity.float()})
-    write_json_atomic(folder / CFG_NAME, cfg_of(sae.config, sae.metadata))
+    write_json_atomic(folder / CFG_NAME, cfg_of(sae))
     return folder
 
 
@@ -184,11 +259,17 @@ def _read(probe: Probe, choices: Overrides) -> SAE:
     return from_parts(probe.json(CFG_NAME), io.read_safetensors(file), file, choices=choices, sparsity=sparsity)
 
 
+def _is_modern(cfg: dict[str, Any]) -> bool:
+    nested = cfg.get("metadata")
+    version = cfg.get("sae_lens_version") or (nested.get("sae_lens_version") if isinstance(nested, dict) else None)
+    major = str(version or "0").partition(".")[0]
+    return major.isascii() and major.isdigit() and int(major[:9]) >= 6
+
+
 def modern_cfg(cfg: dict[str, Any]) -> dict[str, Any]:
     """A cfg.json of any SAELens version in the shape of 6.x: what describes the SAE on top, the rest nested."""
     nested = cfg.get("metadata") if isinstance(cfg.get("metadata"), dict) else {}
-    version = str(cfg.get("sae_lens_version") or nested.get("sae_lens_version") or "0")  # pyright: ignore[reportOptionalMemberAccess]
-    if int(version.partition(".")[0] or 0) >= 6:
+    if _is_modern(cfg):
         return cfg
     rename = {
         "hook_point": "hook_name",
@@ -222,13 +303,14 @@ def from_parts(
     meta = cfg.get("metadata") or {}
     name = cfg.get("architecture")
     if name not in ARCHITECTURES:
+        what = TOOLS.get(str(name))
         raise FormatError(
             path,
             f"an architecture among {', '.join(ARCHITECTURES)}",
-            repr(name) if name else "a config without one",
-            hint="transcoders, cross-coders and matching pursuit have no canonical form here; load them with SAELens",
+            (repr(name) + (f", which {what}" if what else "")) if name else "a config without one",
+            hint="it has no canonical form here; load it with SAELens",
         )
-    architecture = ARCHITECTURES[name]
+    architecture, transcoder = ARCHITECTURES[name], name.endswith("transcoder")
     tensors = dict(tensors)
     scaling = tensors.pop("scaling_factor", tensors.pop("finetuning_scaling_factor", None))
     if scaling is not None and not bool((scaling == 1).all()):
@@ -240,14 +322,15 @@ def from_parts(
         tensors["threshold"] = tensors.pop("log_threshold").exp()
     if architecture == "jumprelu" and _was_batch_topk(meta, tensors):
         architecture, batch_threshold = "batch_topk", float(tensors.pop("threshold")[0])
-    expect_keys(path, tensors, TENSORS[architecture])
-    _check_declared(path, cfg, tensors)
+    skip = ("W_skip",) if name.endswith("skip_transcoder") else ()
+    expect_keys(path, tensors, (*TENSORS[architecture], *skip))
+    _check_declared(path, cfg, tensors, transcoder)
 
-    subtract = bool(cfg.get("apply_b_dec_to_input", True))
+    subtract = bool(cfg.get("apply_b_dec_to_input", True)) and not transcoder
     biases = {key: tensors[key] for key in ("b_enc", "b_gate", "b_mag") if key in tensors}
     trained = TrainedTensors(
         tensors["W_enc"], tensors["W_dec"], tensors["b_dec"], tensors["b_dec"] if subtract else None, biases,
-        tensors.get("r_mag"),
+        tensors.get("r_mag"), tensors.get("W_skip"),
     )  # fmt: skip
     if cfg.get("rescale_acts_by_decoder_norm"):
         trained = fold_decoder_norms(trained)
@@ -265,12 +348,25 @@ def from_parts(
             token_norm=TOKEN_NORMS.get(cfg.get("normalize_activations", "none"), "none"),
             normalizer_note=_norm_note(path, cfg, choices),
             sparsity=sparsity,
-            hook=meta.get("hook_name"),
-            base_model=meta.get("model_name"),
-            record=_record(meta),
+            transcoder=transcoder,
+            hook=_readable_hook(meta, ""),
+            hook_out=_readable_hook(meta, "_out") if transcoder else None,
+            base_model=hub_id(meta.get("model_name")),
+            record=_record(cfg, meta),
         ),
         choices,
     )
+
+
+def _readable_hook(meta: dict[str, Any], suffix: str) -> str | None:
+    """The TransformerLens name, or the module path where only that says which place is meant."""
+    names = [meta.get(f"hook_name{suffix}"), meta.get(f"hf_hook_name{suffix}")]
+    given = [name for name in names if isinstance(name, str)]
+    for name in given:
+        with suppress(HookError):
+            HookPoint.parse(name)
+            return name
+    return given[0] if given else None
 
 
 def _was_batch_topk(meta: dict[str, Any], tensors: dict[str, Tensor]) -> bool:
@@ -282,13 +378,17 @@ def _was_batch_topk(meta: dict[str, Any], tensors: dict[str, Tensor]) -> bool:
     return trained == "batchtopk" and whole and threshold is not None and bool((threshold == threshold[0]).all())
 
 
-def _check_declared(path: Path, cfg: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def _check_declared(path: Path, cfg: dict[str, Any], tensors: dict[str, Tensor], transcoder: bool) -> None:
     declared, found = (cfg.get("d_in"), cfg.get("d_sae")), tuple(tensors["W_enc"].shape)
     if declared != found:
         raise FormatError(
             path,
             f"W_enc [d_in, d_sae] = {declared} as cfg.json says",
             f"{found}" + (", which is transposed" if found == declared[::-1] else ""),
+        )
+    if transcoder and cfg.get("d_out") != tensors["W_dec"].shape[-1]:
+        raise FormatError(
+            path, f"a transcoder with d_out {cfg.get('d_out')} as cfg.json says", str(tensors["W_dec"].shape[-1])
         )
 
 
@@ -308,16 +408,36 @@ def _norm_note(path: Path, cfg: dict[str, Any], choices: Overrides) -> str | Non
     return note
 
 
-def _record(meta: dict[str, Any]) -> dict[str, Any]:
+# Keys of cfg.json that a record has a field for, or that follow from the tensors; all others are kept as they are.
+_OWN_CFG = {
+    "architecture", "d_in", "d_sae", "d_out", "dtype", "device", "apply_b_dec_to_input", "normalize_activations",
+    "metadata", "k", "rescale_acts_by_decoder_norm",
+}  # fmt: skip
+_OWN_META = {
+    "hook_name", "hook_name_out", "context_size", "prepend_bos", "dataset_path", "hubsae_assumed", "hubsae_fidelity",
+}  # fmt: skip
+
+
+def _record(cfg: dict[str, Any], meta: dict[str, Any]) -> dict[str, Any]:
     record: dict[str, Any] = {}
     assumed = meta.get("hubsae_assumed") or []
     hook = {k: meta.get(k) for k in ("context_size", "prepend_bos") if meta.get(k) is not None and k not in assumed}
-    if isinstance(meta.get("hf_hook_name"), str):
-        hook["module_path"] = meta["hf_hook_name"].removesuffix(".output")
-    if hook:
-        record["hook"] = hook
+    for section, suffix, known in (("hook", "", hook), ("hook_out", "_out", {})):
+        module, lens = meta.get(f"hf_hook_name{suffix}"), meta.get(f"hook_name{suffix}")
+        if isinstance(module, str):
+            known["module_path"] = module.removesuffix(".output")
+        if isinstance(lens, str) and lens.startswith(("blocks.", "hook_")):
+            known["transformer_lens"] = lens
+        if known and (section == "hook" or cfg.get("d_out") is not None):
+            record[section] = known
     if isinstance(meta.get("dataset_path"), str):
         record["activations"] = {"text_dataset": meta["dataset_path"]}
+    # before 6.0 all keys are on one level, and the version of then would make SAELens drop what is nested
+    modern = _is_modern(cfg)
+    own = _OWN_META if modern else _OWN_META | _OWN_CFG | {"sae_lens_version", "reshape_activations"}
+    beyond = {k: v for k, v in cfg.items() if k not in _OWN_CFG} if modern else {}
+    about = {k: v for k, v in meta.items() if k not in own}
+    record["saelens"] = {k: v for k, v in (("cfg", beyond), ("metadata", about)) if v}
     return record
 
 
@@ -344,10 +464,12 @@ def to_saelens(sae: SAE) -> Any:
     """
     module = require("sae_lens", extra="saelens")
     known = fidelity(sae.config)
+    if not known.loads:
+        raise ConfigError(known.note, hint="call it as it is, or save it: hubsae reads its own folders everywhere")
     if not known.exact:
         warnings.warn(known.note, ReadWarning, stacklevel=2)
     sae = with_constant_norm(sae)
-    cfg = cfg_of(sae.config, sae.metadata)
+    cfg = cfg_of(sae)
     config_class = module.SAE.get_sae_config_class_for_architecture(cfg["architecture"])
     lens_cfg = config_class.from_dict(cfg | {"device": str(sae.device)})
     lens = module.SAE.get_sae_class_for_architecture(lens_cfg.architecture())(lens_cfg)

@@ -69,7 +69,7 @@ class saelens_converter:
 
 def _parts(sae: SAE, device: str | None, overrides: dict[str, Any] | None) -> _OnHub:
     sae = saelens.with_constant_norm(sae)
-    cfg = saelens.cfg_of(sae.config, sae.metadata) | (overrides or {})
+    cfg = saelens.cfg_of(sae) | (overrides or {})
     if device is not None:
         cfg["device"] = device
     dtype = getattr(torch, str(cfg["dtype"]).removeprefix("torch."))

@@ -120,7 +120,7 @@ def verify(
     notes: list[str] = []
     verdict, error, rows = "not checked", None, None
     known = saelens.fidelity(written.config)
-    if with_saelens and have_saelens():
+    if with_saelens and known.loads and have_saelens():
         rows, error = compare_with_saelens(folder, written, x)
         verdict = "same" if rows == 1.0 and error <= TOLERANCE else "differs"
         if verdict == "differs" and known.exact:

@@ -10,6 +10,7 @@ import torch
 
 from hubsae import HubSAE, SAEConfig
 from hubsae.core.errors import FormatError
+from hubsae.core.hooks import hook_record
 from hubsae.core.normalizer import Normalizer
 from hubsae.formats import detect, fidelity, read, saelens, write
 from hubsae.formats.base import ReadWarning
@@ -209,7 +210,68 @@ def test_architectures_without_a_canonical_form_are_refused(tmp_path, rand):
 
 
 def test_cfg_has_every_key_saelens_tools_need():
-    cfg = saelens.cfg_of(ours("topk", k=K), HubSAE.random(ours("topk", k=K)).metadata)
+    sae = HubSAE.random(ours("topk", k=K))
+    cfg = saelens.cfg_of(sae)
     assert cfg["metadata"]["model_from_pretrained_kwargs"] == {}
-    assert cfg["rescale_acts_by_decoder_norm"] is False
+    # rows of norm one: the same function, and SAEDashboard and Neuronpedia's runner refuse top-k without it
+    assert cfg["rescale_acts_by_decoder_norm"] is True
+    sae.W_dec.data[0] *= 1.01
+    assert saelens.cfg_of(sae)["rescale_acts_by_decoder_norm"] is False
     assert cfg["metadata"]["hubsae_assumed"] == ["context_size", "prepend_bos"]
+
+
+@pytest.mark.parametrize("arch", ["standard", "topk", "jumprelu"])
+@pytest.mark.parametrize("hook", ["blocks.5.hook_resid_pre", "blocks.5.attn.hook_z", "hook_embed"])
+def test_a_config_survives_hubsae_key_by_key(arch, hook, rand, tmp_path):
+    lens = lens_sae(arch, rand, **({"k": K} if arch == "topk" else {}))
+    lens.save_model(tmp_path / "lens")
+    cfg = json.loads((tmp_path / "lens" / "cfg.json").read_text())
+    cfg |= {
+        "reshape_activations": "hook_z" if hook.endswith("hook_z") else "none",
+        "a_new_key": [1, {"a": 2}],
+    }
+    cfg["metadata"] |= {
+        "model_name": "gpt2-small", "hook_name": hook, "hf_hook_name": "transformer.h.5.output",
+        "hook_head_index": None,
+        "model_class_name": "AutoModelForCausalLM", "model_from_pretrained_kwargs": {"fold_ln": False, "n_devices": 1},
+        "neuronpedia_id": "gpt2-small/5-res-jb", "exclude_special_tokens": [0, 1, 2], "seqpos_slice": [None, -1, 2],
+        "training_architecture": "matryoshka_batchtopk", "sae_lens_training_version": "6.1.0",
+        "training_architecture_details": {"matryoshka_widths": [16, 64], "k": 6.5}, "dataset_path": "some/texts",
+        "context_size": 128, "prepend_bos": True, "sequence_separator_token": "bos", "anything": {"at": "all"},
+    }  # fmt: skip
+    (tmp_path / "lens" / "cfg.json").write_text(json.dumps(cfg))
+    sae = read(tmp_path / "lens")
+    assert sae.metadata.base_model.id == "openai-community/gpt2"
+    sae.save_pretrained(tmp_path / "native")
+    write(read(tmp_path / "native"), tmp_path / "back", "saelens")
+    for folder in ("native", "back"):
+        after = json.loads((tmp_path / folder / "cfg.json").read_text())
+        for key in ("rescale_acts_by_decoder_norm", "dtype", "device"):  # what the tensors say now
+            cfg.pop(key, None), after.pop(key, None)
+        assert {k: after.get(k) for k in cfg} == cfg
+        assert {k: after["metadata"].get(k) for k in cfg["metadata"]} == cfg["metadata"]
+    other = read(tmp_path / "native")
+    other.metadata.base_model.id = "me/another"
+    assert saelens.cfg_of(other)["metadata"]["model_name"] == "me/another"
+
+
+def test_resid_pre_is_written_with_the_module_path_of_its_input(rand, tmp_path):
+    sae = HubSAE.random(ours("topk", k=K))
+    for name, value in hook_record("blocks.5.hook_resid_pre", None, "Qwen/Qwen3-8B").items():
+        setattr(sae.metadata.hook, name, value)
+    assert saelens.cfg_of(sae)["metadata"]["hf_hook_name"] == "model.layers.5.input"
+
+
+def test_an_sae_on_heads_runs_in_stock_saelens_after_republishing(rand, tmp_path):
+    """Before, the republished config said `none` and stock SAELens failed on the four dimensions of hook_z."""
+    sae_lens = pytest.importorskip("sae_lens")
+    lens = lens_sae("standard", rand)
+    lens.cfg.metadata.hook_name, lens.cfg.reshape_activations = "blocks.5.attn.hook_z", "hook_z"
+    lens.save_model(tmp_path / "lens")
+    sae = read(tmp_path / "lens")
+    assert (sae.metadata.hook.kind, sae.metadata.hook.layer) == ("attn_z", 5)
+    sae.save_pretrained(tmp_path / "native")
+    again = sae_lens.SAE.load_from_disk(tmp_path / "native")
+    heads = rand(2, 5, 4, D_IN // 4)
+    with torch.no_grad():
+        assert torch.allclose(again(heads), sae(heads.flatten(2)).reshape(heads.shape), atol=1e-5)

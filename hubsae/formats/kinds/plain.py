@@ -30,7 +30,7 @@ from hubsae.formats.base import Format, Overrides, Probe
 from hubsae.version import __version__
 
 MATRICES = ("W_enc", "W_dec", "b_dec")
-OTHERS = ("b_enc", "threshold", "log_threshold", "b_gate", "b_mag", "r_mag")
+OTHERS = ("b_enc", "threshold", "log_threshold", "b_gate", "b_mag", "r_mag", "W_skip")
 INDEX_NAME = "tensors.json"
 MARK = "hubsae"
 
