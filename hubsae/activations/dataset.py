@@ -103,11 +103,11 @@ class ActivationDataset:
         verify: bool = False,
         vector: str | None = None,
     ) -> Self:
-        """Open a folder, a file, or a dataset repo (`owner/name`, `owner/name@revision`).
+        """Open a folder, a file, or a dataset repo: `path_or_repo`, for instance `owner/name@revision`.
 
-        `config` names the hook point (`layers.18`, or 18); it may be left out where there is only one. `vector` names
-        the matrix in a file that holds several. `verify` checks the checksum of every page at its first reading
-        (about 0.3 us per token at d 896).
+        `config` names the hook point (`layers.18`, or 18); it may be left out where there is only one. `split` is
+        train, validation, or what else there is. `vector` names the matrix in a file that holds several. `verify`
+        checks the checksum of every page at its first reading (about 0.3 us per token at d 896).
         A repo is downloaded at `revision` (through `cache_dir`, with `token`; `local_files_only` asks no Hub), or with
         `stream=True` read by ranges.
         """

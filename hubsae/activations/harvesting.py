@@ -111,6 +111,14 @@ def harvest(
     - `validation_fraction` puts samples aside (`split_by="token"` or `"tail"` for comparison with older releases).
     - Files are closed at least every `shard_seconds`, so that a kill costs no more work than that (and a batch).
     - Under `torchrun` every rank takes its share of the batches; `rank` and `world_size` override the environment.
+    - The model: `tokenizer` (its own unless given), `adapter` merged into it, `revision`, `model_dtype`, `device`,
+      access `token`; `stage` names the checkpoint in configs and records, `source` adds facts to the record.
+    - The texts: `prompt_column`, `response_column`, `text_column` where names are unusual; `chat`, `system` and
+      `template_options` for the template, `special_tokens` to add the tokenizer's; `generation` settings and `seed`.
+    - How much: `max_length` of a sample, `max_samples`, `max_tokens`; tokens per batch (`batch_tokens`), samples sorted
+      by length at once (`window`).
+    - The files: `dtype` stored, `shard_bytes` and `shard_seconds` until the next, `split_seed` of the split;
+      `progress=False` is silent.
 
     >>> import tempfile, transformers
     >>> config = transformers.LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2,

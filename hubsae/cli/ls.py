@@ -19,13 +19,14 @@ def command(
     k: Annotated[int | None, typer.Option(help="Only this k.")] = None,
     architecture: Annotated[str | None, typer.Option(help="Only this architecture.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag, commit or refs/pr/N.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="All columns: every metric in every scope.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """List the SAEs of a release, with layer, stage, k and headline metrics; no weights are read."""
+    """List the SAEs of a release, with layer, stage, k and headline metrics in its own scope; no weights are read."""
     from hubsae.hub.listing import list_saes
 
     table = list_saes(repo, id, revision=revision, layer=layer, stage=stage, k=k, architecture=architecture)
     if json:
         print_json(list(table))
     else:
-        out().print(str(table), markup=False, no_wrap=True)
+        out().print(table.text(every), markup=False, no_wrap=True)

@@ -57,6 +57,9 @@ def run(
     out: Annotated[
         Path | None, typer.Option(help="The run folder (default: runs/<recipe>-<config>-<profile>).")
     ] = None,
+    redo: Annotated[
+        list[str] | None, typer.Option(help="Run this step again, and what follows from it: its code was edited.")
+    ] = None,
     dry_run: DryRunOption = False,
     json_: JsonOption = False,
 ) -> None:
@@ -69,6 +72,8 @@ def run(
     prepared = prepare(
         name, profile=profile, variant=config, overrides=overrides or [], out=out, notify=say_event, show=None
     )
+    if redo and not dry_run:
+        prepared.run.forget(prepared.steps, redo)
     if dry_run:
         _show_plan(prepared, json_)
         return

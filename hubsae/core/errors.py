@@ -67,6 +67,14 @@ class NotFoundError(HubSAEError, LookupError):
     """What was asked for is not there; the hint names the nearest valid choices."""
 
 
+class SAENotFoundError(NotFoundError):
+    """No SAE of that id there, or none that fits the filters."""
+
+
+class AmbiguousSAEError(NotFoundError):
+    """Several SAEs fit; the message lists them."""
+
+
 class HubRequestError(HubSAEError):
     """A request to the Hub failed for good."""
 

@@ -7,7 +7,7 @@ theirs with `SAE.build`, which gives that class whoever calls it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -225,9 +225,20 @@ class SAE(nn.Module):
     # ---- making one -------------------------------------------------------------------------------------
 
     @classmethod
-    def build(cls, config: SAEConfig, tensors: dict[str, Tensor], **parts: Any) -> Self:
+    def build(
+        cls,
+        config: SAEConfig,
+        tensors: dict[str, Tensor],
+        *,
+        metadata: Metadata | None = None,
+        normalizer: Normalizer | None = None,
+        sparsity: Tensor | None = None,
+        features: Sequence[int] | None = None,
+    ) -> Self:
         """An SAE of the class that users get, with `from_pretrained`, `push_to_hub` and the rest; as `SAE(...)`."""
-        return factory.user_class(cls)(config, tensors, **parts)
+        return factory.user_class(cls)(
+            config, tensors, metadata=metadata, normalizer=normalizer, sparsity=sparsity, features=features
+        )
 
     @classmethod
     def random(cls, config: SAEConfig, *, seed: int = 0) -> Self:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hubsae.core.config import SAEConfig
 from hubsae.core.errors import AmbiguousFormatError, HubSAEError
+from hubsae.core.metadata import Metadata
 from hubsae.core.sae import SAE
+from hubsae.core.text import format_bytes
 from hubsae.formats import tensors as io
 from hubsae.formats.base import Probe
 from hubsae.formats.detection import choose, probe_of, readable, readings_of
@@ -20,6 +24,7 @@ from hubsae.formats.planning import plan
 from hubsae.formats.registry import read
 from hubsae.formats.release import Release
 from hubsae.formats.saelens import fidelity
+from hubsae.formats.table import SAETable
 
 ROWS_FOR_NORMS = 4096
 
@@ -39,7 +44,7 @@ class Description:
 
     path: str
     kind: str
-    """sae, release, folder of SAEs, unknown."""
+    """sae, release, folder of SAEs, activations, unknown."""
     readings: list[str] = field(default_factory=list)
     format: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
@@ -48,10 +53,16 @@ class Description:
     unknown: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     tensors: list[TensorInfo] = field(default_factory=list)
-    saes: list[dict[str, Any]] = field(default_factory=list)
+    saes: SAETable = field(default_factory=SAETable)
+    files: list[dict[str, Any]] = field(default_factory=list)
+    """Path, size and sha256 of an SAE's files, where a listing says them."""
+    activations: dict[str, Any] = field(default_factory=dict)
+    """Of kind activations: what `activations.describe` found."""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-ready data, without what is empty."""
+        if self.activations:
+            return self.activations
         return {name: value for name, value in asdict(self).items() if value not in (None, [], {})}
 
 
@@ -95,27 +106,7 @@ def describe(path: str | Path, format: str | None = None, **overrides: Any) -> D
 
 
 def _fill(out: Description, sae: SAE) -> None:
-    meta, config = sae.metadata, sae.config
-    out.config = config.model_dump(mode="json", exclude_none=True) | {"selection": config.selection}
-    hook, base = meta.hook, meta.base_model
-    facts = {
-        "parameters": sum(t.numel() for t in sae.tensors().values()),
-        "expansion": round(config.d_sae / config.d_in, 3),
-        "base model": base.id,
-        "base model revision": base.revision,
-        "stage": base.stage,
-        "hook point": hook.module_path or hook.transformer_lens,
-        "layer": hook.layer,
-        "normaliser": None if meta.normalizer.kind == "none" else meta.normalizer.model_dump(exclude_none=True),
-        "decode adds b_pre": meta.decoder.decode_adds_b_pre,
-        "trained tokens": meta.training.tokens,
-        "source": meta.provenance.source_file,
-        "SAELens": fidelity(config).note,
-    }
-    out.facts = {k: v for k, v in facts.items() if v is not None}
-    if meta.metrics:
-        out.facts["metrics"] = {m.name if m.scope is None else f"{m.name} ({m.scope})": m.value for m in meta.metrics}
-    out.unknown = [k for k, v in (("base model", base.id), ("hook point", facts["hook point"])) if v is None]
+    fill_record(out, sae.metadata, sae.config)
     t = sae.tensors()
     out.norms = {
         "encoder": _spread(t["W_enc"][:, :ROWS_FOR_NORMS].norm(dim=0)),
@@ -125,6 +116,34 @@ def _fill(out: Description, sae: SAE) -> None:
     for name in ("b_enc", "threshold"):
         if name in t:
             out.norms[name] = _spread(t[name])
+
+
+def fill_record(out: Description, meta: Metadata, config: SAEConfig) -> None:
+    """What the record of an SAE says, without its tensors."""
+    out.config = config.model_dump(mode="json", exclude_none=True) | {"selection": config.selection}
+    hook, base = meta.hook, meta.base_model
+    sizes = (math.prod(config.tensor_shape(name)) for name in config.tensor_names)
+    own = None if meta.own_scope == "all" else meta.own_scope
+    facts = {
+        "parameters": sum(sizes),
+        "expansion": round(config.d_sae / config.d_in, 3),
+        "base model": base.id,
+        "base model revision": base.revision,
+        "stage": base.stage,
+        "hook point": hook.module_path or hook.transformer_lens,
+        "layer": hook.layer,
+        "tokens it is for": own,
+        "normaliser": None if meta.normalizer.kind == "none" else meta.normalizer.model_dump(exclude_none=True),
+        "decode adds b_pre": meta.decoder.decode_adds_b_pre,
+        "trained tokens": meta.training.tokens,
+        "activations": meta.activations.id,
+        "source": meta.provenance.source_file,
+        "SAELens": fidelity(config).note,
+    }
+    out.facts |= {k: v for k, v in facts.items() if v is not None}
+    if meta.metrics:
+        out.facts["metrics"] = {m.name if m.scope is None else f"{m.name} ({m.scope})": m.value for m in meta.metrics}
+    out.unknown = [k for k, v in (("base model", base.id), ("hook point", facts["hook point"])) if v is None]
 
 
 def _spread(values: Tensor) -> str:
@@ -153,32 +172,35 @@ def _tensors(probe: Probe, format: str) -> list[TensorInfo]:
 
 def _release(path: Path) -> Description:
     release = Release.open(path)
-    m = release.manifest
-    out = Description(str(path), "release", format="release")
-    out.facts = {
+    out = Description(str(path), "release", format="release", facts=release_facts(release.manifest))
+    out.facts |= {"results": len(release.results), "plots": len(release.plots)}
+    out.saes = SAETable(entry.row() for entry in release)
+    out.unknown = [] if release.manifest.license else ["license"]
+    return out
+
+
+def release_facts(m: Manifest) -> dict[str, Any]:
+    """What a manifest says of the release as a whole."""
+    facts = {
         "name": m.name,
-        "SAEs": len(release),
+        "SAEs": len(m),
         "base model": m.base_model,
         "license": m.license,
         "datasets": ", ".join(m.datasets) or None,
-        "size": sum(f.size for f in m.all_files),
-        "results": len(release.results),
-        "plots": len(release.plots),
+        "description": m.description,
+        "size": format_bytes(sum(f.size for f in m.all_files)),
     }
-    out.facts = {k: v for k, v in out.facts.items() if v is not None}
-    out.saes = [entry.row() for entry in release]
-    out.unknown = [] if m.license else ["license"]
-    return out
+    return {k: v for k, v in facts.items() if v is not None}
 
 
 def _many(path: Path, out: Description) -> Description:
     """A folder that is no SAE itself: what its files would be."""
     out.kind = "folder of SAEs"
     todo = plan(path)
-    out.saes = [
-        {"id": item.id, "file": item.source.name, "format": item.format, "bytes": item.size, **item.info.known()}
+    out.saes = SAETable(
+        {"id": item.id, **item.info.known(), "file": item.source.name, "format": item.format, "bytes": item.size}
         for item in todo.saes
-    ]
+    )
     out.notes = [f"{p.name}: {why}" for p, why in todo.left_out]
     return out
 

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from hubsae.core.errors import FormatError, MetadataError
 from hubsae.core.files import read_json, safe_join, sha256_file, write_text_atomic
 from hubsae.core.metadata import describe_validation
+from hubsae.formats.select import FILTERS
 from hubsae.version import __version__
 
 MANIFEST_NAME = "config.json"
@@ -74,7 +75,10 @@ class SAEEntry(_Part):
     hook_point: str | None = Field(default=None, description="Module path, such as model.layers.18.")
     base_model: str | None = None
     base_model_revision: str | None = None
-    metrics: dict[str, float] = Field(default_factory=dict, description="Headline metrics by name.")
+    scope: str | None = Field(default=None, description="The tokens it is for, where that is not all of them.")
+    metrics: dict[str, float] = Field(
+        default_factory=dict, description="Metrics by name; those of a scope that is not all tokens as name@scope."
+    )
     files: list[FileEntry] = Field(default_factory=list)
 
     @field_validator("id", "path")
@@ -82,9 +86,19 @@ class SAEEntry(_Part):
     def _inside(cls, value: str) -> str:
         return _checked_path(value)
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What it can be chosen by."""
+        return {name: value for name in FILTERS if (value := getattr(self, name)) is not None}
+
+    @property
+    def certain(self) -> bool:
+        """The manifest knows: what it leaves out is not so."""
+        return True
+
     def row(self) -> dict[str, Any]:
         """The entry as one row of a table, without its files; metrics become columns."""
-        keep = ("id", "layer", "stage", "architecture", "d_in", "d_sae", "k", "hook_point")
+        keep = ("id", "layer", "stage", "architecture", "d_in", "d_sae", "k", "hook_point", "scope")
         return {name: getattr(self, name) for name in keep} | dict(self.metrics)
 
 

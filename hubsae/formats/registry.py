@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from hubsae.core.errors import ConfigError, FormatError
+from hubsae.core.config import Architecture, TokenNorm
+from hubsae.core.errors import ConfigError, FormatError, named_options
 from hubsae.core.files import umask
 from hubsae.core.sae import SAE
 from hubsae.formats import native
@@ -100,14 +101,35 @@ def _write_folder(found: Format, sae: SAE, target: Path) -> Path:
     return target
 
 
+@named_options
 def convert(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
     to: str = "native",
     format: str | None = None,
-    **overrides: Any,
+    *,
+    architecture: Architecture | None = None,
+    k: int | None = None,
+    topk_relu: bool | None = None,
+    threshold: float | None = None,
+    decode_adds_b_pre: bool | None = None,
+    apply_b_dec_to_input: bool | None = None,
+    transposed: bool | None = None,
+    token_norm: TokenNorm | None = None,
+    input_scale: float | None = None,
+    layer: int | None = None,
+    stage: str | None = None,
+    hook: str | None = None,
+    base_model: str | None = None,
+    base_model_revision: str | None = None,
 ) -> SAE:
     """Read one format and write another; returns the SAE that was written.
+
+    `source` is a file or folder, read as `format` if that is given; `target` is written as `to`. The rest are choices
+    where the file does not say, or against its reader: `architecture`, `k`, `topk_relu` (a ReLU behind the top-k),
+    `threshold` (of batch top-k), `decode_adds_b_pre`, `apply_b_dec_to_input`, `transposed` (square W_enc stored as
+    [d_sae, d_in]), `token_norm`, `input_scale`; and for the record `layer`, `stage`, `hook`, `base_model` and
+    `base_model_revision`.
 
     >>> import tempfile
     >>> from hubsae import HubSAE, SAEConfig
@@ -117,7 +139,12 @@ def convert(
     ...     convert(f"{d}/mine", f"{d}/theirs", to="sparsify").config.k
     2
     """
-    sae = read(source, format, **overrides)
+    sae = read(
+        source, format, architecture=architecture, k=k, topk_relu=topk_relu, threshold=threshold,
+        decode_adds_b_pre=decode_adds_b_pre, apply_b_dec_to_input=apply_b_dec_to_input, transposed=transposed,
+        token_norm=token_norm, input_scale=input_scale, layer=layer, stage=stage, hook=hook, base_model=base_model,
+        base_model_revision=base_model_revision,
+    )  # fmt: skip
     write(sae, target, to)
     return sae
 

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
-from hubsae.core.errors import FormatError, NotFoundError, nearest
+from hubsae.core.errors import FormatError
 from hubsae.core.files import atomic_path, safe_join, sha256_file, write_csv_atomic
 from hubsae.core.metadata import FILE_NAME as METADATA_NAME
 from hubsae.core.metadata import Metadata
 from hubsae.core.sae import SAE
 from hubsae.formats import native
 from hubsae.formats.manifest import MANIFEST_NAME, FileEntry, Manifest, SAEEntry
+from hubsae.formats.select import pick, select
 
 RESULTS, PLOTS = "results", "plots"
 # Files at the root that are no part of the record: the card is rendered from it, the others belong to git.
@@ -91,12 +92,12 @@ class Release:
         return [entry.id for entry in self]
 
     def entry(self, id: str | None = None, **filters: Any) -> SAEEntry:
-        """The one SAE with this id, or the one that fits `layer=`, `stage=`, `k=` ..."""
-        return pick(self.manifest, id, where=str(self.path), **filters)
+        """The one SAE with this id, or the one that fits `layer=`, `stage=`, `k=` ... (`select.FILTERS`)."""
+        return pick(self.manifest.saes, id, filters, where=str(self.path))
 
-    def select(self, **filters: Any) -> list[SAEEntry]:
-        """Every SAE that fits the filters."""
-        return select(self.manifest, **filters)
+    def select(self, id: str | None = None, **filters: Any) -> list[SAEEntry]:
+        """Every SAE that fits; an error that says what there is where none does."""
+        return select(self.manifest.saes, id, filters, where=str(self.path))
 
     def folder(self, id: str) -> Path:
         """Folder of an SAE."""
@@ -268,6 +269,7 @@ def describe_sae(
         hook_point=hook.module_path or hook.transformer_lens,
         base_model=base.id,
         base_model_revision=base.revision,
+        scope=None if metadata.own_scope == "all" else metadata.own_scope,
         metrics=headline,
         files=[known.get(p) or FileEntry.of(root, p) for p in paths],
         **extra,
@@ -298,57 +300,3 @@ def check_files(root: Path, files: Iterable[FileEntry], *, hashes: bool) -> None
                 f"{digest[:16]}...",
                 hint="the file is damaged; download it again. After a change of your own run release.refresh()",
             )
-
-
-FILTERS = ("id", "path", "layer", "stage", "architecture", "d_in", "d_sae", "k", "hook_point", "base_model")
-
-
-def select(manifest: Manifest, **filters: Any) -> list[SAEEntry]:
-    """Entries for which every given field has the given value (or, for a list, one of the values)."""
-    wanted = {name: value for name, value in filters.items() if value is not None}
-    for name in wanted:
-        if name not in FILTERS:
-            raise NotFoundError(f"SAEs cannot be chosen by {name!r}", hint=f"choose by {', '.join(FILTERS)}")
-
-    def fits(entry: SAEEntry) -> bool:
-        return all(
-            getattr(entry, name) in value
-            if isinstance(value, (list, tuple, set, range))
-            else getattr(entry, name) == value
-            for name, value in wanted.items()
-        )
-
-    return [entry for entry in manifest if fits(entry)]
-
-
-def pick(manifest: Manifest, id: str | None = None, *, where: str = "this release", **filters: Any) -> SAEEntry:
-    """The one entry asked for; none or several is an error that lists what there is."""
-    ids = [entry.id for entry in manifest]
-    if id is not None:
-        wanted = id.strip("/") or id
-        found = [e for e in manifest if e.id == wanted] or [e for e in manifest if e.path == wanted]
-        if not found:
-            raise NotFoundError(f"{where} has no SAE {id!r}", hint=f"nearest: {nearest(id, ids)}")
-    else:
-        found = list(manifest)
-    found = [e for e in select(manifest, **filters) if e in found]
-    if len(found) == 1:
-        return found[0]
-    asked = ", ".join(f"{k}={v!r}" for k, v in filters.items() if v is not None)
-    if not found:
-        some = ", ".join(_choices(manifest, filters)) or nearest("", ids)
-        raise NotFoundError(f"{where} has no SAE with {asked}" if asked else f"{where} holds no SAE", hint=some or None)
-    shown = ", ".join(e.id for e in found[:8]) + (" ..." if len(found) > 8 else "")
-    raise NotFoundError(
-        f"{where} has {len(found)} SAEs" + (f" with {asked}" if asked else "") + "; which one?",
-        hint=f"give its id or more of layer=, stage=, k=: {shown}",
-    )
-
-
-def _choices(manifest: Manifest, filters: dict[str, Any]) -> list[str]:
-    out = []
-    for name, value in filters.items():
-        if value is not None:
-            values = sorted({str(getattr(e, name)) for e in manifest}, key=lambda s: (len(s), s))
-            out.append(f"{name}: {', '.join(values[:12])}")
-    return out

@@ -14,8 +14,6 @@ _NAMES = {
     "retrying": "hubsae.hub.retry",
     "describe": "hubsae.hub.listing",
     "list_saes": "hubsae.hub.listing",
-    "iter_pretrained": "hubsae.hub.load",
-    "load_pretrained": "hubsae.hub.load",
     "pull": "hubsae.hub.load",
     "render_card": "hubsae.hub.card",
 }

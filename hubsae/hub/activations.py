@@ -82,7 +82,7 @@ class ActivationDataset(local.ActivationDataset):
         verify: bool = True,
         notify: Callable[[str], None] | None = None,
     ) -> Published:
-        """Publish the whole dataset folder that this config belongs to, in one commit.
+        """Publish the whole dataset folder that this config belongs to, to `repo_id` and in one commit.
 
         `private` is for a repo that is new; `revision` names a branch, `pr` makes a pull request instead; `token` and
         the commit's `message` as usual. `verify` reads every page back first; `notify` gets a line for what happens.

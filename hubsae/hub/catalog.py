@@ -8,26 +8,23 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hubsae.core.errors import HubSAEError, NotFoundError, nearest
+from hubsae.core.errors import HubSAEError, NotFoundError
 from hubsae.core.files import write_json_atomic
 from hubsae.core.metadata import FILE_NAME as METADATA_NAME
 from hubsae.core.metadata import Metadata
 from hubsae.formats import native
-from hubsae.formats.manifest import MANIFEST_NAME, FileEntry, Manifest
+from hubsae.formats.manifest import MANIFEST_NAME, Manifest, SAEEntry
 from hubsae.formats.names import parse_path
+from hubsae.formats.select import FILTERS, pick, select
 from hubsae.hub.client import HubClient, RemoteFile, split_repo
-from hubsae.hub.errors import AmbiguousSAEError, RepoNotFoundError, SAENotFoundError
-from hubsae.hub.layouts import Unit, short_id, units
+from hubsae.hub.errors import RepoNotFoundError
+from hubsae.hub.layouts import Unit, units
 from hubsae.hub.retry import status_of
 
-FILTERS = (
-    "layer", "stage", "k", "architecture", "d_in", "d_sae", "hook_point", "base_model", "base_model_revision",
-)  # fmt: skip
 CACHE_NOTES = ".hubsae"
 READ_FILES = frozenset(native.SAE_FILES) - {native.CFG_NAME}
 
@@ -48,11 +45,18 @@ class Entry:
     id: str
     path: str
     files: tuple[ExpectedFile, ...]
-    fields: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
     """What is known without opening it: layer, stage, k ...; absent is unknown."""
     metrics: dict[str, float] = field(default_factory=dict)
+    scope: str | None = None
+    """The tokens it is for, where that is not all of them."""
     native: bool = False
     """Listed by a manifest, hence a hubsae folder."""
+
+    @property
+    def certain(self) -> bool:
+        """A manifest knows everything; a file's name does not."""
+        return self.native
 
     @property
     def size(self) -> int | None:
@@ -71,7 +75,8 @@ class Entry:
     def row(self) -> dict[str, Any]:
         """As a row of a table."""
         keep = ("layer", "stage", "architecture", "d_in", "d_sae", "k", "hook_point")
-        return {"id": self.id} | {name: self.fields.get(name) for name in keep} | self.metrics | {"bytes": self.size}
+        known = {"id": self.id} | {name: self.facts.get(name) for name in keep}
+        return known | {"scope": self.scope} | self.metrics | {"bytes": self.size}
 
 
 @dataclass
@@ -90,48 +95,11 @@ class Catalog:
 
     def choose(self, id: str | None = None, filters: dict[str, Any] | None = None) -> Entry:
         """The one SAE that is meant, or an error that lists what could be."""
-        found = self.select(id, filters)
-        if len(found) == 1:
-            return found[0]
-        shown = _describe(found)
-        raise AmbiguousSAEError(
-            f"{len(found)} SAEs of {self.source} fit{_wanted(id, filters)}:\n{shown}",
-            hint="give an id (the first column), or filters that leave one: "
-            + ", ".join(_telling_fields(found) or ["layer=", "stage=", "k="]),
-        )
+        return pick(self.entries, id, filters, where=self.source)
 
     def select(self, id: str | None = None, filters: dict[str, Any] | None = None) -> list[Entry]:
         """Every SAE that fits; an error with the nearest choices if there is none."""
-        if not self.entries:
-            raise SAENotFoundError(
-                f"{self.source} holds no SAE in a format that hubsae reads",
-                hint=f"its files: `hubsae show {self.source}`; formats: `hubsae formats`, or docs/formats.md",
-            )
-        filters = checked_filters(filters or {})
-        entries = self.entries if id is None else self._by_id(id)
-        fitting = [e for e in entries if all(_fits(e, name, value) for name, value in filters.items())]
-        if fitting:
-            return fitting
-        problems = []
-        for name, value in filters.items():
-            there = list(dict.fromkeys(e.fields[name] for e in entries if e.fields.get(name) is not None))
-            if value not in there:
-                problems.append(f"{name}: {', '.join(str(v) for v in sorted(there, key=_sortable)) or 'not known'}")
-        hint = "there are " + "; ".join(problems) if problems else f"SAEs there:\n{_describe(entries)}"
-        raise SAENotFoundError(f"no SAE of {self.source} fits{_wanted(id, filters)}", hint=hint)
-
-    def _by_id(self, id: str) -> list[Entry]:
-        wanted = id.strip("/").removeprefix("./") or "."
-        exact = [e for e in self.entries if wanted in (e.id, e.path, short_id(e.id))]
-        if exact:
-            return exact
-        inside = [e for e in self.entries if e.id.startswith(f"{wanted}/")]
-        if inside:  # a folder of SAEs: filters may leave one of it
-            return inside
-        raise SAENotFoundError(
-            f"{self.source} has no SAE {id!r}",
-            hint=f"nearest: {nearest(wanted, [e.id for e in self.entries])}\n     all: hubsae ls {self.source}",
-        )
+        return select(self.entries, id, filters, where=self.source)
 
 
 # -- opening -----------------------------------------------------------------------------------------------------
@@ -189,7 +157,9 @@ def _local_entry(root: Path, unit: Unit) -> Entry:
             "base_model_revision": metadata.base_model.revision,
         }
         known |= {name: value for name, value in told.items() if value is not None}
-        return Entry(unit.id, unit.path, files, known, {m.name: m.value for m in metadata.metrics})
+        metrics = {m.name if m.scope in (None, "all") else f"{m.name}@{m.scope}": m.value for m in metadata.metrics}
+        own = None if metadata.own_scope == "all" else metadata.own_scope
+        return Entry(unit.id, unit.path, files, known, metrics, own)
     return Entry(unit.id, unit.path, files, known)
 
 
@@ -252,14 +222,9 @@ def _json_or_none(path: Path) -> Any:
         return None
 
 
-def _native(entry: Any) -> Entry:
-    fields = {name: getattr(entry, name) for name in FILTERS if getattr(entry, name, None) is not None}
-    files = tuple(_expected(file) for file in entry.files)
-    return Entry(entry.id, entry.path, files, fields, dict(entry.metrics), native=True)
-
-
-def _expected(file: FileEntry) -> ExpectedFile:
-    return ExpectedFile(file.path, file.size, file.sha256)
+def _native(entry: SAEEntry) -> Entry:
+    files = tuple(ExpectedFile(file.path, file.size, file.sha256) for file in entry.files)
+    return Entry(entry.id, entry.path, files, entry.facts, dict(entry.metrics), entry.scope, native=True)
 
 
 def _entry(unit: Unit, tree: dict[str, RemoteFile]) -> Entry:
@@ -269,49 +234,3 @@ def _entry(unit: Unit, tree: dict[str, RemoteFile]) -> Entry:
     )
     known = {name: value for name, value in unit.name.known().items() if name in FILTERS}
     return Entry(unit.id, unit.path, files, known)
-
-
-def checked_filters(given: dict[str, Any]) -> dict[str, Any]:
-    """Filters that were given; an unknown name is an error."""
-    for name in given:
-        if name not in FILTERS:
-            raise SAENotFoundError(f"there is no filter {name!r}", hint=f"filters: {', '.join(FILTERS)}")
-    return {name: value for name, value in given.items() if value is not None}
-
-
-# -- words -------------------------------------------------------------------------------------------------------
-
-
-def _fits(entry: Entry, name: str, value: Any) -> bool:
-    known = entry.fields.get(name)
-    # what a file's name does not say may still be so; the reader gets it as a choice
-    return known == value or (known is None and not entry.native)
-
-
-def _wanted(id: str | None, filters: dict[str, Any] | None) -> str:
-    parts = [repr(id)] if id is not None else []
-    parts += [f"{name}={value!r}" for name, value in (filters or {}).items() if value is not None]
-    return f" {', '.join(parts)}" if parts else ""
-
-
-def _describe(entries: Sequence[Entry], most: int = 12) -> str:
-    lines = []
-    for entry in entries[:most]:
-        known = ", ".join(
-            f"{name} {entry.fields[name]}"
-            for name in ("layer", "stage", "architecture", "k", "d_sae")
-            if name in entry.fields
-        )
-        lines.append(f"       {entry.id}" + (f"  ({known})" if known else ""))
-    if len(entries) > most:
-        lines.append(f"       ... and {len(entries) - most} more")
-    return "\n".join(lines)
-
-
-def _telling_fields(entries: Sequence[Entry]) -> list[str]:
-    """Fields in which these entries differ."""
-    return [f"{name}=" for name in FILTERS if len({str(e.fields.get(name)) for e in entries}) > 1][:3]
-
-
-def _sortable(value: Any) -> tuple[bool, Any]:
-    return (isinstance(value, str), value)

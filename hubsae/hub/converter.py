@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hubsae.core.config import Architecture, TokenNorm
+from hubsae.core.errors import named_options
 from hubsae.core.sae import SAE
 from hubsae.formats import saelens
-from hubsae.hub.load import load_pretrained
+from hubsae.hub.sae import HubSAE
 
 
 class _OnHub(NamedTuple):
@@ -24,15 +26,65 @@ class saelens_converter:
 
         SAE.from_pretrained("me/my-sae", "saes/layer6", converter=hubsae.saelens_converter(revision="v1.0"))
 
-    `revision, token, cache_dir, local_files_only` are passed to the Hub; anything else is a choice for the
-    reader of a foreign format (`k=64`, `decode_adds_b_pre=False`, `format="grid"` ...).
-
-    >>> saelens_converter(revision="v1.0").options
+    >>> saelens_converter(revision="v1.0").hub
     {'revision': 'v1.0'}
+
+    Args:
+        revision: Branch, tag, commit or `refs/pr/N`.
+        token: Access token; False sends none, None the one that is logged in.
+        endpoint: Address of the Hub, in place of HF_ENDPOINT.
+        cache_dir: Cache folder, in place of the usual one.
+        local_files_only: Ask no Hub; use what is cached.
+        format: Read files that no metadata.json describes as this format.
+        k: For such files: latents per token.
+        architecture: For such files: the selection rule.
+        topk_relu: For such files: whether a ReLU follows the top-k.
+        threshold: For such files: inference threshold of a batch-top-k SAE.
+        decode_adds_b_pre: For such files: whether the decoder adds the pre-bias back.
+        apply_b_dec_to_input: For such files: whether b_dec is subtracted before encoding.
+        transposed: For square matrices of no fixed orientation: True where W_enc is stored [d_sae, d_in].
+        token_norm: For such files: norm of every token: none, layer_norm, unit_norm, constant_norm.
+        input_scale: For such files: scalar that the activations were multiplied by in training.
+        layer: For such files: the block, from 0.
+        hook: For such files: where the SAE reads, in any spelling.
+        base_model: For such files: the model.
     """
 
-    def __init__(self, **options: Any):
-        self.options = options
+    @named_options
+    def __init__(
+        self,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        endpoint: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        format: str | None = None,
+        k: int | None = None,
+        architecture: Architecture | None = None,
+        topk_relu: bool | None = None,
+        threshold: float | None = None,
+        decode_adds_b_pre: bool | None = None,
+        apply_b_dec_to_input: bool | None = None,
+        transposed: bool | None = None,
+        token_norm: TokenNorm | None = None,
+        input_scale: float | None = None,
+        layer: int | None = None,
+        hook: str | None = None,
+        base_model: str | None = None,
+    ):
+        hub = {
+            "revision": revision, "token": token, "endpoint": endpoint, "cache_dir": cache_dir,
+            "local_files_only": local_files_only or None,
+        }  # fmt: skip
+        choices = {
+            "format": format, "k": k, "architecture": architecture, "topk_relu": topk_relu, "threshold": threshold,
+            "decode_adds_b_pre": decode_adds_b_pre, "apply_b_dec_to_input": apply_b_dec_to_input,
+            "transposed": transposed, "token_norm": token_norm, "input_scale": input_scale, "layer": layer,
+            "hook": hook, "base_model": base_model,
+        }  # fmt: skip
+        self.hub: dict[str, Any] = {name: value for name, value in hub.items() if value is not None}
+        self.choices: dict[str, Any] = {name: value for name, value in choices.items() if value is not None}
 
     def __call__(self, *args: Any, **named: Any) -> tuple[Any, ...]:
         """SAELens calls with names for the Hub (`repo_id, folder_name, ...`) and with the path first for a disk."""
@@ -49,10 +101,8 @@ class saelens_converter:
         force_download: bool = False,
         cfg_overrides: dict[str, Any] | None = None,
     ) -> _OnHub:
-        options = dict(self.options)
-        if force_download:
-            options["force_download"] = True
-        return _parts(load_pretrained(repo_id, folder_name or None, **options), device, cfg_overrides)
+        options = {**self.hub, **self.choices, "force_download": force_download}
+        return _parts(HubSAE.from_pretrained(repo_id, folder_name or None, **options), device, cfg_overrides)
 
     def _from_disk(
         self,
@@ -62,9 +112,7 @@ class saelens_converter:
     ) -> _OnHub:
         from hubsae.formats.registry import read
 
-        only_hub = ("revision", "token", "cache_dir", "local_files_only", "force_download", "endpoint")
-        choices = {name: value for name, value in self.options.items() if name not in only_hub}
-        return _parts(read(path, **choices), device, cfg_overrides)
+        return _parts(read(path, **self.choices), device, cfg_overrides)
 
 
 def _parts(sae: SAE, device: str | None, overrides: dict[str, Any] | None) -> _OnHub:

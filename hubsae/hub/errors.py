@@ -13,14 +13,6 @@ class RevisionNotFoundError(NotFoundError):
     """The repo has no such branch, tag, commit or pull request."""
 
 
-class SAENotFoundError(NotFoundError):
-    """The repo has no SAE of that id, or none that fits the filters."""
-
-
-class AmbiguousSAEError(NotFoundError):
-    """Several SAEs fit; the message lists them."""
-
-
 class AccessError(HubRequestError):
     """The Hub refuses: a token is missing, invalid, or not allowed to do this."""
 

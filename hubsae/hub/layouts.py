@@ -59,12 +59,6 @@ def units(paths: Iterable[str]) -> list[Unit]:
     return sorted(found, key=lambda unit: natural_key(unit.id))
 
 
-def short_id(id: str) -> str:
-    """An id without the suffix of its file, which may be left out when asking for it."""
-    folder, _, file = id.rpartition("/")
-    return f"{folder}/{stem_of(file)}" if folder else stem_of(file)
-
-
 def _join(folder: str, name: str) -> str:
     return name if folder == "." else f"{folder}/{name}"
 

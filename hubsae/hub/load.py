@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hubsae.core.errors import ConfigError, HubSAEError, nearest
+from hubsae.core.errors import ConfigError, HubSAEError, named_options
 from hubsae.core.files import safe_join, sha256_file
 from hubsae.core.progress import progress
-from hubsae.formats.base import Overrides
 from hubsae.formats.names import parse_name
-from hubsae.hub.catalog import CACHE_NOTES, FILTERS, Catalog, Entry, ExpectedFile, open_catalog
+from hubsae.formats.select import FILTERS
+from hubsae.hub.catalog import CACHE_NOTES, Catalog, Entry, ExpectedFile, open_catalog
 from hubsae.hub.client import HubClient
 from hubsae.hub.errors import IntegrityError, OfflineError
 
@@ -27,98 +28,142 @@ if TYPE_CHECKING:
     from hubsae.core.sae import SAE
 
 
-def load_pretrained(
+@dataclass(frozen=True)
+class Where:
+    """Which Hub is asked, as whom, at what revision, and what may be cached."""
+
+    revision: str | None = None
+    token: str | bool | None = None
+    endpoint: str | None = None
+    cache_dir: str | os.PathLike[str] | None = None
+    local_files_only: bool = False
+    force_download: bool = False
+
+    def client(self) -> HubClient:
+        """The connection."""
+        return HubClient(self.token, self.endpoint or "", self.cache_dir or "", self.local_files_only)
+
+    def catalog(self, client: HubClient, repo_or_path: str | os.PathLike[str]) -> Catalog:
+        """What there is."""
+        return open_catalog(client, repo_or_path, self.revision, force=self.force_download)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How files become an SAE."""
+
+    device: str | torch.device = "cpu"
+    dtype: torch.dtype | str | None = None
+    features: Sequence[int] | None = None
+    format: str | None = None
+    choices: Mapping[str, Any] = field(default_factory=dict)
+    """For the readers of files that no manifest describes, by the names of `formats.Overrides` and `FILTERS`."""
+
+    def checked(self) -> Reading:
+        """With the type it means; a wrong type or device is refused before anything is asked or downloaded."""
+        import torch
+
+        dtype = _checked_dtype(self.dtype)
+        try:
+            wanted = torch.device(self.device)
+        except RuntimeError as error:
+            raise ConfigError(f"{self.device!r} is no device", hint="for instance: cpu, cuda, cuda:1, mps") from error
+        if wanted.type == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(
+                f"device {str(wanted)!r}: this machine has no CUDA that torch can use", hint='device="cpu"'
+            )
+        return replace(self, dtype=dtype, choices={n: v for n, v in self.choices.items() if v is not None})
+
+
+def load_each(
     repo_or_path: str | os.PathLike[str],
     id: str | None = None,
     *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    endpoint: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
-    force_download: bool = False,
-    subfolder: str | None = None,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | str | None = None,
-    features: Sequence[int] | None = None,
-    **choices: Any,
-) -> SAE:
-    """One SAE from a repo (`name/repo`, `name/repo@revision`) or a local folder or file.
-
-    Without an `id`, filters choose: `layer=18, stage="ppo_step116", k=64`. For files that no manifest describes,
-    further `choices` go to their reader (`decode_adds_b_pre=`, `topk_relu=`, `k=` ...; see docs/formats.md).
+    filters: Mapping[str, Any] | None = None,
+    where: Where = Where(),
+    reading: Reading = Reading(),
+    one: bool = False,
+) -> Iterator[tuple[str, SAE]]:
+    """(id, SAE) for every SAE of one commit that fits, or for the only one that may; one is in memory at a time.
 
     >>> import tempfile
     >>> from hubsae import HubSAE, SAEConfig
     >>> sae = HubSAE.random(SAEConfig(architecture="topk", d_in=4, d_sae=8, k=2))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     sae.save_pretrained(folder)
-    ...     load_pretrained(folder).config.k
-    2
+    ...     [(name, sae.config.k) for name, sae in load_each(folder)]
+    [('.', 2)]
     """
-    _check_choices(choices, dtype, device)
-    client = _client(token, endpoint, cache_dir, local_files_only)
-    catalog = open_catalog(client, repo_or_path, revision, force=force_download)
-    entry = catalog.choose(_joined(subfolder, id), _filters(choices))
-    path = fetch(client, catalog, entry, force=force_download)
-    return read_entry(entry, path, device=device, dtype=_checked_dtype(dtype), features=features, choices=choices)
-
-
-def iter_pretrained(
-    repo_or_path: str | os.PathLike[str],
-    *,
-    id: str | None = None,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    endpoint: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
-    force_download: bool = False,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | str | None = None,
-    features: Sequence[int] | None = None,
-    **choices: Any,
-) -> Iterator[tuple[str, SAE]]:
-    """(id, SAE) for every SAE of one commit that fits the filters; one is in memory at a time."""
-    _check_choices(choices, dtype, device)
-    client = _client(token, endpoint, cache_dir, local_files_only)
-    catalog = open_catalog(client, repo_or_path, revision, force=force_download)
-    selected = catalog.select(id, _filters(choices))
+    reading = reading.checked()
+    client = where.client()
+    catalog = where.catalog(client, repo_or_path)
+    chosen = [catalog.choose(id, filters)] if one else catalog.select(id, filters)
 
     def each() -> Iterator[tuple[str, SAE]]:
-        for entry in selected:
-            path = fetch(client, catalog, entry, force=force_download)
-            yield (
-                entry.id,
-                read_entry(entry, path, device=device, dtype=_checked_dtype(dtype), features=features, choices=choices),
-            )
+        for entry in chosen:
+            path = fetch(client, catalog, entry, force=where.force_download)
+            yield entry.id, read_entry(entry, path, reading, filters or {})
 
     return each()
 
 
+@named_options
 def pull(
     repo: str,
     id: str | None = None,
     out: str | os.PathLike[str] | None = None,
     *,
+    layer: int | Sequence[int] | None = None,
+    stage: str | Sequence[str] | None = None,
+    k: int | Sequence[int] | None = None,
+    architecture: str | Sequence[str] | None = None,
+    d_in: int | None = None,
+    d_sae: int | Sequence[int] | None = None,
+    hook_point: str | Sequence[str] | None = None,
+    base_model: str | None = None,
+    base_model_revision: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     endpoint: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     force_download: bool = False,
     bar: bool | None = None,
-    **filters: Any,
 ) -> Path:
-    """Download the SAEs that fit into the cache, or into a folder `out`; the folder they lie in.
+    """Download the SAEs that fit into the cache, or into a folder; returns the folder they lie in.
 
     What is fetched is checked like in a load. A folder `out` is a release of its own: its manifest lists what is there.
 
     >>> pull("OhhMoo/sae-rl-qwen05b-strict", layer=18, out="layer18/")      # doctest: +SKIP
     PosixPath('layer18')
+
+    Args:
+        repo: `owner/name` or `owner/name@revision`.
+        id: One SAE, or a folder of them; all where it is left out.
+        out: Folder to copy them into; the Hub's cache without it.
+        layer: Only SAEs of this block (from 0); here and below, several values choose several.
+        stage: Only those of this checkpoint, such as `ppo_step116`.
+        k: Only those with this many latents per token.
+        architecture: Only those with this selection rule: relu, topk, batch_topk, jumprelu, gated.
+        d_in: Only those that take activations of this width.
+        d_sae: Only those with this many latents.
+        hook_point: Only those at this module, such as `model.layers.18`.
+        base_model: Only those of this model.
+        base_model_revision: Only those of this commit of the model.
+        revision: Branch, tag, commit or `refs/pr/N`.
+        token: Access token; False sends none, None the one that is logged in.
+        endpoint: Address of the Hub, in place of HF_ENDPOINT.
+        cache_dir: Cache folder, in place of the usual one.
+        force_download: Fetch again what is cached.
+        bar: Show progress; by default where somebody watches.
     """
-    client = _client(token, endpoint, cache_dir, False)
-    catalog = open_catalog(client, repo, revision, force=force_download)
-    selected = catalog.select(id, _filters(filters))
+    where = Where(revision, token, endpoint, cache_dir, False, force_download)
+    client = where.client()
+    catalog = where.catalog(client, repo)
+    filters = {
+        "layer": layer, "stage": stage, "k": k, "architecture": architecture, "d_in": d_in, "d_sae": d_sae,
+        "hook_point": hook_point, "base_model": base_model, "base_model_revision": base_model_revision,
+    }  # fmt: skip
+    selected = catalog.select(id, filters)
     if catalog.root is not None or catalog.repo_id is None or catalog.sha is None:
         raise HubSAEError(f"{repo} is a local folder already", hint="pull takes a repo on the Hub: name/repo")
     whole = len(selected) == len(catalog.entries)
@@ -256,69 +301,30 @@ def _forget(path: Path) -> None:
 # -- reading -----------------------------------------------------------------------------------------------------
 
 
-def read_entry(
-    entry: Entry,
-    path: Path,
-    *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | str | None = None,
-    features: Sequence[int] | None = None,
-    choices: dict[str, Any] | None = None,
-) -> SAE:
+def read_entry(entry: Entry, path: Path, reading: Reading, filters: Mapping[str, Any]) -> SAE:
     """Read the files of one SAE: a hubsae folder directly, anything else through its format."""
+    how = {"device": reading.device, "dtype": reading.dtype, "features": reading.features}
     if entry.native or ((path / "metadata.json").is_file() and (path / "sae_weights.safetensors").is_file()):
         from hubsae.formats import native
 
-        left = {name: value for name, value in (choices or {}).items() if value is not None and name not in FILTERS}
-        if left:
+        if left := [*reading.choices, *(["format"] if reading.format not in (None, "native") else [])]:
             raise ConfigError(
                 f"{entry.id} says everything itself; {', '.join(left)} cannot be chosen",
                 hint="such choices are for files that no metadata.json describes",
             )
-        return native.read(path, device=device, dtype=dtype, features=features)
+        return native.read(path, **how)
     from hubsae import formats
 
     # a filter that the path already answered has chosen the file; the content says the rest, and knows better
-    asked = {n: v for n, v in (choices or {}).items() if v is not None and n not in entry.fields}
+    asked = {n: v for n, v in filters.items() if v is not None and n not in entry.facts and n in _FOR_READER}
     inside = parse_name(path.name)
-    known = {n: entry.fields[n] for n in ("layer", "stage") if n in entry.fields and getattr(inside, n) is None}
-    return formats.read(path, device=device, dtype=dtype, features=features, **_for_reader(known | asked))
+    known = {n: entry.facts[n] for n in ("layer", "stage") if n in entry.facts and getattr(inside, n) is None}
+    choices = {_FOR_READER[n]: v for n, v in {**known, **asked}.items()}
+    return formats.read(path, reading.format, **how, **{**choices, **reading.choices})
 
 
-def _for_reader(choices: dict[str, Any]) -> dict[str, Any]:
-    renamed = {"hook_point": "hook"}
-    dropped = ("d_in", "d_sae")
-    return {renamed.get(name, name): value for name, value in choices.items() if name not in dropped}
-
-
-def _check_choices(choices: dict[str, Any], dtype: torch.dtype | str | None, device: str | torch.device) -> None:
-    """Refuse misspelt options, types and devices before anything is asked or downloaded."""
-    import torch
-
-    known = [*FILTERS, "format", *Overrides.__dataclass_fields__]
-    for name in choices:
-        if name not in known:
-            raise ConfigError(
-                f"there is no option {name!r}",
-                hint=f"nearest: {nearest(name, dict.fromkeys(known))}; filters: {', '.join(FILTERS)}",
-            )
-    _checked_dtype(dtype)
-    try:
-        wanted = torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(f"{device!r} is no device", hint="for instance: cpu, cuda, cuda:1, mps") from error
-    if wanted.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device {str(device)!r}: this machine has no CUDA that torch can use", hint='device="cpu"')
-
-
-def _filters(choices: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in choices.items() if name in FILTERS}
-
-
-def _joined(subfolder: str | None, id: str | None) -> str | None:
-    if subfolder and id:
-        return f"{subfolder.strip('/')}/{id}"
-    return id or subfolder
+# filters that tell a reader something where the file's name does not answer them
+_FOR_READER = {name: name for name in FILTERS if name not in ("d_in", "d_sae")} | {"hook_point": "hook"}
 
 
 def _checked_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -333,12 +339,3 @@ def _checked_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
             f"dtype {dtype!r} is not a floating-point type", hint="one of: float32, float64, bfloat16, float16"
         )
     return found
-
-
-def _client(
-    token: str | bool | None,
-    endpoint: str | None,
-    cache_dir: str | os.PathLike[str] | None,
-    local_files_only: bool,
-) -> HubClient:
-    return HubClient(token, endpoint or "", cache_dir or "", local_files_only)

@@ -7,12 +7,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from hubsae.core import intervene
+from hubsae.core.config import Architecture, TokenNorm
 from hubsae.core.errors import named_options
+from hubsae.core.hooks import HookPoint
 from hubsae.core.intervene import Recorded
 from hubsae.core.sae import SAE
+from hubsae.formats.table import html_table
+from hubsae.hub.load import Reading, Where, load_each
 
 if TYPE_CHECKING:
     from hubsae.hub.plan import PushPlan, PushResult
@@ -29,42 +34,238 @@ class HubSAE(SAE):
 
     # ---- in a model -------------------------------------------------------------------------------------
 
-    def attach(self, model: nn.Module, hook: Any = None) -> AbstractContextManager[Recorded]:
-        """Read the codes at the SAE's hook point during forwards: `with sae.attach(model) as acts: ...`."""
+    def attach(self, model: nn.Module, hook: str | int | HookPoint | None = None) -> AbstractContextManager[Recorded]:
+        """Read the codes at the SAE's hook point during forwards: `with sae.attach(model) as acts: ...`.
+
+        Args:
+            model: A transformers decoder model; it is not changed.
+            hook: Another place than the SAE's own: `model.layers.18`, `blocks.18.hook_resid_post`, or a block's number.
+        """
         return intervene.attach(self, model, hook)
 
-    def splice(self, model: nn.Module, hook: Any = None, **options: Any) -> AbstractContextManager[None]:
-        """Replace the activations by their reconstruction while the context lasts."""
-        return intervene.splice(self, model, hook, **options)
+    def splice(
+        self, model: nn.Module, hook: str | int | HookPoint | None = None, *, mask: Tensor | None = None
+    ) -> AbstractContextManager[None]:
+        """Replace the activations by their reconstruction while the context lasts.
+
+        Args:
+            model: A transformers decoder model.
+            hook: Another place than the SAE's own: `model.layers.18`, `blocks.18.hook_resid_post`, or a block's number.
+            mask: Where to replace them [batch, seq]; everywhere without one.
+        """
+        return intervene.splice(self, model, hook, mask=mask)
 
     def steer(
-        self, model: nn.Module, feature: int, strength: float, hook: Any = None, **options: Any
+        self,
+        model: nn.Module,
+        feature: int,
+        strength: float,
+        hook: str | int | HookPoint | None = None,
+        *,
+        unit: bool = False,
     ) -> AbstractContextManager[None]:
-        """Add `strength` times a feature's decoder direction to the activations."""
-        return intervene.steer(self, model, feature, strength, hook, **options)
+        """Add a feature's decoder direction to the activations at every position while the context lasts.
+
+        Args:
+            model: A transformers decoder model.
+            feature: Number of the latent.
+            strength: How often its decoder row is added; negative pushes away from it.
+            hook: Another place than the SAE's own.
+            unit: Scale the row to norm one first, so that strengths compare across features.
+        """
+        return intervene.steer(self, model, feature, strength, hook, unit=unit)
+
+    def _repr_html_(self) -> str:
+        """In a notebook: what this SAE is, and its metrics in the scope that it is for."""
+        meta, own = self.metadata, self.metadata.own_scope
+        where = meta.hook.module_path or meta.hook.transformer_lens
+        model = " ".join(part for part in (meta.base_model.id, meta.base_model.stage) if part)
+        rows = [("selection", self.config.selection), ("size", f"{self.d_in} -> {self.d_sae}, {self.dtype}")]
+        rows += [("model", model)] if model else []
+        rows += [("hook point", where)] if where else []
+        rows += [("tokens it is for", own)] if own != "all" else []
+        rows += [(m.name, f"{m.value:.4g}") for m in meta.metrics if (m.scope or "all") == own]
+        return html_table((), [(name, value) for name, value in rows])
 
     # ---- elsewhere ---------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, repo_or_path: str | os.PathLike[str], id: str | None = None, **options: Any) -> HubSAE:
-        """Load one SAE from the Hub or a local folder.
+    @named_options
+    def from_pretrained(
+        cls,
+        repo_or_path: str | os.PathLike[str],
+        id: str | None = None,
+        *,
+        layer: int | None = None,
+        stage: str | None = None,
+        k: int | None = None,
+        architecture: Architecture | None = None,
+        d_in: int | None = None,
+        d_sae: int | None = None,
+        hook_point: str | None = None,
+        base_model: str | None = None,
+        base_model_revision: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        endpoint: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        subfolder: str | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | str | None = None,
+        features: Sequence[int] | None = None,
+        format: str | None = None,
+        topk_relu: bool | None = None,
+        threshold: float | None = None,
+        decode_adds_b_pre: bool | None = None,
+        apply_b_dec_to_input: bool | None = None,
+        transposed: bool | None = None,
+        token_norm: TokenNorm | None = None,
+        input_scale: float | None = None,
+        hook: str | None = None,
+    ) -> HubSAE:
+        """Load one SAE from the Hub or from a local folder or file; without an `id` the filters choose it.
 
-        `revision, token, cache_dir, local_files_only, force_download, subfolder, device, dtype, features` as
-        usual; `layer=`, `stage=`, `k=` and other fields of the release choose where no id is given.
+        Args:
+            repo_or_path: `owner/name`, `owner/name@revision`, a folder or a file.
+            id: The SAE's id in the release, or the path of its folder or file.
+            layer: Choose by block (from 0). This and the next eight also tell the reader what a bare file lacks.
+            stage: Choose by checkpoint, such as `ppo_step116`.
+            k: Choose by latents per token.
+            architecture: Choose by selection rule: relu, topk, batch_topk, jumprelu, gated.
+            d_in: Choose by width of the activations.
+            d_sae: Choose by number of latents.
+            hook_point: Choose by module, such as `model.layers.18`.
+            base_model: Choose by model.
+            base_model_revision: Choose by commit of the model.
+            revision: Branch, tag, commit or `refs/pr/N`.
+            token: Access token; False sends none, None the one that is logged in.
+            endpoint: Address of the Hub, in place of HF_ENDPOINT.
+            cache_dir: Cache folder, in place of the usual one.
+            local_files_only: Ask no Hub; use what is cached.
+            force_download: Fetch again what is cached.
+            subfolder: Folder of the repo that `id` is relative to.
+            device: Where the weights go.
+            dtype: Type of the weights, if another than the stored one.
+            features: Load only these latents, by slicing the file.
+            format: Read files that no metadata.json describes as this format (`hubsae formats` lists them).
+            topk_relu: For such files: whether a ReLU follows the top-k.
+            threshold: For such files: inference threshold of a batch-top-k SAE.
+            decode_adds_b_pre: For such files: whether the decoder adds the pre-bias back.
+            apply_b_dec_to_input: For such files: whether b_dec is subtracted before encoding.
+            transposed: For square matrices of no fixed orientation: True where W_enc is stored [d_sae, d_in].
+            token_norm: For such files: norm of every token: none, layer_norm, unit_norm, constant_norm.
+            input_scale: For such files: scalar that the activations were multiplied by in training.
+            hook: For such files: where the SAE reads, in any spelling.
         """
-        from hubsae.hub.load import load_pretrained
-
-        return cast("HubSAE", load_pretrained(repo_or_path, id, **options))
+        found = load_each(
+            repo_or_path,
+            f"{subfolder.strip('/')}/{id}" if subfolder and id else id or subfolder,
+            filters={
+                "layer": layer, "stage": stage, "k": k, "architecture": architecture, "d_in": d_in, "d_sae": d_sae,
+                "hook_point": hook_point, "base_model": base_model, "base_model_revision": base_model_revision,
+            },
+            where=Where(revision, token, endpoint, cache_dir, local_files_only, force_download),
+            reading=Reading(device, dtype, features, format, {
+                "topk_relu": topk_relu, "threshold": threshold, "decode_adds_b_pre": decode_adds_b_pre,
+                "apply_b_dec_to_input": apply_b_dec_to_input, "transposed": transposed, "token_norm": token_norm,
+                "input_scale": input_scale, "hook": hook,
+            }),
+            one=True,
+        )  # fmt: skip
+        return cast("HubSAE", next(found)[1])
 
     @classmethod
-    def iter_pretrained(cls, repo_or_path: str | os.PathLike[str], **options: Any) -> Iterator[tuple[str, HubSAE]]:
-        """Every SAE of a release that fits the filters, one at a time, with its id."""
-        from hubsae.hub.load import iter_pretrained
+    @named_options
+    def iter_pretrained(
+        cls,
+        repo_or_path: str | os.PathLike[str],
+        id: str | None = None,
+        *,
+        layer: int | Sequence[int] | None = None,
+        stage: str | Sequence[str] | None = None,
+        k: int | Sequence[int] | None = None,
+        architecture: Architecture | Sequence[Architecture] | None = None,
+        d_in: int | None = None,
+        d_sae: int | Sequence[int] | None = None,
+        hook_point: str | Sequence[str] | None = None,
+        base_model: str | None = None,
+        base_model_revision: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        endpoint: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | str | None = None,
+        features: Sequence[int] | None = None,
+        format: str | None = None,
+        topk_relu: bool | None = None,
+        threshold: float | None = None,
+        decode_adds_b_pre: bool | None = None,
+        apply_b_dec_to_input: bool | None = None,
+        transposed: bool | None = None,
+        token_norm: TokenNorm | None = None,
+        input_scale: float | None = None,
+        hook: str | None = None,
+    ) -> Iterator[tuple[str, HubSAE]]:
+        """(id, SAE) for every SAE of one commit that fits; one is in memory at a time.
 
-        return cast("Iterator[tuple[str, HubSAE]]", iter_pretrained(repo_or_path, **options))
+        Args:
+            repo_or_path: `owner/name`, `owner/name@revision`, a folder or a file.
+            id: Only SAEs in this folder of it.
+            layer: Only SAEs of this block (from 0); here and below, several values choose several.
+            stage: Only those of this checkpoint, such as `ppo_step116`.
+            k: Only those with this many latents per token.
+            architecture: Only those with this selection rule: relu, topk, batch_topk, jumprelu, gated.
+            d_in: Only those that take activations of this width.
+            d_sae: Only those with this many latents.
+            hook_point: Only those at this module, such as `model.layers.18`.
+            base_model: Only those of this model.
+            base_model_revision: Only those of this commit of the model.
+            revision: Branch, tag, commit or `refs/pr/N`.
+            token: Access token; False sends none, None the one that is logged in.
+            endpoint: Address of the Hub, in place of HF_ENDPOINT.
+            cache_dir: Cache folder, in place of the usual one.
+            local_files_only: Ask no Hub; use what is cached.
+            force_download: Fetch again what is cached.
+            device: Where the weights go.
+            dtype: Type of the weights, if another than the stored one.
+            features: Load only these latents of each.
+            format: Read files that no metadata.json describes as this format.
+            topk_relu: For such files: whether a ReLU follows the top-k.
+            threshold: For such files: inference threshold of a batch-top-k SAE.
+            decode_adds_b_pre: For such files: whether the decoder adds the pre-bias back.
+            apply_b_dec_to_input: For such files: whether b_dec is subtracted before encoding.
+            transposed: For square matrices of no fixed orientation: True where W_enc is stored [d_sae, d_in].
+            token_norm: For such files: norm of every token: none, layer_norm, unit_norm, constant_norm.
+            input_scale: For such files: scalar that the activations were multiplied by in training.
+            hook: For such files: where the SAE reads, in any spelling.
+        """
+        found = load_each(
+            repo_or_path,
+            id,
+            filters={
+                "layer": layer, "stage": stage, "k": k, "architecture": architecture, "d_in": d_in, "d_sae": d_sae,
+                "hook_point": hook_point, "base_model": base_model, "base_model_revision": base_model_revision,
+            },
+            where=Where(revision, token, endpoint, cache_dir, local_files_only, force_download),
+            reading=Reading(device, dtype, features, format, {
+                "topk_relu": topk_relu, "threshold": threshold, "decode_adds_b_pre": decode_adds_b_pre,
+                "apply_b_dec_to_input": apply_b_dec_to_input, "transposed": transposed, "token_norm": token_norm,
+                "input_scale": input_scale, "hook": hook,
+            }),
+        )  # fmt: skip
+        return cast("Iterator[tuple[str, HubSAE]]", found)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write this SAE as a folder that hubsae and SAELens load."""
+        """Write this SAE as a folder that hubsae and SAELens load.
+
+        Args:
+            folder: Where; made if it is not there, each file written whole or not at all.
+        """
         from hubsae.formats.native import write
 
         write(self, folder)
@@ -154,7 +355,7 @@ class HubSAE(SAE):
 
     @classmethod
     def from_saelens(cls, sae: Any) -> HubSAE:
-        """A SAELens SAE (inference or training class) as a HubSAE."""
+        """`sae`, a SAELens SAE (inference or training class), as a HubSAE."""
         from hubsae.formats.saelens import from_saelens
 
         return cast("HubSAE", from_saelens(sae))

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from hubsae.core.errors import ConfigError, HubSAEError
+from hubsae.core.errors import ConfigError, HubSAEError, nearest
 from hubsae.core.files import read_json, safe_join, write_json_atomic, write_text_atomic
 from hubsae.core.progress import progress, say
 from hubsae.core.text import format_time
@@ -155,6 +155,20 @@ class RunFolder:
                     time.sleep(POLL)
             outcomes.append(outcome)
         return outcomes
+
+    def forget(self, steps: Sequence[Step], names: Sequence[str]) -> list[str]:
+        """Take these steps for not done, and all that follow from them: their code changed. Returns which."""
+        known = [step.name for step in steps]
+        for name in names:
+            if name not in known:
+                raise ConfigError(f"there is no step {name!r}", hint=f"nearest: {nearest(name, known)}")
+        again: list[str] = []
+        for step in steps:
+            if step.name in names or any(need in again for need in step.needs):
+                again.append(step.name)
+                self._record_path(step.name).unlink(missing_ok=True)
+                self._begun_path(step.name).unlink(missing_ok=True)
+        return again
 
     def folder(self, step: str) -> Path:
         """The folder a step writes into."""

@@ -67,13 +67,12 @@ def measure(
     for part in _parts(saes, out):
         found = reconstruction(part, activations)
         spliced = splice_many(
-            model, tokenizer, {name: (sae, hook) for name, sae in part.items()}, texts, max_length=max_length,
-            keep_position_0=all("position_0" in sae.metadata.training.exclude for sae in part.values()),
+            model, tokenizer, {name: (sae, hook) for name, sae in part.items()}, texts, max_length=max_length
         )  # fmt: skip
         for name in part:
             cell, ours, loss = parse_id(name), found[name], spliced[name]
             out.units["mse"][cell] = Units(ours.by_group[:, 0], ours.by_group[:, 1])
-            texts_ = [row for row in loss.per_text if row["scope"] == "all"]
+            texts_ = [row for row in loss.per_text if row["scope"] == ours.own_scope]
             added = np.array([row["ce_sae"] - row["ce_clean"] for row in texts_])
             out.units["delta_ce"][cell] = Units(added, np.array([row["n"] for row in texts_]))
             chosen = _chosen(ours.measures, ours.own_scope) | _chosen(loss.measures, ours.own_scope)
@@ -116,12 +115,7 @@ def _parts(saes: Mapping[str, Callable[[], SAE]], out: Measured) -> Iterator[dic
 
 def _chosen(measures: Sequence[Measure], own: str) -> dict[str, Measure]:
     """What a grid reports of each SAE: everything in its own scope, and a few with (or without) position 0."""
-    here = {m.scope for m in measures}
-    found: dict[str, Measure] = {}
-    for m in measures:
-        # a splice leaves alone what the SAE is not for, and calls what it replaces "all"
-        if m.name in FULL and (m.scope == own or (m.scope == "all" and own not in here)):
-            found[m.name] = m
+    found = {m.name: m for m in measures if m.name in FULL and m.scope == own}
     other, suffix = ("all", WITH_FIRST) if own == NOT_FIRST else (NOT_FIRST, WITHOUT_FIRST)
     found |= {f"{m.name}@{suffix}": m for m in measures if m.scope == other and m.name in BOTH_WAYS}
     return found

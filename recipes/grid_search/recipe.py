@@ -135,7 +135,8 @@ class _Grid:
         found = measure(
             {name: partial(shelf.get, name, device) for name in ended}, held,
             subject.load(device, self.config.model.dtype), subject.tokenizer(), texts, self.hook,
-            max_length=data.max_length, done=lambda number, name: ctx.progress(number, len(ended), name),
+            max_length=data.text_length or data.max_length,
+            done=lambda number, name: ctx.progress(number, len(ended), name),
         )  # fmt: skip
         write_results(ctx.folder, found.rows)
         for name, rows in found.tables.items():

@@ -25,6 +25,7 @@ class GridData(DataSettings):
     max_length: int | None = 512
     validation_fraction: float = Field(default=0.1, gt=0, lt=1, description="Share of prompts kept from training.")
     texts: int = Field(default=200, ge=2, description="Test texts on which the loss is measured.")
+    text_length: int | None = Field(default=None, description="Tokens kept of each test text; default: max_length.")
 
     def item(self, row: dict[str, Any]) -> Any:
         """A row as `harvest` and `splice` take it: a conversation, or bare text."""

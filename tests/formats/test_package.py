@@ -197,8 +197,8 @@ def test_release_is_chosen_from_by_what_is_known(chains, tmp_path):
     assert len(release.select(layer=[6, 18])) == 4
     with pytest.raises(NotFoundError, match="which one") as caught:
         release.entry(layer=6)
-    assert "saes_k64/instruct_base/layer6" in caught.value.hint
-    with pytest.raises(NotFoundError, match="no SAE with layer=7") as caught:
+    assert "saes_k64/instruct_base/layer6" in caught.value.message
+    with pytest.raises(NotFoundError, match=r"no SAE of .* fits layer=7") as caught:
         release.entry(layer=7)
     assert "6, 18" in caught.value.hint
     with pytest.raises(NotFoundError) as caught:

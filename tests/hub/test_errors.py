@@ -147,7 +147,7 @@ def test_the_command_line(hub: LocalHub, chain: str, tmp_path: Path, monkeypatch
 
 
 def test_every_typed_error_is_a_hubsae_error():
-    for name in ("RepoNotFoundError", "RevisionNotFoundError", "SAENotFoundError", "AmbiguousSAEError"):
+    for name in ("RepoNotFoundError", "RevisionNotFoundError"):
         assert issubclass(getattr(errors, name), NotFoundError)
     for name in ("AccessError", "OfflineError", "ConflictError", "IntegrityError"):
         assert issubclass(getattr(errors, name), HubRequestError)

@@ -11,15 +11,10 @@ import pytest
 import torch
 
 from hubsae import HubSAE, SAEConfig, list_saes, pull, push
-from hubsae.core.errors import ConfigError
+from hubsae.core.errors import AmbiguousSAEError, ConfigError, SAENotFoundError
 from hubsae.formats import Release
 from hubsae.hub.client import HubClient
-from hubsae.hub.errors import (
-    AmbiguousSAEError,
-    IntegrityError,
-    OfflineError,
-    SAENotFoundError,
-)
+from hubsae.hub.errors import IntegrityError, OfflineError
 from hubsae.hub.listing import describe
 from hubsae.localhub import LocalHub
 from tests.hub.conftest import ABOUT, seed_folder
@@ -100,18 +95,18 @@ def test_iter_and_list(hub: LocalHub, chain: str):
     assert sorted(found) == ["saes_k64/instruct_base/layer6", "saes_k64/ppo_step10/layer6"]
     rows = list_saes(chain, stage="ppo_step10")
     assert [row["layer"] for row in rows] == [6, 12]
-    assert "model.layers.12" in str(rows) and "<td>" in rows._repr_html_()
+    assert "model.layers.12" in rows.text(all=True) and "<td>" in rows._repr_html_()
 
 
 def test_describe_reads_headers_only(hub: LocalHub, chain: str, tmp_path: Path):
     start = len(hub.requests)
     found = describe(f"{chain}/saes_k64/ppo_step10/layer6", cache_dir=tmp_path / "empty")
-    tensors = found["sae"]["tensors"]["saes_k64/ppo_step10/layer6/sae_weights.safetensors"]
-    assert tensors["W_enc"] == {"dtype": "F32", "shape": [16, 64]}
+    tensors = {tensor.name: (tensor.dtype, tensor.shape) for tensor in found.tensors}
+    assert tensors["sae_weights.safetensors: W_enc"] == ("F32", (16, 64))
     assert not list((tmp_path / "empty").rglob("*.safetensors"))
-    assert found["sae"]["metadata.json"]["config"]["k"] == 4
+    assert found.kind == "sae" and found.config["k"] == 4
     assert not [r for r in sent_since(hub, start) if r[1].endswith("layer12/metadata.json")]
-    assert len(describe(chain)["saes"]) == 4
+    assert len(describe(chain).saes) == 4
 
 
 def test_pull_into_a_folder_is_a_release_of_its_own(hub: LocalHub, chain: str, tmp_path: Path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,12 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from hubsae.cli.recipe import app
+from hubsae.core.files import read_csv
 from hubsae.core.settings import read_yaml
 from hubsae.evals.tables import read_table
 from hubsae.formats.release import Release
 from hubsae.localhub import running
-from hubsae.recipes.registry import find_recipe, prepare
+from hubsae.recipes.registry import copy_recipe, find_recipe, prepare
 from hubsae.recipes.tiny import TinyWorld
 
 RECIPE = find_recipe("grid_search")
@@ -277,6 +281,28 @@ def test_under_torchrun_the_cells_spread_over_ranks(run: Path, cache: Path, tmp_
     for name in IDS:
         for key, tensor in alone.load(name).tensors().items():
             torch.testing.assert_close(spread.load(name).tensors()[key], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_an_edit_in_a_copy_of_the_recipe_shows_in_its_run(run: Path, tmp_path: Path) -> None:
+    mine = copy_recipe("grid_search", tmp_path / "grid_search")
+    edits = {
+        "recipe.py": ("    drawn = [", '    drawn = [plots.pareto(folder / "error.png", found.rows, "mse", "error"),'),
+        "table.py": ('"frac_recovered_zero", "kl",', '"frac_recovered_zero", "kl", "l1",'),
+    }
+    for name, (before, after) in edits.items():
+        text = (mine / name).read_text()
+        assert text.count(before) == 1
+        (mine / name).write_text(text.replace(before, after))
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    done = CliRunner().invoke(app, ["run", str(mine), *SMALL, "--out", str(out), "--redo", "measure"])
+    assert done.exit_code == 0, done.output
+    release = Release.open(out / "release")
+    assert "error.png" in {plot.name for plot in release.plots}
+    assert {"l1", "l1_low"} <= set(read_csv(release.path / "results" / "results_full.csv")[0])
+    assert "![error](../analysis/plots/error.png)" in (out / "report" / "report.md").read_text()
+    # what was not edited was not run again
+    assert (out / "harvest").stat().st_mtime == (run / "harvest").stat().st_mtime
 
 
 @pytest.mark.slow

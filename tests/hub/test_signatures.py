@@ -1,0 +1,59 @@
+"""Public functions say what they take: explicit keywords, each documented; no `**options` that hides them."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+
+import pytest
+
+import hubsae
+from hubsae import ActivationDataset, HubSAE
+from hubsae.core.errors import ConfigError
+from hubsae.formats import Overrides
+
+
+def public() -> Iterator[tuple[str, Callable]]:
+    """Functions that people call: those of the package, constructors of tools, methods of HubSAE, doors of datasets."""
+    for name in hubsae.__all__:
+        value = getattr(hubsae, name)
+        if inspect.isfunction(value):
+            yield name, value
+    yield "saelens_converter", hubsae.saelens_converter
+    for name, value in vars(HubSAE).items():
+        if not name.startswith("_") and callable(getattr(HubSAE, name)) and inspect.getmodule(value) is not None:
+            yield f"HubSAE.{name}", getattr(HubSAE, name)
+    for name in ("open", "push_to_hub"):
+        yield f"ActivationDataset.{name}", getattr(ActivationDataset, name)
+
+
+PUBLIC = dict(public())
+
+
+def test_the_list_is_not_empty():
+    assert {"push", "pull", "list_saes", "HubSAE.from_pretrained", "HubSAE.push_to_hub", "HubSAE.splice"} <= set(PUBLIC)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_option_is_a_documented_keyword(name: str):
+    text = inspect.getdoc(PUBLIC[name]) or ""
+    for parameter in inspect.signature(PUBLIC[name]).parameters.values():
+        assert parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL), f"{name} hides its options"
+        if parameter.name not in ("self", "cls"):
+            assert parameter.annotation is not parameter.empty, f"{name}({parameter.name}) has no type"
+            assert re.search(rf"\b{parameter.name}\b", text), f"{name} does not say what {parameter.name} is"
+
+
+@pytest.mark.parametrize("load", ["from_pretrained", "iter_pretrained"])
+def test_every_choice_of_a_reader_can_be_given_to_a_load(load: str):
+    missing = {field.name for field in fields(Overrides)} - set(inspect.signature(getattr(HubSAE, load)).parameters)
+    assert not missing
+
+
+def test_a_misspelt_option_names_the_nearest():
+    with pytest.raises(ConfigError, match="nearest: revision"):
+        HubSAE.from_pretrained("me/any", reviison="v1")  # pyright: ignore[reportCallIssue]
+    with pytest.raises(ConfigError, match="nearest: layer"):
+        hubsae.list_saes("me/any", layr=6)  # pyright: ignore[reportCallIssue]
