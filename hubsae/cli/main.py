@@ -116,7 +116,9 @@ def main() -> None:
 
 
 def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")
+    from hubsae.core.text import printable
+
+    sys.stderr.write("\n".join(printable(line) for line in text.split("\n")) + "\n")
 
 
 if __name__ == "__main__":

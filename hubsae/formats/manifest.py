@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from hubsae.core.errors import FormatError, MetadataError
 from hubsae.core.files import read_json, safe_join, sha256_file, write_text_atomic
 from hubsae.core.metadata import describe_validation
+from hubsae.core.text import printable
 from hubsae.formats.select import FILTERS
 from hubsae.version import __version__
 
@@ -218,6 +219,8 @@ _ORDINARY = re.compile(r"(?!.*\.\.)[\w+=@,.-]+(?:/[\w+=@,.-]+)*")
 def _checked_path(value: str) -> str:
     if _ORDINARY.fullmatch(value):
         return value
+    if printable(value) != value:
+        raise ValueError(f"control or invisible characters in {printable(value, 80)}; ids and paths are plain text")
     if not value:
         raise ValueError('a path must not be empty; "." is the root of the release')
     try:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from hubsae.core.errors import AmbiguousSAEError, ConfigError, SAENotFoundError, nearest
-from hubsae.core.text import natural_key
+from hubsae.core.text import natural_key, printable
 from hubsae.formats.names import stem_of
 
 FILTERS = (
@@ -77,7 +77,8 @@ def select(
     for name in given:
         there = {e.facts[name] for e in named if e.facts.get(name) is not None}
         if not any(_fits(e, name, given[name]) for e in named):
-            problems.append(f"{name}: {', '.join(sorted(map(str, there), key=natural_key)) or 'not known'}")
+            shown = printable(", ".join(sorted(map(str, there), key=natural_key)))
+            problems.append(f"{name}: {shown or 'not known'}")
     hint = "there are " + "; ".join(problems) if problems else f"SAEs there:\n{_listed(named)}"
     raise SAENotFoundError(f"no SAE of {where} fits{_wanted(id, filters)}", hint=hint)
 
@@ -96,7 +97,7 @@ def _by_id(entries: Iterable[E], id: str, where: str) -> list[E]:
         return found
     raise SAENotFoundError(
         f"{where} has no SAE {id!r}",
-        hint=f"nearest: {nearest(wanted, [e.id for e in entries])}\n     all: hubsae ls {where}",
+        hint=f"nearest: {printable(nearest(wanted, [e.id for e in entries]))}\n     all: hubsae ls {where}",
     )
 
 
@@ -118,7 +119,7 @@ def _listed(entries: Sequence[Selectable], most: int = 12) -> str:
     lines = []
     for entry in entries[:most]:
         known = [f"{n} {entry.facts[n]}" for n in ("layer", "stage", "architecture", "k", "d_sae") if n in entry.facts]
-        lines.append(f"       {entry.id}" + (f"  ({', '.join(known)})" if known else ""))
+        lines.append(printable(f"       {entry.id}" + (f"  ({', '.join(known)})" if known else "")))
     if len(entries) > most:
         lines.append(f"       ... and {len(entries) - most} more")
     return "\n".join(lines)

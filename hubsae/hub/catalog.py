@@ -130,10 +130,7 @@ def local_catalog(path: Path) -> Catalog:
         unit = Unit(path.name, path.name, (path.name,), parse_path(path.name))
         return Catalog(str(path), [_local_entry(path.parent, unit)], root=path.parent)
     if (path / MANIFEST_NAME).is_file():
-        try:
-            content = json.loads((path / MANIFEST_NAME).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            content = None
+        content = _json_or_none(path / MANIFEST_NAME)
         if Manifest.is_manifest(content):
             manifest = Manifest.parse(content, path / MANIFEST_NAME)
             return Catalog(str(path), [_native(entry) for entry in manifest], manifest, root=path)
@@ -218,7 +215,7 @@ def _listing(client: HubClient, repo_id: str, sha: str) -> dict[str, RemoteFile]
 def _json_or_none(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+    except (OSError, ValueError, RecursionError):  # ValueError: bad text or JSON, integers of ten thousand digits
         return None
 
 

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hubsae.core.errors import HubSAEError
+from hubsae.core.text import printable
 from hubsae.hub.errors import AccessError, OfflineError
 from hubsae.hub.explain import explained
-from hubsae.hub.retry import RetryPolicy, retrying
+from hubsae.hub.retry import RetryPolicy, retrying, without_password
 from hubsae.version import __version__
 
 if TYPE_CHECKING:
@@ -89,6 +90,8 @@ class HubClient:
     policy: RetryPolicy = field(default_factory=lambda: RetryPolicy.from_environment())
     notify: Callable[[str], None] | None = None
     """Gets one line for whatever a person who waits would like to know."""
+    xet: bool = True
+    """Whether Xet storage is tried for uploads; off once it did not answer this client."""
 
     def __post_init__(self) -> None:
         from huggingface_hub import constants
@@ -113,15 +116,20 @@ class HubClient:
         told = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
         return self.local_files_only or told or bool(constants.HF_HUB_OFFLINE)
 
+    @property
+    def address(self) -> str:
+        """The endpoint as it is shown to people: without a password in it."""
+        return without_password(self.endpoint)
+
     def page(self, repo_id: str | None, repo_type: str = "model", revision: str | None = None) -> str:
         """The web address of a repo."""
         prefix = "" if repo_type == "model" else f"{repo_type}s/"
-        return f"{self.endpoint}/{prefix}{repo_id}" + (f"/tree/{revision}" if revision else "")
+        return f"{self.address}/{prefix}{repo_id}" + (f"/tree/{revision}" if revision else "")
 
     def say(self, line: str) -> None:
         """Tell whoever listens."""
         if self.notify is not None:
-            self.notify(line)
+            self.notify(printable(line))
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
@@ -138,33 +146,46 @@ class HubClient:
 
     def retry(self, call: Callable[[], T], what: str) -> T:
         """Run one request, again after transient failures."""
-        return retrying(call, policy=self.policy, what=what, notify=self.notify)
+        return retrying(call, policy=self.policy, what=what, notify=self.say)
 
     # -- asking ------------------------------------------------------------------------------------------------
 
     def whoami(self) -> str:
         """The name behind the token."""
+        return self._whoami()["name"]
+
+    def _whoami(self) -> dict[str, Any]:
         with explained(self):
             from huggingface_hub.errors import LocalTokenNotFoundError
 
             try:
-                return self.retry(self.api.whoami, "asking who you are")["name"]
+                return self.retry(self.api.whoami, "asking who you are")
             except LocalTokenNotFoundError:
                 raise AccessError(
-                    f"no token for {self.endpoint}", hint="log in with `hf auth login`, or set HF_TOKEN"
+                    f"no token for {self.address}", hint="log in with `hf auth login`, or set HF_TOKEN"
                 ) from None
 
     def namespaces(self) -> list[str]:
         """The name behind the token, and the organisations it belongs to."""
-        me = self.whoami()
-        with explained(self):
-            orgs = self.retry(self.api.whoami, "asking who you are").get("orgs", [])
-        return [me, *(org["name"] for org in orgs)]
+        me = self._whoami()
+        return [me["name"], *(org["name"] for org in me.get("orgs", []))]
 
     def info(self, repo_id: str, *, repo_type: str = "model") -> Any:
         """What the Hub says about a repo: its present id (after a rename), whether it is private."""
         with explained(self, repo_id, repo_type=repo_type):
             return self.retry(lambda: self.api.repo_info(repo_id, repo_type=repo_type), f"looking up {repo_id}")
+
+    def find(self, repo_id: str, *, repo_type: str = "model") -> Any:
+        """Like `info`, or None where there is no such repo."""
+        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+        with explained(self, repo_id, repo_type=repo_type):
+            try:
+                return self.retry(lambda: self.api.repo_info(repo_id, repo_type=repo_type), f"looking up {repo_id}")
+            except GatedRepoError:
+                raise
+            except RepositoryNotFoundError:
+                return None
 
     def head(self, repo_id: str, revision: str | None = None, *, repo_type: str = "model") -> str:
         """The commit that a branch, tag or pull request points at."""

@@ -31,3 +31,7 @@ class IntegrityError(HubRequestError):
 
 class DiskFullError(HubSAEError, OSError):
     """No room to cache a download or to write a release."""
+
+
+class CacheError(HubSAEError, OSError):
+    """The cache cannot be written, or holds what it should not."""

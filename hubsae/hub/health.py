@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from hubsae.hub.retry import describe, without_password
+
 State = Literal["ok", "note", "problem"]
 
 LOW_SPACE = 5 << 30
@@ -29,7 +31,14 @@ def hub_checks(*, timeout: float = 5.0) -> list[Check]:
 
     endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
     if constants.HF_HUB_OFFLINE:
-        checks = [Check("endpoint", "note", f"{endpoint}, offline (HF_HUB_OFFLINE is set)", "only cached files load")]
+        checks = [
+            Check(
+                "endpoint",
+                "note",
+                f"{without_password(endpoint)}, offline (HF_HUB_OFFLINE is set)",
+                "only cached files load",
+            )
+        ]
     else:
         reachable = _reach(endpoint, timeout)
         checks = [reachable]
@@ -47,12 +56,16 @@ def _reach(endpoint: str, timeout: float) -> Check:
         return Check(
             "endpoint",
             "problem",
-            f"{endpoint} does not answer ({type(error).__name__})",
+            f"{without_password(endpoint)} does not answer ({type(error).__name__})",
             "check the network, proxies and HF_ENDPOINT; `hubsae hub serve` runs a Hub on this machine",
         )
+    shown = without_password(endpoint)
     if answer.status_code >= 400:
-        return Check("endpoint", "problem", f"{endpoint} answers {answer.status_code}", "is HF_ENDPOINT a Hub?")
-    return Check("endpoint", "ok", endpoint)
+        return Check("endpoint", "problem", f"{shown} answers {answer.status_code}", "is HF_ENDPOINT a Hub?")
+    if "json" not in answer.headers.get("content-type", ""):
+        login = f"a login page of this network? open {shown} in a browser"
+        return Check("endpoint", "problem", f"{shown} answers, but not as a Hub does", login)
+    return Check("endpoint", "ok", shown)
 
 
 def _token(endpoint: str) -> Check:
@@ -65,7 +78,7 @@ def _token(endpoint: str) -> Check:
     try:
         me = HfApi(endpoint=endpoint).whoami()
     except Exception as error:  # refused or unreachable: the person needs the reason, not the type
-        return Check("token", "problem", f"refused by {endpoint}: {str(error).splitlines()[0]}", "hf auth login")
+        return Check("token", "problem", f"refused by {without_password(endpoint)}: {describe(error)}", "hf auth login")
     role = ((me.get("auth") or {}).get("accessToken") or {}).get("role", "unknown")
     found = f"{me['name']}, role {role}"
     if role == "read":

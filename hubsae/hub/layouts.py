@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
-from hubsae.core.text import natural_key
+from hubsae.core.text import natural_key, printable
 from hubsae.formats.detection import BESIDE, FOLDERS, SUFFIXES
 from hubsae.formats.names import NameInfo, parse_path, stem_of
 
@@ -36,7 +36,7 @@ def units(paths: Iterable[str]) -> list[Unit]:
     >>> [u.id for u in units(["saes/sae_base_layer6.pt", "README.md", "L6/cfg.json", "L6/sae_weights.safetensors"])]
     ['L6', 'saes/sae_base_layer6.pt']
     """
-    everything = set(paths)
+    everything = {path for path in paths if printable(path) == path}  # others are no names: nothing is read from them
     folders = {"."} | {str(parent) for path in everything for parent in PurePosixPath(path).parents}
     found: list[Unit] = []
     taken: set[str] = set()

@@ -22,7 +22,7 @@ from hubsae.formats.spec import PackageSpec
 from hubsae.hub import upload
 from hubsae.hub.cardtext import listing
 from hubsae.hub.client import HubClient, split_repo
-from hubsae.hub.errors import AccessError, OfflineError, RepoNotFoundError, RevisionNotFoundError
+from hubsae.hub.errors import AccessError, OfflineError, RevisionNotFoundError
 from hubsae.hub.merge import CardOptions, Merge, files_of, pickles
 from hubsae.hub.plan import PlanRow, PushPlan, PushResult
 from hubsae.hub.probes import Activations, have_saelens, verify
@@ -199,7 +199,7 @@ def _planned(client: HubClient, target: Target, staging: Staging, merge: Merge, 
         _check_tag(client, target.repo_id, target.tag, state, diff)
     return PushPlan(
         target.repo_id, target.revision, target.exists, target.private, target.pr, target.tag, rows, merge.kept, diff,
-        notes, client.endpoint, [(f.path, f.size) for f in staging.release.manifest.files],
+        notes, client.address, [(f.path, f.size) for f in staging.release.manifest.files],
     )  # fmt: skip
 
 
@@ -237,11 +237,8 @@ def _target(
             f"publishing to {repo_id} needs the Hub, which is not asked (offline)", hint="unset HF_HUB_OFFLINE"
         )
     target = Target(repo_id, revision or "main", tag, pr, private, True)
-    try:
-        info = client.info(repo_id)
-    except RepoNotFoundError:
-        if pr:
-            raise
+    info = client.info(repo_id) if pr else client.find(repo_id)
+    if info is None:
         if not dry_run:
             _check_namespace(client, repo_id)
         target.exists = False

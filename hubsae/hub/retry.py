@@ -1,18 +1,23 @@
-"""Retries of requests to a Hub: what is worth repeating, and how long to wait before.
+"""Retries of requests to a Hub: what is worth repeating, how long to wait before, and when to stop.
 
-The client library repeats some of its requests and not others: `create_repo`, `create_commit`, tags and branches
-fail on the first 429 or 5xx. `retrying` covers those. It waits as long as the server says (`RateLimit` and
-`Retry-After` headers), and otherwise doubles its pause.
+The client library repeats some of its requests by itself (listings, uploads, tokens of the storage) and not others
+(`create_repo`, `create_commit`, tags and branches fail on the first 429 or 5xx). Each request has one owner of its
+retries: `retrying` counts the tries that the library has made already, so that none is sent more than six times. It
+waits as long as the server says (`RateLimit` and `Retry-After` headers), and otherwise doubles its pause; all pauses of
+one request stay within `budget` seconds.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
+
+from hubsae.core.text import printable
 
 T = TypeVar("T")
 
@@ -33,8 +38,10 @@ class RetryPolicy:
     """Seconds before the second try; doubles from then on."""
     cap: float = 60.0
     """Longest pause of our own choosing. A pause the server asks for may be longer."""
-    patience: float = 3600.0
-    """Longest pause that is accepted from the server's headers."""
+    patience: float = 310.0
+    """Longest pause that is accepted from the server's headers: the Hub counts requests in windows of five minutes."""
+    budget: float = 600.0
+    """Seconds of all pauses of one request together."""
     jitter: float = 0.25
     """Share of the pause that is random, so that many writers do not come back at once."""
     sleep: Callable[[float], None] = field(default=time.sleep, repr=False)
@@ -85,23 +92,55 @@ def status_of(error: BaseException) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
+def kinds(error: BaseException) -> frozenset[str]:
+    """Names of an exception's classes: the client library's transport differs between its versions."""
+    return frozenset(kind.__name__ for kind in type(error).__mro__)
+
+
+BAD_ADDRESS = frozenset({"UnsupportedProtocol", "InvalidURL", "InvalidSchema", "MissingSchema"})
+LOST = frozenset({"TransportError", "ConnectionError", "TimeoutError", "Timeout", "ChunkedEncodingError"})
+
+
 def is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed later: lost connections, time-outs, 429 and 5xx."""
-    import httpx2
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
     status = status_of(error)
     if status is not None:
         return status in TRANSIENT_STATUS
-    if isinstance(error, OfflineModeIsEnabled | httpx2.UnsupportedProtocol | httpx2.InvalidURL):
+    names = kinds(error)
+    if "OfflineModeIsEnabled" in names or names & BAD_ADDRESS:
         return False
-    if isinstance(error, httpx2.TransportError | ConnectionError | TimeoutError):
+    if names & LOST:
         # hf_xet raises ConnectionError with the status only in its text
         text = str(error)
         return not any(f"HTTP status client error ({code}" in text for code in (400, 401, 403, 404))
     # the LFS uploader and forced downloads wrap what happened into these
     cause = error.__cause__
     return isinstance(error, RuntimeError | ValueError) and cause is not None and is_transient(cause)
+
+
+def tries_made(error: BaseException) -> int:
+    """How often the request that failed was sent in this call: the client library may have repeated it by itself.
+
+    It keeps the number in a local variable of the function that repeats; a storage library of its own (Xet) repeats
+    too and does not say how often, hence counts as all the tries there are.
+    """
+    made = 1
+    chain: BaseException | None = error
+    while chain is not None:
+        frame = chain.__traceback__
+        last = ""
+        while frame is not None:
+            last = frame.tb_frame.f_code.co_name
+            made = max(made, int(frame.tb_frame.f_locals.get("nb_tries") or 0))
+            frame = frame.tb_next
+        if last in _REPEATED_BELOW:
+            return ALL_TRIES
+        chain = chain.__cause__
+    return made
+
+
+ALL_TRIES = 1 << 10
+_REPEATED_BELOW = frozenset({"_upload_xet_files", "xet_get"})
 
 
 def retrying(
@@ -127,25 +166,31 @@ def retrying(
     42
     """
     policy = policy or RetryPolicy.from_environment()
-    attempt = 0
+    attempt, waited = 0, 0.0
     while True:
-        attempt += 1
         try:
             return call()
         except Exception as error:
-            if attempt >= policy.attempts or not transient(error):
+            attempt += tries_made(error)
+            pause = next_pause(policy, error, attempt, waited) if transient(error) else None
+            if pause is None:
                 raise
-            headers = getattr(getattr(error, "response", None), "headers", None)
-            asked = asked_pause(headers) if headers is not None else None
-            if asked is not None and asked > policy.patience:
-                raise
-            pause = policy.pause(attempt) if asked is None else asked
             if notify is not None:
                 notify(
                     f"{what} failed ({describe(error)}); trying again in {pause:.0f} s "
                     f"({attempt + 1} of {policy.attempts})"
                 )
             policy.sleep(pause)
+            waited += pause
+
+
+def next_pause(policy: RetryPolicy, error: BaseException, attempt: int, waited: float) -> float | None:
+    """Seconds to wait after failed try number `attempt`, or None where it is time to give up."""
+    headers = getattr(getattr(error, "response", None), "headers", None)
+    asked = asked_pause(headers) if headers is not None else None
+    pause = policy.pause(attempt) if asked is None else asked
+    over = (asked is not None and asked > policy.patience) or waited + pause > policy.budget
+    return None if attempt >= policy.attempts or over else pause
 
 
 def describe(error: BaseException) -> str:
@@ -153,5 +198,14 @@ def describe(error: BaseException) -> str:
     status = status_of(error)
     if status is not None:
         return "429, rate limited" if status == 429 else f"HTTP {status}"
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    lines = without_password(str(error)).strip().splitlines()
+    return f"{type(error).__name__}: {printable(lines[0], 300)}" if lines else type(error).__name__
+
+
+def without_password(text: str) -> str:
+    """Text with addresses in it, without the names and passwords that stand in them.
+
+    >>> without_password("HTTP 500 for http://me:secret@hub.lab/api")
+    'HTTP 500 for http://hub.lab/api'
+    """
+    return re.sub(r"(?<=://)[^/@\s]+@", "", text)

@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -33,7 +34,7 @@ from hubsae.formats.planning import belongs
 from hubsae.hub.client import HubClient, RemoteFile
 from hubsae.hub.errors import ConflictError, IntegrityError
 from hubsae.hub.explain import explained
-from hubsae.hub.retry import asked_pause, describe, is_transient, retrying, status_of
+from hubsae.hub.retry import ALL_TRIES, describe, is_transient, next_pause, retrying, status_of, tries_made
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
@@ -261,33 +262,47 @@ def _send(
 
 
 def _with_lfs_as_fallback(client: HubClient, send: Callable[[], None]) -> None:
-    from huggingface_hub import constants
+    """Send by Xet where the Hub has it and it answers, else by LFS; this push remembers, the process does not."""
     from huggingface_hub.utils._runtime import is_xet_available
 
-    def transient(error: BaseException) -> bool:
-        return not _no_xet_here(error) and is_transient(error)
-
-    xet = is_xet_available()
-    try:
-        retrying(send, policy=client.policy, what="an upload", notify=client.notify, transient=transient)
-    except Exception as error:
-        missing = _no_xet_here(error)
-        if not xet or not (missing or is_transient(error)):
-            raise
-        why = "has no Xet storage" if missing else f"does not answer for Xet storage ({describe(error)})"
-        client.say(f"{client.endpoint} {why}; uploading by LFS instead (HF_HUB_DISABLE_XET=1 skips the attempt)")
-        # read by the client at each upload; without it there is no way to ask for LFS
-        constants.HF_HUB_DISABLE_XET = True
-        retrying(send, policy=client.policy, what="an upload", notify=client.notify)
+    if client.xet and is_xet_available():
+        try:
+            retrying(send, policy=client.policy, what="an upload", notify=client.say, transient=_worth_xet)
+            return
+        except Exception as error:
+            if not _of_xet(error):
+                raise
+            missing = status_of(error) in (404, None) and "Not Found" in str(error)
+            why = "has no Xet storage" if missing else f"does not answer for Xet storage ({describe(error)})"
+            client.say(f"{client.address} {why}; uploading by LFS instead (HF_HUB_DISABLE_XET=1 skips the attempt)")
+            client.xet = False
+    with _without_xet():
+        retrying(send, policy=client.policy, what="an upload", notify=client.say)
 
 
-def _no_xet_here(error: BaseException | None) -> bool:
+def _worth_xet(error: BaseException) -> bool:
+    return is_transient(error) and not _of_xet(error)
+
+
+def _of_xet(error: BaseException | None) -> bool:
+    """Whether it was the Xet storage, or the token for it, that failed."""
     while error is not None:
-        text = str(error)
-        if "xet-write-token" in text and ("404" in text or "Not Found" in text):
-            return True
+        if "xet-write-token" in str(error) or tries_made(error) == ALL_TRIES:
+            return status_of(error) not in (401, 403)
         error = error.__cause__
     return False
+
+
+@contextmanager
+def _without_xet() -> Iterator[None]:
+    """Uploads go by LFS meanwhile; there is no argument that asks for it."""
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_DISABLE_XET = constants.HF_HUB_DISABLE_XET, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_DISABLE_XET = before
 
 
 # -- the one commit ----------------------------------------------------------------------------------------------
@@ -307,9 +322,8 @@ def _commit(
     from huggingface_hub import CommitOperationDelete
 
     operations = [*additions, *(CommitOperationDelete(path) for path in diff.deleted)]
-    attempt = 0
+    attempt, waited = 0, 0.0
     while True:
-        attempt += 1
         try:
             info = client.api.create_commit(
                 repo_id,
@@ -321,6 +335,7 @@ def _commit(
             )
             return str(info.oid)
         except Exception as error:
+            attempt += tries_made(error)
             moved = status_of(error) in (409, 412)
             if not moved and not is_transient(error):
                 with explained(client, repo_id, revision=revision, repo_type=repo_type, writing=True):
@@ -332,15 +347,14 @@ def _commit(
                     client.say(f"the answer to the commit was lost ({describe(error)}), but it was made")
                     return _ours(client, repo_id, now.head, parent, message, revision, repo_type)
                 return None
-            if moved or attempt >= client.policy.attempts:
+            if moved:
                 with explained(client, repo_id, revision=revision, repo_type=repo_type, writing=True):
                     raise
-            headers = getattr(getattr(error, "response", None), "headers", None)
-            asked = asked_pause(headers) if headers is not None else None
-            if asked is not None and asked > client.policy.patience:
+            pause = next_pause(client.policy, error, attempt, waited)
+            if pause is None:
                 with explained(client, repo_id, revision=revision, repo_type=repo_type, writing=True):
                     raise
-            pause = client.policy.pause(attempt) if asked is None else asked
+            waited += pause
             client.say(
                 f"the commit failed ({describe(error)}); nothing was changed, trying again in {pause:.0f} s "
                 f"({attempt + 1} of {client.policy.attempts})"
