@@ -63,9 +63,9 @@ def command(
 def _table(path: str, out: Path | None, as_json: bool) -> None:
     from hubsae.cli._common import err, print_json
     from hubsae.cli._common import out as console
-    from hubsae.evals.tables import analyse_table
+    from hubsae.recipes.registry import find_recipe
 
-    report = analyse_table(path)
+    report = find_recipe("rl_chain").module("tables").analyse_table(path)
     if as_json:
         print_json(report.to_dict())
     else:
@@ -97,7 +97,7 @@ def _chains(
     from hubsae.evals.comparison import compare
     from hubsae.evals.drift import drift
     from hubsae.evals.record import activation_reader, record_drift
-    from hubsae.evals.report import summary
+    from hubsae.evals.report import summary, write_report
     from hubsae.formats.manifest import MANIFEST_NAME
     from hubsae.formats.release import Release
     from hubsae.hub.sae import HubSAE
@@ -135,7 +135,7 @@ def _chains(
     if out is None:
         record_drift(Release.open(chain_a), report, comparison)
     else:
-        report.write(out)
+        write_report(report, out)
         if comparison is not None and comparison.items:
             from hubsae.evals.plots import plot_comparison
 

@@ -14,6 +14,7 @@ from hubsae.evals.comparison import Comparison, compare
 from hubsae.evals.definitions import DEFINITIONS, Measure, to_metrics
 from hubsae.evals.drift import DriftReport, drift
 from hubsae.evals.reconstruction import reconstruction
+from hubsae.evals.report import write_report
 from hubsae.evals.results import ReconstructionResult, SAEReconstruction
 from hubsae.evals.splice import SpliceResult, splice, splice_many
 
@@ -32,4 +33,5 @@ __all__ = [
     "splice",
     "splice_many",
     "to_metrics",
+    "write_report",
 ]

@@ -144,16 +144,8 @@ def _grown(table: Tensor, rows: int) -> Tensor:
     return torch.cat([table, table.new_zeros(more, *table.shape[1:])]) if more > 0 else table
 
 
-class Reconstruction:
-    """The accumulator of reconstruction metrics: add blocks, merge with other ranks or shards, read the result.
-
-    >>> from hubsae import HubSAE, SAEConfig
-    >>> from hubsae.evals.passes import run_pass
-    >>> sae = HubSAE.random(SAEConfig(architecture="topk", d_in=4, d_sae=8, k=2))
-    >>> result, = run_pass(torch.randn(100, 4), {"a": sae}, [Reconstruction({"a": sae})])
-    >>> result["a"].get("mse").n_tokens
-    100
-    """
+class Sums:
+    """The sums behind the accumulator of reconstruction metrics (`read_off.Reconstruction`): add, merge, save, load."""
 
     def __init__(self, saes: Mapping[str, SAE], columns: Sequence[str] = (), scopes: Sequence[Scope] = ()):
         """`columns` are the label columns there are, from which the usual scopes follow; `scopes` are asked for."""
@@ -252,7 +244,7 @@ class Reconstruction:
 
     # ---- merging, saving --------------------------------------------------------------------------------------
 
-    def merge(self, other: Reconstruction) -> None:
+    def merge(self, other: Sums) -> None:
         """Add the state of another rank or shard: same SAEs and scopes, other rows."""
         if list(self.saes) != list(other.saes) or self.d != other.d or self.names != other.names:
             raise DataError(
@@ -325,12 +317,6 @@ class Reconstruction:
             sums.fired, sums.max_z = sums.fired.cpu(), sums.max_z.cpu()
             sums.sum_z.parts = sums.sum_z.parts.cpu()
         return {name: value for name, value in vars(self).items() if name != "models"}
-
-    def result(self) -> Any:
-        """The measures of what was added up."""
-        from hubsae.evals.read_off import read_off
-
-        return read_off(self)
 
 
 def _add_errors(x: Tensor, cell: Tensor, x_hat: Tensor, stats: Tensor, error: Tensor) -> None:

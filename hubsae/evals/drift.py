@@ -122,7 +122,7 @@ class GroupDrift:
 class DriftReport:
     """Drift of a chain, and of its control where there is one.
 
-    `write(folder)` (see report.py) gives tidy CSV files, a JSON summary and plots.
+    `report.write_report(report, folder)` gives tidy CSV files, a JSON summary and plots.
     """
 
     name: str
@@ -136,18 +136,6 @@ class DriftReport:
             have = ", ".join(g.name for g in self.groups)
             raise DataError(f"{len(found)} groups fit layer {layer}, k {k}", hint=f"the chain has: {have}")
         return found[0]
-
-    def write(self, folder: Any, *, plots: bool = True) -> list[Any]:
-        """Write tables, summary and plots into a folder; returns what was written."""
-        from hubsae.evals.report import write_report
-
-        return write_report(self, folder, plots=plots)
-
-    def rows(self, table: str) -> list[dict[str, Any]]:
-        """A tidy table by name: stages, moves, cross, rates or control."""
-        from hubsae.evals.report import table_rows
-
-        return table_rows(self, table)
 
 
 def drift(

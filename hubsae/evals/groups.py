@@ -14,8 +14,9 @@ import torch
 
 from hubsae.core.sae import SAE
 from hubsae.core.scopes import parse
-from hubsae.evals.accumulate import GROUPS, ROW_STATS, Reconstruction
+from hubsae.evals.accumulate import GROUPS, ROW_STATS
 from hubsae.evals.passes import Rows, run_pass
+from hubsae.evals.read_off import Reconstruction
 from hubsae.evals.reconstruction import prepare
 
 COLUMN = "token_group"

@@ -24,7 +24,7 @@ from hubsae.evals.accumulate import (
     NOT_FIRST,
     ROW_STATS,
     RUN_ROWS,
-    Reconstruction,
+    Sums,
 )
 from hubsae.evals.definitions import INTERVAL, Measure
 from hubsae.evals.passes import rows_at_once
@@ -78,7 +78,23 @@ class _Decile(NamedTuple):
     """Σ‖x − mean‖²; None where it is rounding."""
 
 
-def read_off(sums: Reconstruction) -> ReconstructionResult:
+class Reconstruction(Sums):
+    """The accumulator of reconstruction metrics: add blocks, merge with other ranks or shards, read the result.
+
+    >>> from hubsae import HubSAE, SAEConfig
+    >>> from hubsae.evals.passes import run_pass
+    >>> sae = HubSAE.random(SAEConfig(architecture="topk", d_in=4, d_sae=8, k=2))
+    >>> result, = run_pass(torch.randn(100, 4), {"a": sae}, [Reconstruction({"a": sae})])
+    >>> result["a"].get("mse").n_tokens
+    100
+    """
+
+    def result(self) -> ReconstructionResult:
+        """The measures of what was added up."""
+        return read_off(self)
+
+
+def read_off(sums: Sums) -> ReconstructionResult:
     """Measures of finished sums."""
     n_tokens = int(sums.inputs.n.sum())
     if not n_tokens:
@@ -110,7 +126,7 @@ def read_off(sums: Reconstruction) -> ReconstructionResult:
     return ReconstructionResult(out, n_tokens, [s.name for s in scopes])
 
 
-def _interval_kind(sums: Reconstruction, everything: _Scope) -> str:
+def _interval_kind(sums: Sums, everything: _Scope) -> str:
     units = int(everything.occupied.sum())
     what = "whole samples" if sums.inputs.known["sample_id"] else f"runs of {RUN_ROWS} consecutive tokens"
     return f"{INTERVAL} over {units} groups of {what}"
@@ -128,7 +144,7 @@ def _by_group(by_key: Tensor, cells: Tensor) -> Tensor:
     return by_key.reshape(-1, GROUPS, *by_key.shape[1:])[cells].sum(0)
 
 
-def _cells(sums: Reconstruction) -> dict[str, Tensor]:
+def _cells(sums: Sums) -> dict[str, Tensor]:
     """The cells of each scope that is reported. A scope that is empty is not, nor, unless it was asked for, one that
     holds the same tokens as another before it; cells go by their pattern, whatever the order they were met in."""
     patterns = sorted(sums.cells.of)
@@ -142,7 +158,7 @@ def _cells(sums: Reconstruction) -> dict[str, Tensor]:
     return found
 
 
-def _massive(sums: Reconstruction, cells: Tensor) -> str | None:
+def _massive(sums: Sums, cells: Tensor) -> str | None:
     """A warning where a scope holds tokens of more than MASSIVE times the median norm: they decide its sums."""
     bins = sorted((norm, slot) for (_, norm), slot in sums.bins.of.items())
     counts = np.cumsum([int(sums.inputs.bin_n[slot]) for _, slot in bins])
@@ -156,7 +172,7 @@ def _massive(sums: Reconstruction, cells: Tensor) -> str | None:
     )
 
 
-def _read_scopes(sums: Reconstruction, x_by_cell: CompensatedSum) -> list[_Scope]:
+def _read_scopes(sums: Sums, x_by_cell: CompensatedSum) -> list[_Scope]:
     inputs, d = sums.inputs, sums.d
     norm2_by_cell = _by_cell(inputs.norm2)
     x_by_key, norm2_by_key = inputs.sum_x.value(), inputs.norm2.value()
@@ -207,7 +223,7 @@ def _read_scopes(sums: Reconstruction, x_by_cell: CompensatedSum) -> list[_Scope
 
 
 def _measures(
-    sums: Reconstruction, name: str, scopes: list[_Scope], kind: str, keep: dict[tuple[str, str], np.ndarray]
+    sums: Sums, name: str, scopes: list[_Scope], kind: str, keep: dict[tuple[str, str], np.ndarray]
 ) -> list[Measure]:
     state = sums.saes[name]
     by_cell, by_key, fired = _by_cell(state.stats), state.stats.value(), state.fired.cpu()
@@ -221,7 +237,7 @@ def _measures(
     return out
 
 
-def _sequence_measures(sums: Reconstruction, name: str, scope: _Scope) -> list[Measure]:
+def _sequence_measures(sums: Sums, name: str, scope: _Scope) -> list[Measure]:
     """Means over sequences of the mean over the tokens of each, which count a short text as much as a long one."""
     if not len(scope.rows) or int(sums.inputs.sequence_n.sum()) != int(sums.inputs.n.sum()):
         return []
@@ -306,7 +322,7 @@ def effective_features(counts: Tensor) -> float:
     return float(2 ** (-(share * share.log2()).sum()))
 
 
-def _features(sums: Reconstruction, name: str, n_tokens: int) -> FeatureStats:
+def _features(sums: Sums, name: str, n_tokens: int) -> FeatureStats:
     state = sums.saes[name]
     fired = state.fired.cpu()
     count = fired.sum(0)
@@ -322,7 +338,7 @@ def _features(sums: Reconstruction, name: str, n_tokens: int) -> FeatureStats:
     )
 
 
-def _feature_measures(sums: Reconstruction, name: str, features: FeatureStats) -> list[Measure]:
+def _feature_measures(sums: Sums, name: str, features: FeatureStats) -> list[Measure]:
     if features.count_position_0 is None:
         return []
     only = (features.count > 0) & (features.count == features.count_position_0)
@@ -339,7 +355,7 @@ def _histogram(features: FeatureStats) -> list[DensityBin]:
     return bars + [DensityBin(*edges, n) for edges, n in zip(pairwise(DENSITY_EDGES), counts, strict=True)]
 
 
-def _read_deciles(sums: Reconstruction, x_by_cell: CompensatedSum) -> list[_Decile]:
+def _read_deciles(sums: Sums, x_by_cell: CompensatedSum) -> list[_Decile]:
     inputs = sums.inputs
     out: list[_Decile] = []
     every = _cells(sums)

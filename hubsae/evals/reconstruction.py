@@ -17,9 +17,9 @@ from hubsae.activations.ranks import Ranks
 from hubsae.core.errors import DataError
 from hubsae.core.sae import SAE
 from hubsae.core.scopes import Scope, parse
-from hubsae.evals.accumulate import Reconstruction
 from hubsae.evals.passes import Rows, name_saes, run_pass
 from hubsae.evals.places import check_place, place_of
+from hubsae.evals.read_off import Reconstruction
 from hubsae.evals.results import ReconstructionResult
 
 

@@ -22,7 +22,7 @@ from hubsae.activations import harvest
 from hubsae.core.files import read_csv, read_json, write_csv_atomic, write_json_atomic
 from hubsae.core.metadata import Metric
 from hubsae.core.text import stage_step
-from hubsae.evals import compare, reconstruction
+from hubsae.evals import compare, reconstruction, write_report
 from hubsae.evals.splice import splice_many
 from hubsae.recipes.standard import Activations, package, pick_device, publish, tables_in
 from hubsae.recipes.steps import Estimate, Step, StepContext
@@ -254,7 +254,7 @@ class _Run:
         """Drift along the chain and against its control, and beside other chains."""
         config = self.config
         report = common.drift_of_run(ctx.run_folder, config, lambda text: ctx.progress(0, None, text))
-        report.write(ctx.folder)
+        write_report(report, ctx.folder)
         compared: list[dict[str, Any]] = []
         for other in config.compare:
             theirs = ChainConfig.model_validate(read_json(Path(other) / "run.json")["config"])

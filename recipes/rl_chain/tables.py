@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from hubsae.core.errors import FormatError
-from hubsae.evals.printed import BUNDLED, Row, TableReport, find_table, half_unit, read_table
-from hubsae.evals.table_chains import analyse_chains, compare_chains
+
+from .printed import BUNDLED, Row, TableReport, find_table, half_unit, read_table
+from .table_chains import analyse_chains, compare_chains
 
 __all__ = [
     "BUNDLED",
@@ -28,12 +29,7 @@ __all__ = [
 
 
 def analyse_table(path: str | os.PathLike[str]) -> TableReport:
-    """Analyse a published table; its columns say which kind it is.
-
-    >>> report = analyse_table("grid_layer12.csv")
-    >>> [f["finding"] for f in report.findings][0]
-    'TopK has the lower MSE in 10 of 12 matched cells'
-    """
+    """Analyse a published table; its columns say which kind it is."""
     file = find_table(path)
     rows = read_table(file)
     columns = set(rows[0])

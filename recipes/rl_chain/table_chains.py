@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hubsae.core.errors import DataError
-from hubsae.evals.printed import Row, TableReport, printed_series, read_table
 from hubsae.evals.rates import RateRatio, Series, change, rate_ratio, step_of
+
+from .printed import Row, TableReport, printed_series, read_table
 
 # Implied variances further apart than this are taken for different validation data.
 OTHER_DATA = 0.02
@@ -101,11 +102,7 @@ def _chain_comparisons(series: Mapping[tuple[str, int, int], Series]) -> list[di
 
 
 def compare_chains(source: str | os.PathLike[str], a: str, b: str, layer: int, k: int, *, matched: bool) -> RateRatio:
-    """Rate of ΔNMSE of chain a over that of chain b in a published table.
-
-    >>> round(compare_chains("chains_reconstruction.csv", "strict", "flexible", 18, 64, matched=False).ratio, 2)
-    1.25
-    """
+    """Rate of ΔNMSE of chain a over that of chain b in a published table."""
     points: dict[str, list[tuple[int, str]]] = {}
     for row in read_table(source):
         step = step_of(row["stage"])

@@ -5,14 +5,13 @@ import csv
 import pytest
 
 from hubsae.core.errors import DataError, FormatError
-from hubsae.evals.tables import (
-    analyse_table,
-    base_loss_from_ratio,
-    compare_chains,
-    find_table,
-    half_unit,
-    read_table,
-)
+from hubsae.recipes.registry import find_recipe
+
+tables = find_recipe("rl_chain").module("tables")
+analyse_table, compare_chains = tables.analyse_table, tables.compare_chains
+base_loss_from_ratio, find_table, half_unit, read_table = (
+    tables.base_loss_from_ratio, tables.find_table, tables.half_unit, tables.read_table,
+)  # fmt: skip
 
 CHAINS, GRID = "chains_reconstruction.csv", "grid_layer12.csv"
 
