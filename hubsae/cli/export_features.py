@@ -38,14 +38,8 @@ def command(
 
     if to != "neuronpedia":
         raise HubSAEError(f"no export to {to!r}", hint="there is: --to neuronpedia")
-    found = {line["id"]: line for line in page.indexes(release)}
-    if not found:
-        raise HubSAEError(f"{release} has no reverse index", hint=f"make one: hubsae index {release}")
-    if sae is None and len(found) == 1:
-        sae = next(iter(found))
-    if sae not in found:
-        raise HubSAEError("which SAE?" if sae is None else f"no index of {sae!r}", hint=f"--sae {' | '.join(found)}")
-    line = found[sae]
+    index = page.chosen(release, sae)
+    line = next(line for line in page.indexes(release) if line["name"] == index.name)
     base = (line["base_model"] or "").rsplit("/", 1)[-1].lower()
     if not (model or base):
         raise HubSAEError("the model's id there is not known", hint="--model qwen3-8b")
@@ -55,7 +49,7 @@ def command(
         from hubsae.hub.sae import HubSAE
 
         rows = HubSAE.from_pretrained(str(release), line["id"]).W_dec.detach().float().numpy()
-    done = neuronpedia.export(release / page.FOLDER / line["name"], target, names, vectors=rows)
+    done = neuronpedia.export(index, target, names, vectors=rows)
     if json:
         print_json(neuronpedia.as_dict(done))
         return

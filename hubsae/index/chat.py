@@ -1,0 +1,72 @@
+"""Chat models that can be asked one question: behind an OpenAI-compatible server, or in this process."""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hubsae.core.errors import HubSAEError
+from hubsae.core.extras import require
+
+Message = dict[str, str]
+Chat = Callable[[list[Message]], str]
+
+
+class ChatError(HubSAEError):
+    """A chat model did not answer. What was finished before is kept."""
+
+
+@dataclass(frozen=True)
+class ServerChat:
+    """A model behind an OpenAI-compatible address, such as `http://127.0.0.1:8000/v1` of vLLM or llama.cpp."""
+
+    url: str
+    model: str
+    key: str | None = None
+    max_tokens: int = 200
+    timeout: float = 120.0
+    tries: int = 4
+
+    def __call__(self, messages: list[Message]) -> str:
+        """The answer to a conversation; asks again after 429, 5xx and cut lines."""
+        body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": self.max_tokens}
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
+        request = urllib.request.Request(
+            f"{self.url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers, method="POST"
+        )
+        for left in reversed(range(self.tries)):
+            try:
+                with urllib.request.urlopen(request, timeout=self.timeout) as answer:
+                    return str(json.load(answer)["choices"][0]["message"]["content"] or "")
+            except urllib.error.HTTPError as why:
+                if not left or (why.code < 500 and why.code != 429):
+                    raise ChatError(f"{self.url}: {why.code} {why.reason}", hint="run it again to go on") from why
+            except (OSError, ValueError, KeyError, IndexError, TypeError) as why:
+                if not left:
+                    raise ChatError(f"{self.url}: {why}", hint="run it again to go on") from why
+            time.sleep(0.25 * 2 ** (self.tries - left))
+        raise AssertionError("unreachable")
+
+
+class LocalChat:
+    """A model of transformers in this process, decoding greedily."""
+
+    def __init__(self, model: str, *, device: str | None = None, max_tokens: int = 200):
+        transformers = require("transformers", extra="train")
+        self.model_id, self.max_tokens = model, max_tokens
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(model).eval()
+        if device:
+            self.model = self.model.to(device)
+
+    def __call__(self, messages: list[Message]) -> str:
+        """The answer to a conversation."""
+        ids = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        ).to(self.model.device)
+        out = self.model.generate(**ids, max_new_tokens=self.max_tokens, do_sample=False)
+        return self.tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
