@@ -91,6 +91,10 @@ def command(
             read = tokenizer if model else _tokenizer(name)
             options = {"tokenizer": read, "tokenizer_id": name, "model": loaded, "force": force}
             written += index_activations(group, data, where, settings, **options)
+    if out is None:
+        from hubsae.index.page import build
+
+        written.append(build(root))  # the page that shows them, hubsae view
     if as_json:
         print_json([str(path) for path in written])
     for path in written if not as_json else []:

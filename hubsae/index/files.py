@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ class Extras:
 
 def write_index(table: FeatureTable, folder: str | os.PathLike[str], extras: Extras) -> Path:
     """Write every file of an index, those of the static page included."""
+    from hubsae.index.labels import read as read_labels
     from hubsae.index.site import write_site
 
     root = Path(folder)
@@ -77,7 +78,8 @@ def write_index(table: FeatureTable, folder: str | os.PathLike[str], extras: Ext
     if near is not None:
         write_parquet(root / NEIGHBOURS, near, _NEIGHBOUR_TYPES)
         files.append(NEIGHBOURS)
-    files += write_site(root, metrics, prompts, logits, near)
+    named = [asdict(label) for label in read_labels(root) if label.feature < table.d_sae]
+    files += write_site(root, metrics, prompts, logits, near, named)
     summary = {
         "format": "hubsae-reverse-index", "version": VERSION, "sae": dict(extras.sae), "source": dict(extras.source),
         "tokenizer": {"id": extras.tokenizer_id, "sha256": table.identity.get("tokenizer")},

@@ -1,4 +1,4 @@
-"""The two files that a static page reads by ranges: a summary that it loads whole, and features 256 to a row group."""
+"""The two files that a static page reads by ranges: a summary that it loads whole, and features in row groups of about 150 kB."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from hubsae.core.files import atomic_path
 
 SUMMARY, FEATURES = "summary.parquet", "features.parquet"
 GROUP = 256
-"""Features in a row group: one request of about 164 kB shows a feature."""
+"""Features in a row group at most"""
+GROUP_BYTES = 150_000
+"""What a browser fetches to show one feature"""
 Columns = Mapping[str, Any]
 
 
@@ -74,10 +76,24 @@ def write_site(
             "labels": pa.array(named, pa.list_(label)),
         }
     )
-    for name, table, rows in ((SUMMARY, summary, max(n, 1)), (FEATURES, features, GROUP)):
+    options = {"compression": "snappy", "use_dictionary": False, "write_statistics": False}
+    for name, table, rows in ((SUMMARY, summary, max(n, 1)), (FEATURES, features, _group(features, options))):
         with atomic_path(root / name) as scratch:
-            pq.write_table(table, scratch, row_group_size=rows, compression="snappy", use_dictionary=False)
+            pq.write_table(table, scratch, row_group_size=rows, **options)
     return [SUMMARY, FEATURES]
+
+
+def _group(features: Any, options: Mapping[str, Any]) -> int:
+    """Features in a row group, a power of two, so that one is about `GROUP_BYTES` on disk."""
+    if not features.num_rows:
+        return GROUP
+    pa, pq = require("pyarrow", extra="train"), require("pyarrow.parquet", extra="train")
+    written = pa.BufferOutputStream()
+    every = max(1, features.num_rows // 1024)
+    part = features.take(list(range(0, features.num_rows, every)))
+    pq.write_table(part, written, **options)
+    each = written.tell() / part.num_rows
+    return max(8, min(GROUP, 2 ** int(np.log2(max(1.0, GROUP_BYTES / each)))))
 
 
 def _rows(columns: Columns, *names: str) -> Any:

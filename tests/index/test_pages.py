@@ -136,3 +136,21 @@ def test_building_again_changes_nothing_until_the_tables_change(release):
 def test_names_from_a_release_cannot_leave_the_data_of_the_page():
     text = render([], title="</script><script>alert(1)</script>&<!--", repo='"><b>')
     assert "alert(1)</script>" not in text and "<!--" not in text.split('id="site">')[1].split("</script>")[0]
+
+
+def test_a_row_group_stays_small_however_many_examples_a_feature_has(tmp_path):
+    import pyarrow.parquet as pq
+
+    from hubsae.index import site
+
+    folder = synthetic.write(tmp_path, d_sae=1024, active=900, examples=30_000)
+    table = pq.read_table(folder / "features.parquet")
+    options = {"compression": "snappy", "use_dictionary": False, "write_statistics": False}
+    rows = site._group(table, options)
+    pq.write_table(table, tmp_path / "again.parquet", row_group_size=rows, **options)
+    kept = pq.read_metadata(tmp_path / "again.parquet")
+    sizes = [
+        sum(kept.row_group(i).column(j).total_compressed_size for j in range(kept.num_columns))
+        for i in range(kept.num_row_groups)
+    ]
+    assert rows < 256 and 75_000 < sum(sizes) / len(sizes) and max(sizes) < 200_000
