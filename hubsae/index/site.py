@@ -1,4 +1,4 @@
-"""The two files that a static page reads by ranges: a summary that it loads whole, and features in row groups of about 150 kB."""
+"""The two files that a static page reads by ranges: a summary, loaded whole, and features in groups of about 150 kB."""
 
 from __future__ import annotations
 
