@@ -327,7 +327,7 @@ def run_pass(
             )
     grouped = _process_group()
     mine = ranks or grouped or Ranks()
-    if grouped is not None:
+    if grouped is not None and (ranks is None or ranks.world_size > 1):
         _agree_on_products(named, grouped.rank)
     first, last = blocks if blocks is not None else _share(rows.n, mine)
     wanted = [c for c in dict.fromkeys(c for a in accumulators for c in a.columns) if c in rows.columns]

@@ -186,16 +186,6 @@ def select_tokens(config: TrainConfig, source: Source) -> TokenSelection:
     return TokenSelection(selection.exclude, (config.max_norm_factor or MASSIVE) * median)
 
 
-def every_row(source: Source, size: int, selection: TokenSelection) -> Iterator[Tensor]:
-    """All rows that take part, once, in order where the source has one; for validation."""
-    if isinstance(source, TensorSource) and not selection.columns:
-        stream: Iterator[Rows] = (Rows(part, {}) for part in source.rows.split(size))
-    else:
-        stream = selection.batches(source, size, seed=0, epoch=0)
-    for batch in stream:
-        yield selection.kept(batch)
-
-
 def sample(source: Source, rows: int, seed: int, selection: TokenSelection | None = None) -> Tensor:
     """Random rows in float32, the same for the same seed; all rows where there are no more.
 

@@ -326,7 +326,11 @@ class Run:
 
     def _validate(self, cells: list[Cell], val: data.Source) -> dict[str, dict[str, float]]:
         saes = {cell.config.name: self._exported(cell, self._gathered(cell)).to(self.device) for cell in cells}
-        selection = self.tokens if val is self.val else data.TokenSelection()
+        selection = self.tokens
+        if val is not self.val:  # rows of training, already chosen, without labels
+            selection = data.TokenSelection()
+            for sae in saes.values():
+                sae.metadata.training.exclude = []
         return validate.measure(saes, val, selection, limit=self.first.eval_rows)
 
     def _gathered(self, cell: Cell) -> dict[str, Tensor]:

@@ -1,50 +1,37 @@
-"""Metrics of SAEs while they train: what the exported SAEs do on validation rows, one pass for all of them."""
+"""Metrics of SAEs while they train: what the exported SAEs do on validation rows, by the pass engine of the evals."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
-import torch
+from torch import Tensor
 
+from hubsae.activations.ranks import Ranks
 from hubsae.core.errors import DataError
 from hubsae.core.sae import SAE
+from hubsae.evals.passes import BLOCK_ROWS, run_pass
+from hubsae.evals.reconstruction import prepare
 from hubsae.train import data
 
-# rows encoded at once
-BLOCK = 4096
+NAMES = {"val_mse": "mse", "val_fvu": "fvu", "val_l0": "l0", "val_dead": "dead_fraction"}
 
 
 def measure(
     saes: Mapping[str, SAE], val: data.Source, selection: data.TokenSelection, *, limit: int
 ) -> dict[str, dict[str, float]]:
-    """Metrics by name of the SAE over up to `limit` rows that take part; errors are those of raw activations."""
-    device = next(iter(saes.values())).device
-    squares = dict.fromkeys(saes, 0.0)
-    fired = {name: torch.zeros(sae.d_sae, dtype=torch.int64, device=device) for name, sae in saes.items()}
-    total = torch.zeros(val.d, dtype=torch.float64, device=device)
-    spread, rows, shift = torch.zeros_like(total), 0, None
-    for part in data.every_row(val, min(BLOCK, val.n_rows), selection):
-        x = part.to(device, torch.float32)[: limit - rows]
-        for name, sae in saes.items():
-            codes = sae.encode_sparse(x, sorted=False)
-            squares[name] += float((sae.decode(codes) - x).double().square().sum())
-            fired[name] += torch.bincount(codes.indices[codes.values != 0], minlength=sae.d_sae)
-        wide = x.double()
-        shift = wide.mean(0) if shift is None else shift  # deviations from a near mean keep their digits
-        total, spread = total + (wide - shift).sum(0), spread + (wide - shift).square().sum(0)
-        rows += len(x)
-        if rows >= limit:
-            break
-    if rows == 0:
-        raise DataError("every validation token is left out", hint="leave out fewer (exclude, max_norm_factor)")
-    variance = float((spread - total**2 / rows).sum())
-    return {
-        name: {
-            "val_mse": squares[name] / (rows * val.d),
-            "val_fvu": squares[name] / max(variance, 1e-30),
-            "val_l0": float(fired[name].sum()) / rows,
-            "val_dead": float((fired[name] == 0).double().mean()),
-            "val_rows": rows,
-        }
-        for name in saes
-    }
+    """Metrics by name of the SAE, of raw activations and the tokens that take part; of about `limit` rows."""
+    rows: Any = val.rows if isinstance(val, data.TensorSource) else val
+    if not hasattr(rows, "label_names") and not isinstance(rows, Tensor):
+        rows = data.head(val, min(limit, val.n_rows), 0, selection)  # a source that only knows how to shuffle
+    table, named, sums = prepare(saes, rows, scopes=[selection.scope], force=True)
+    blocks = (0, -(-min(limit, val.n_rows) // BLOCK_ROWS))
+    # every rank reads all rows: ranks that train apart come here at different times
+    (found,) = run_pass(table, named, [sums], blocks=blocks, ranks=Ranks())
+    out = {}
+    for name in saes:
+        values = {key: found[name].value(metric, selection.scope.name) for key, metric in NAMES.items()}
+        if not (n_tokens := found[name].get("mse", selection.scope.name).n_tokens):
+            raise DataError("every validation token is left out", hint="leave out fewer (exclude, max_norm_factor)")
+        out[name] = {key: value for key, value in values.items() if value is not None} | {"val_rows": n_tokens}
+    return out

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from hubsae.activations import ActivationDataset
-from hubsae.core.errors import TrainingInterrupted
+from hubsae.core.errors import FormatError, TrainingInterrupted
 from hubsae.train import AuxConfig, DeadConfig, ResampleConfig, TrainConfig, checkpoint, train
 from hubsae.train.trainer import Run
 
@@ -178,6 +178,98 @@ def test_ctrl_c_behind_the_last_step_is_not_swallowed(tmp_path, whole, monkeypat
     final = [name for name in bytes_of(whole) if name.startswith(("sae/", "best/"))]
     assert final and [bytes_of(tmp_path)[n] for n in final] == [bytes_of(whole)[n] for n in final]
     assert train(CONFIG, tokens(), out=tmp_path).sae is not None
+
+
+def flip_a_bit(run: Path, rng: random.Random) -> Path:
+    """One bit of one file of a run."""
+    file = rng.choice(sorted(p for p in run.rglob("*") if p.is_file() and p.stat().st_size))
+    content = bytearray(file.read_bytes())
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    file.write_bytes(content)
+    return file
+
+
+def stopped_at(step: int, out: Path, monkeypatch) -> None:
+    real = Run._train
+
+    def dies(self, x):
+        if self.step == step:
+            raise Killed
+        real(self, x)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_train", dies)
+        with pytest.raises(Killed):
+            train(CONFIG, tokens(), out=out)
+
+
+@pytest.mark.parametrize("name", ["cell0.safetensors", "state.json"])
+def test_a_damaged_state_is_named_and_the_one_before_it_taken(name, tmp_path, whole, monkeypatch, capfd):
+    stopped_at(40, tmp_path, monkeypatch)
+    assert [p.name for p in checkpoint.states(tmp_path / "state")] == ["step_00000028", "step_00000035"]
+    file = tmp_path / "state" / "step_00000035" / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+    assert train(CONFIG, tokens(), out=tmp_path).sae is not None
+    assert f"step_00000035 is damaged, so it is not used: {file}" in capfd.readouterr().err.replace("\n", "")
+    assert bytes_of(tmp_path) == bytes_of(whole)
+    assert lines_of(tmp_path) == lines_of(whole)
+
+
+def test_without_a_whole_state_the_error_names_the_file_and_fresh(tmp_path, monkeypatch):
+    stopped_at(40, tmp_path, monkeypatch)
+    for state in checkpoint.states(tmp_path / "state"):
+        (state / "cell0.safetensors").write_bytes(b"short")
+    with pytest.raises(FormatError, match=r"cell0.safetensors.*another or none\n.*--fresh"):
+        train(CONFIG, tokens(), out=tmp_path)
+    assert train(CONFIG, tokens(), out=tmp_path, resume=False).sae is not None
+
+
+def test_sigterm_saves_like_ctrl_c(tmp_path, whole):
+    process = child(tmp_path)
+    assert process.stdout is not None and process.stdout.readline().strip() == b"ready"
+    while not checkpoint.states(tmp_path / "state") and process.poll() is None:
+        time.sleep(0.005)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    if b"interrupted" in errors:  # else it was done before
+        state = checkpoint.latest(tmp_path)
+        assert state is not None and f"after step {int(state.name[5:])} of 84".encode() in errors
+    train(CONFIG, tokens(), out=tmp_path)
+    assert bytes_of(tmp_path) == bytes_of(whole)
+
+
+@pytest.mark.slow
+def test_kills_with_a_random_bit_flipped_before_each_resume(tmp_path, whole):
+    """Every run ends with the bytes of an undisturbed one, or with an error that says what is damaged."""
+    rng = random.Random(5)
+    outcomes = {"same bytes": 0, "typed error": 0}
+    kills = int(os.environ.get("HUBSAE_KILLS", "300"))
+    number = 0
+    while sum(outcomes.values()) == 0 or kills > 0:
+        out, number = tmp_path / f"run{number}", number + 1
+        while True:
+            process = child(out)
+            assert process.stdout is not None and process.stdout.readline().strip() == b"ready"
+            try:
+                _, errors = process.communicate(timeout=rng.uniform(0.05, 0.6) if kills > 0 else 300)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+                kills -= 1
+                flip_a_bit(out, rng) if any(out.rglob("*.*")) else None
+                continue
+            if process.returncode == 0:
+                assert bytes_of(out) == bytes_of(whole)
+                outcomes["same bytes"] += 1
+            else:
+                last = errors.decode().strip()
+                assert "hubsae.core.errors." in last, last
+                outcomes["typed error"] += 1
+            break
+    print(outcomes)
+    assert outcomes["same bytes"] > 0
 
 
 @pytest.mark.slow
