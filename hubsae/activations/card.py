@@ -5,12 +5,14 @@ A card that a person has edited is not overwritten: only our block between its m
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from hubsae.core.bundled import bundled
 from hubsae.core.files import write_text_atomic
 from hubsae.core.readme import update
+from hubsae.core.text import printable
 
 BLOCK = "activations"
 TEMPLATE = "activation_dataset.md.j2"
@@ -46,12 +48,20 @@ def render_body(manifest: dict[str, Any], repo_id: str | None = None) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["number"] = _number
+    environment.filters["code"] = lambda text: (
+        "`" + printable(json.dumps(text, ensure_ascii=False)).replace("`", "'") + "`"
+    )
     first = next(iter(manifest["configs"].values()))
     sources = [entry["source"] for entry in manifest["configs"].values()]
     shared = {k: v for k, v in sources[0].items() if all(s.get(k) == v for s in sources)}
     return environment.get_template(TEMPLATE).render(
         manifest=manifest, first=first, shared=shared, repo=repo_id or "OWNER/NAME", run=manifest.get("run", {})
     )
+
+
+def _code(text: str) -> str:
+    """A token's text, whatever it holds, as code in a sentence."""
+    return "`" + printable(json.dumps(text, ensure_ascii=False)).replace("`", "'") + "`"
 
 
 def _number(value: Any) -> str:

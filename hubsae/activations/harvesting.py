@@ -174,7 +174,8 @@ def harvest(
     with _sigterm_stops():
         _run(stream, itertools.chain(head, items), n_items, writers, shard_seconds, progress)
     run = {"empty": stream.counts.empty, "bad": len(stream.counts.bad)}  # found again by every run
-    ranks.finish(Path(out), lambda total: finalize(out, {stage or "run": total}), run)
+    decode = None if stream.tokenizer is None else lambda token: stream.tokenizer.decode([token])
+    ranks.finish(Path(out), lambda total: finalize(out, {stage or "run": total}, decode), run)
     return ActivationSet(out, [config_name(hook.name, stage) for hook in stream.hooks])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +61,11 @@ def survey(root: Path) -> tuple[dict[str, Any], dict[str, ActivationStats]]:
     return manifest, statistics
 
 
-def finalize(root: str | Path, run: dict[str, Any] | None = None) -> Path:
+def finalize(root: str | Path, run: dict[str, Any] | None = None, decode: Callable[[int], str] | None = None) -> Path:
     """Write `activations.json`, the statistics files and the card of a dataset folder; safe to repeat.
 
-    `run` is what a harvest wants on record beside the shards (counts of truncated samples, say).
+    `run` is what a harvest wants on record beside the shards (counts of truncated samples, say); `decode` names the
+    tokens with massive activations.
     """
     from hubsae.activations.card import write_card
 
@@ -76,6 +77,12 @@ def finalize(root: str | Path, run: dict[str, Any] | None = None) -> Path:
     before = read_json(path) if path.is_file() else {}
     if runs := {**before.get("run", {}), **(run or {})}:
         manifest["run"] = runs
+    tokens = dict(before.get("tokens", {}))
+    if decode is not None:
+        ids = {token for entry in manifest["configs"].values() for token in entry["statistics"]["largest"]}
+        tokens |= {str(token): decode(token) for token in sorted(ids)}
+    if tokens:
+        manifest["tokens"] = tokens
     for name, stats in statistics.items():
         write_statistics(root / name / STATISTICS, stats)
     write_json_atomic(path, manifest)
@@ -150,4 +157,5 @@ def described(
         }
         for data in opened
     ]
-    return {"kind": "activations", "path": path, "configs": rows, "run": manifest.get("run", {})}
+    about = {"run": manifest.get("run", {}), "tokens": manifest.get("tokens", {})}
+    return {"kind": "activations", "path": path, "configs": rows, **about}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +45,7 @@ def load_model(
                 raise
             loaded = transformers.AutoModel.from_pretrained(str(model), **options)
     except OSError as error:
-        raise NotFoundError(
-            f"model {model} cannot be loaded: {str(error).splitlines()[0]}",
-            hint="give a folder with config.json and weights, or a model id (`hf auth login` for gated ones)",
-        ) from error
+        raise not_loaded(model, error) from error
     if adapter is not None:
         loaded = merge_adapter(loaded, adapter, token=token)
         if wanted is not None:
@@ -74,9 +73,33 @@ def load_tokenizer(model: str | Path, *, revision: str | None = None, token: str
     try:
         return transformers.AutoTokenizer.from_pretrained(str(model), revision=revision, token=token)
     except (OSError, ValueError) as error:
+        try:
+            transformers.AutoConfig.from_pretrained(str(model), revision=revision, token=token)
+        except (OSError, ValueError) as missing:  # it is not the tokenizer that is missing
+            raise not_loaded(model, missing) from error
         raise NotFoundError(
             f"no tokenizer in {model}: {str(error).splitlines()[0]}", hint="name another one with tokenizer="
         ) from error
+
+
+def not_loaded(model: str | Path, error: Exception) -> NotFoundError:
+    """The error for a model that is not there, or is there and cannot be read."""
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    path = Path(model)
+    if path.is_dir():
+        return NotFoundError(
+            f"model {model} cannot be loaded: {text}", hint="a folder of a model holds config.json and weights"
+        )
+    if not any(sign in str(error) for sign in ("not a local folder", "not a valid model identifier", "Repo id must")):
+        return NotFoundError(
+            f"model {model} cannot be loaded: {text}",
+            hint="give a folder with config.json and weights, or a model id (`hf auth login` for gated ones)",
+        )
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    beside = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() and path.name else []
+    near = get_close_matches(path.name, beside, cutoff=0.6)
+    hint = f"did you mean {path.parent / near[0]}?" if near else "check its spelling; `hf auth login` for gated models"
+    return NotFoundError(f"there is no model {model}: no such folder here, no such repo at {endpoint}", hint=hint)
 
 
 def as_dtype(name: str | torch.dtype) -> torch.dtype:
@@ -107,5 +130,5 @@ def layer_count(model: str | Path, revision: str | None = None) -> int:
     try:
         config = transformers.AutoConfig.from_pretrained(str(model), revision=revision)
     except (OSError, ValueError) as error:
-        raise NotFoundError(f"model {model} has no config: {str(error).splitlines()[0]}") from error
+        raise not_loaded(model, error) from error
     return int(config.get_text_config().num_hidden_layers)

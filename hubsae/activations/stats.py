@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import itertools
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,6 +113,24 @@ class NormTable:
         return float(self.bins[max(0, index) :].sum() / self.count)
 
 
+TOP_TOKENS = 16
+"""Token ids of the largest norms that are kept by name."""
+
+
+@dataclass
+class Group:
+    """Norms of the tokens that one boolean label names."""
+
+    count: int = 0
+    total: float = 0.0
+    high: float = 0.0
+
+    def merge(self, other: Group) -> None:
+        """Add another."""
+        self.count, self.total = self.count + other.count, self.total + other.total
+        self.high = max(self.high, other.high)
+
+
 class RunningStats:
     """Accumulators of one shard or one dataset.
 
@@ -125,10 +144,15 @@ class RunningStats:
         self.d = d
         self.rest, self.first = Moments.zero(d), Moments.zero(d)
         self.rest_norms, self.first_norms = NormTable(), NormTable()
+        self.groups: dict[str, Group] = {}
+        self.tops: dict[int, float] = {}
+        """The largest norm of each of the token ids that have the largest, position 0 left out."""
 
-    def see(self, x: Tensor, position: np.ndarray) -> Tensor:
+    def see(self, x: Tensor, position: np.ndarray, labels: Mapping[str, np.ndarray] | None = None) -> Tensor:
         """Add rows x [rows, d] of float32 with their positions; returns their norms [rows]."""
         norms = torch.linalg.vector_norm(x, dim=1)
+        if labels:
+            self._see_labels(norms.numpy(), position, labels)
         at_start = np.flatnonzero(position == 0)
         if len(at_start):
             others = torch.from_numpy(np.flatnonzero(position != 0))
@@ -143,8 +167,27 @@ class RunningStats:
             self.rest_norms.see(rest.numpy())
         return norms
 
+    def _see_labels(self, norms: np.ndarray, position: np.ndarray, labels: Mapping[str, np.ndarray]) -> None:
+        for name, column in labels.items():
+            if column.dtype == bool and (chosen := norms[column]).size:
+                total = float(chosen.astype(np.float64).sum())
+                self.groups.setdefault(name, Group()).merge(Group(len(chosen), total, float(chosen.max())))
+        if "token_id" in labels:
+            rest = np.flatnonzero(position != 0)
+            rest = rest[np.argsort(-norms[rest], kind="stable")[: 4 * TOP_TOKENS]]
+            self._keep_tops(zip(labels["token_id"][rest].tolist(), norms[rest].tolist(), strict=True))
+
+    def _keep_tops(self, found: Iterable[tuple[int, float]]) -> None:
+        for token, norm in found:
+            if token >= 0:
+                self.tops[token] = max(norm, self.tops.get(token, 0.0))
+        self.tops = dict(sorted(self.tops.items(), key=lambda item: (-item[1], item[0]))[:TOP_TOKENS])
+
     def merge(self, other: RunningStats) -> None:
         """Add another set of accumulators."""
+        for name, group in other.groups.items():
+            self.groups.setdefault(name, Group()).merge(group)
+        self._keep_tops(other.tops.items())
         self.rest.add(other.rest.count, other.rest.mean, other.rest.m2)
         self.first.add(other.first.count, other.first.mean, other.first.m2)
         self.rest_norms.merge(other.rest_norms)
@@ -157,11 +200,13 @@ class RunningStats:
         norms = NormTable()
         norms.merge(self.rest_norms)
         norms.merge(self.first_norms)
-        return ActivationStats(every, self.rest, norms, self.first_norms)
+        return ActivationStats(every, self.rest, norms, self.first_norms, self.rest_norms, self.groups, self.tops)
 
     def to_json(self) -> dict[str, Any]:
         """A form for a footer: arrays as base64 of little-endian float64, histograms without their zeros."""
         out: dict[str, Any] = {"d": self.d}
+        out["groups"] = {name: [g.count, g.total, g.high] for name, g in sorted(self.groups.items())}
+        out["tops"] = [[token, norm] for token, norm in self.tops.items()]
         for name, moments, norms in (
             ("rest", self.rest, self.rest_norms),
             ("first", self.first, self.first_norms),
@@ -181,6 +226,8 @@ class RunningStats:
     def from_json(data: dict[str, Any]) -> RunningStats:
         """The inverse of `to_json`."""
         stats = RunningStats(int(data["d"]))
+        stats.groups = {name: Group(*numbers) for name, numbers in data.get("groups", {}).items()}
+        stats.tops = {int(token): norm for token, norm in data.get("tops", [])}
         for name in ("rest", "first"):
             part = data[name]
             count = int(part["count"])
@@ -218,6 +265,12 @@ class ActivationStats:
     """Norms of all tokens."""
     first_norms: NormTable
     """Norms of the tokens at position 0."""
+    rest_norms: NormTable = field(default_factory=NormTable)
+    """Norms of all others."""
+    groups: Mapping[str, Group] = field(default_factory=dict)
+    """Norms by boolean label."""
+    tops: Mapping[int, float] = field(default_factory=dict)
+    """The token ids with the largest norms behind position 0, and those norms."""
 
     @property
     def count(self) -> int:
@@ -257,7 +310,25 @@ class ActivationStats:
     @property
     def massive_share(self) -> float:
         """Share of the tokens whose norm exceeds ten times the median."""
-        return self.norms.share_above(MASSIVE * self.norms.quantile(0.5))
+        return self.norms.share_above(self.massive_above)
+
+    @property
+    def massive_above(self) -> float:
+        """The norm above which a token counts as massive: ten times the median."""
+        return MASSIVE * self.norms.quantile(0.5)
+
+    def proposal(self) -> list[str]:
+        """What a training should leave out, given these norms: `position_0`, `massive`, or nothing.
+
+        A few vectors of a hundred times the usual norm are most of the variance; an SAE then learns them alone.
+        """
+        first = self.first_norms
+        found = []
+        if first.count and first.total / first.count > self.massive_above:
+            found.append("position_0")
+        if self.rest_norms.share_above(self.massive_above) > 0:
+            found.append("massive")
+        return found
 
     @property
     def pooled_variance(self) -> float:
@@ -280,11 +351,18 @@ class ActivationStats:
             "mean_norm": self.mean_norm,
             "norm_percentiles": self.norm_percentiles,
             "massive_share": self.massive_share,
+            "massive_above": self.massive_above,
+            "exclude": self.proposal(),
             "position_0": {
                 "count": first.count,
                 "mean_norm": first.total / first.count if first.count else None,
                 "max_norm": first.high if first.count else None,
             },
+            "groups": {
+                name: {"count": g.count, "mean_norm": g.total / max(1, g.count), "max_norm": g.high}
+                for name, g in self.groups.items()
+            },
+            "largest": {token: norm for token, norm in self.tops.items() if norm > self.massive_above},
             "pooled_variance": self.pooled_variance,
             "mean_std": float(self.std.mean()),
             "max_std": float(self.std.max()),

@@ -345,7 +345,8 @@ class _Stream:
         scale = self.writer.header.scale
         for start in range(0, len(x), TILE):
             tile = x[start : start + TILE].float()  # [tile, d]
-            self.stats.see(tile, labels["position"][start : start + TILE])
+            rows = {name: values[start : start + TILE] for name, values in labels.items()}
+            self.stats.see(tile, rows["position"], rows)
             stored = tile if scale == 1 else tile * scale
             taken = 0
             while taken < len(tile):

@@ -39,10 +39,36 @@ def show_activations(info: dict[str, Any]) -> None:
         for key in ("model", "revision", "stage", "adapter", "hook_point", "mode", "dataset", "model_dtype"):
             if entry["source"].get(key) is not None:
                 console.print(f"  {key}: {entry['source'][key]}", markup=False)
-        console.print("  token norms:")
-        most = max((count for _, _, count in entry["histogram"]), default=1)
-        for low, high, count in entry["histogram"]:
-            bar = "#" * round(40 * count / most) or ("." if count else "")
-            console.print(f"  {low:>10.4g} to {high:<10.4g} {count:>12,} {bar}")
+        console.print(f"  token norms: {norm_line(entry['histogram'])}", markup=False)
+        stats = entry["statistics"]
+        for name, group in stats["groups"].items():
+            console.print(
+                f"  {name}: {group['count']:,} tokens, mean norm {group['mean_norm']:.4g}, "
+                f"largest {group['max_norm']:.4g}",
+                markup=False,
+            )
+        if stats["largest"]:
+            texts = info.get("tokens", {})
+            named = [f"{texts.get(str(t), t)!r} {norm:.4g}" for t, norm in list(stats["largest"].items())[:8]]
+            console.print(f"  massive behind position 0: {', '.join(named)}", markup=False)
+        if stats["exclude"]:
+            console.print(
+                f"  leave out in training: exclude: [{', '.join(stats['exclude'])}]  (massive: norm above "
+                f"{stats['massive_above']:.4g}, ten times the median)",
+                markup=False,
+            )
     if info.get("run"):
         console.print(f"\nharvest: {info['run']}", markup=False)
+
+
+def norm_line(histogram: list[tuple[float, float, int]]) -> str:
+    """A histogram in one line; every bar that is not empty shows.
+
+    >>> norm_line([(1.0, 2.0, 8), (2.0, 4.0, 0), (4.0, 8.0, 1)])
+    '1 █ ▁ 8'
+    """
+    if not histogram:
+        return "none"
+    most = max(count for _, _, count in histogram)
+    bars = "".join("▁▂▃▄▅▆▇█"[min(7, 8 * count // most)] if count else " " for _, _, count in histogram)
+    return f"{histogram[0][0]:.4g} {bars} {histogram[-1][1]:.4g}"

@@ -281,3 +281,23 @@ def test_a_model_folder_with_an_adapter_is_merged_in_float32(tmp_path, tokenizer
     assert (x - plain["layers.3"].read_all()).norm() > 1e-3 * x.norm()
     assert merged["layers.3"].info["adapter_merge"] == "float32"
     assert torch.equal(base.model.layers[0].mlp.up_proj.weight, make_qwen().model.layers[0].mlp.up_proj.weight)
+
+
+def test_a_typo_in_the_model_is_said_to_be_one_with_the_endpoint_that_was_asked(tmp_path):
+    from hubsae.localhub import running
+
+    (tmp_path / "model").mkdir()
+    code = (
+        "import sys; from hubsae.activations.models import load_model, load_tokenizer\n"
+        "for name in sys.argv[1:]:\n"
+        "    for load in (load_tokenizer, load_model):\n"
+        "        try: load(name)\n"
+        "        except Exception as error: print(type(error).__name__, error)\n"
+    )
+    with running(tmp_path / "hub") as hub:
+        env = {**os.environ, **hub.env(home=tmp_path / "home")}
+        command = [sys.executable, "-c", code, "local/no-such-model", str(tmp_path / "modle")]
+        said = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+        assert said.count(f"there is no model local/no-such-model: no such folder here, no such repo at {hub.url}") == 2
+    assert said.count(f"did you mean {tmp_path / 'model'}?") == 2
+    assert "tokenizer=" not in said and "huggingface.co" not in said
