@@ -65,7 +65,7 @@ def norm_line(histogram: list[tuple[float, float, int]]) -> str:
     """A histogram in one line; every bar that is not empty shows.
 
     >>> norm_line([(1.0, 2.0, 8), (2.0, 4.0, 0), (4.0, 8.0, 1)])
-    '1 █ ▁ 8'
+    '1 █ ▂ 8'
     """
     if not histogram:
         return "none"
