@@ -28,7 +28,6 @@ import torch
 
 from hubsae.core.errors import TrainingError
 from hubsae.core.files import read_json, write_json_atomic
-from hubsae.core.sae import SAE
 from hubsae.recipes.standard import Shelf, pick_device
 from hubsae.train import TrainConfig, TrainResult, train_many
 from hubsae.train.data import as_source
@@ -72,14 +71,12 @@ def train_cells(
     *,
     device: str = "auto",
     memory: int | None = None,
-    finish: Callable[[SAE], SAE] | None = None,
     progress: Callable[..., None] | None = None,
 ) -> list[Outcome]:
     """Train cells, given by their configs with ids as names, and return how each ended, in order.
 
-    `finish` is applied to every trained SAE before it is written (threshold calibration, say). `memory` in bytes
-    limits how much cells trained together may take. Under torchrun each rank trains its share, and the first returns
-    when all are done.
+    `memory` in bytes limits how much cells trained together may take. Under torchrun each rank trains its share, and
+    the first returns when all are done.
 
     >>> import tempfile
     >>> x = torch.randn(256, 8, generator=torch.Generator().manual_seed(0))
@@ -97,7 +94,7 @@ def train_cells(
         if progress is not None:
             ended = sum(_outcome_path(root, c.name).is_file() for c in configs)
             progress(ended, len(configs), f"{len(group)} cells in one pass")
-        _train_group([c for c in share if c.name in group], activations, root, place, finish)
+        _train_group([c for c in share if c.name in group], activations, root, place)
     while rank == 0 and not all(_outcome_path(root, c.name).is_file() for c in configs):
         time.sleep(POLL)  # another rank that dies ends this one too: its launcher sees to it
     return outcomes(root, [c.name for c in configs])
@@ -219,7 +216,6 @@ def _train_group(
     activations: Any,
     root: Path,
     device: str,
-    finish: Callable[[SAE], SAE] | None,
 ) -> None:
     """Train cells in one pass; in two where memory does not do for one."""
     digest = hashlib.sha256("\n".join(config.name for config in configs).encode()).hexdigest()[:12]
@@ -242,15 +238,15 @@ def _train_group(
             _end(root, Outcome(configs[0].name, "failed", reason))
             return
         half = len(configs) // 2
-        _train_group(configs[:half], activations, root, device, finish)
-        _train_group(configs[half:], activations, root, device, finish)
+        _train_group(configs[:half], activations, root, device)
+        _train_group(configs[half:], activations, root, device)
         return
     for result in results:
-        _keep(root, result, len(configs), finish)
+        _keep(root, result, len(configs))
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _keep(root: Path, result: TrainResult, together: int, finish: Callable[[SAE], SAE] | None) -> None:
+def _keep(root: Path, result: TrainResult, together: int) -> None:
     """Write a cell's SAE, then how it ended."""
     if _outcome_path(root, result.name).is_file():
         return
@@ -258,8 +254,7 @@ def _keep(root: Path, result: TrainResult, together: int, finish: Callable[[SAE]
         reason = result.error.message if result.error is not None else "no SAE"
         _end(root, Outcome(result.name, "failed", reason, result.steps, result.tokens, group=together))
         return
-    sae = finish(result.sae) if finish is not None else result.sae
-    cells_in(root).put(result.name, sae)
+    cells_in(root).put(result.name, result.sae)
     last: Mapping[str, Any] = next((line for line in reversed(result.history) if line["event"] == "train"), {})
     known = {name: last.get(name) for name in ("loss", "fvu", "l0", "dead")}
     _end(root, Outcome(result.name, "done", None, result.steps, result.tokens, group=together, **known))

@@ -12,37 +12,12 @@ import random
 from dataclasses import asdict, dataclass
 
 NAMES = (
-    "Ann",
-    "Ben",
-    "Cara",
-    "Dan",
-    "Eve",
-    "Finn",
-    "Gia",
-    "Hal",
-    "Ida",
-    "Jon",
-    "Kim",
-    "Leo",
-    "Mia",
-    "Ned",
-    "Ola",
+    "Ann", "Ben", "Cara", "Dan", "Eve", "Finn", "Gia", "Hal", "Ida", "Jon", "Kim", "Leo", "Mia", "Ned", "Ola",
     "Pam",
-)
+)  # fmt: skip
 ITEMS = (
-    "apples",
-    "books",
-    "coins",
-    "pens",
-    "cards",
-    "eggs",
-    "keys",
-    "cups",
-    "hats",
-    "nuts",
-    "plums",
-    "stamps",
-)
+    "apples", "books", "coins", "pens", "cards", "eggs", "keys", "cups", "hats", "nuts", "plums", "stamps",
+)  # fmt: skip
 
 STYLES: dict[str, float] = {
     "hash": 0.2,
@@ -121,10 +96,10 @@ def _one_problem(rng: random.Random, largest: int, two_step: float) -> Problem:
     name, item = rng.choice(NAMES), rng.choice(ITEMS)
     start, change = rng.randint(2, largest), rng.randint(2, largest)
     if start > change and rng.random() < 0.5:
-        told, first, total = f"gives {change} away", f"{start}-{change}={start - change}", start - change
+        does, first, total = f"gives {change} away", f"{start}-{change}={start - change}", start - change
     else:
-        told, first, total = f"gets {change} more", f"{start}+{change}={start + change}", start + change
-    question = f"{name} has {start} {item} and {told}."
+        does, first, total = f"gets {change} more", f"{start}+{change}={start + change}", start + change
+    question = f"{name} has {start} {item} and {does}."
     working = first
     if rng.random() < two_step:
         second = rng.randint(2, largest)

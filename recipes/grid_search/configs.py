@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 from hubsae.core.normalizer import Normalizer
-from hubsae.core.sae import SAE
-from hubsae.formats.thresholds import estimate_threshold
 from hubsae.train import (
     AuxConfig,
     DeadConfig,
@@ -127,23 +125,3 @@ def first_threshold(rows: Tensor, density: float, seed: int = 0, directions: int
 def _centred(raw: Tensor, space: Normalizer | None) -> Tensor:
     x = raw.float() if space is None else space.apply(raw.float())
     return x - x.mean(0)
-
-
-def calibrated(sae: SAE, activations: Any, tokens: int, seed: int = 0) -> SAE:
-    """A BatchTopK SAE with its inference threshold taken from training tokens; others as they are.
-
-    The threshold is the mean, over batches of 4,096 tokens, of the smallest activation the batch rule keeps.
-    """
-    if sae.config.architecture != "batch_topk":
-        return sae
-    from hubsae.train.data import as_source, sample
-
-    rows = sample(as_source(activations), tokens, seed)
-    out = estimate_threshold(sae, rows)
-    out.metadata.training = out.metadata.training.model_copy(
-        update={
-            "threshold_rule": f"inference threshold {out.config.threshold:.6g}: mean over batches of 4096 of the "
-            f"smallest activation the batch rule keeps, on {len(rows):,} training tokens"
-        }
-    )
-    return out

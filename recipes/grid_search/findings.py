@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from .analysis import METRICS, Analysis, Question
+from .analysis import METRICS, TOLERANCE, Analysis, Question
 from .cells import KINDS, LABELS
 from .paired import Comparison, sign_test
-from .pareto import TOLERANCE
 from .published import PublishedRow, pairs
 from .synthetic import COSINE, Recovery
 from .table import WITH_FIRST, WITHOUT_FIRST

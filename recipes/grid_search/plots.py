@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hubsae.core.extras import require
-from hubsae.core.files import atomic_path
+from hubsae.evals.plots import new_figure, save_figure
 
+from .analysis import front_rows
 from .cells import KINDS, LABELS
 from .paired import Comparison
-from .pareto import front_rows
 from .published import PublishedRow
 from .synthetic import Recovery
 from .table import GridRow
@@ -23,9 +22,9 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1)))
 
 
-def pareto(path: str | Path, rows: Sequence[GridRow], metric: str, label: str) -> Path:
+def pareto(path: Path, rows: Sequence[GridRow], metric: str, label: str) -> Path:
     """L0 against a metric, with the front of all cells."""
-    figure, axes = new_figure()
+    figure, axes = _figure()
     have = [r for r in rows if r.value("l0") and r.value(metric) is not None]
     expansions = sorted({r.cell.expansion for r in have})
     for kind in KINDS:
@@ -61,9 +60,9 @@ def pareto(path: str | Path, rows: Sequence[GridRow], metric: str, label: str) -
     return save_figure(figure, path)
 
 
-def dead_latents(path: str | Path, rows: Sequence[GridRow], n_tokens: int | None) -> Path:
+def dead_latents(path: Path, rows: Sequence[GridRow], n_tokens: int | None) -> Path:
     """Share of latents that never fire, against L0."""
-    figure, axes = new_figure()
+    figure, axes = _figure()
     have = [r for r in rows if r.value("l0") and r.value("dead_fraction") is not None]
     expansions = sorted({r.cell.expansion for r in have})
     for kind in KINDS:
@@ -84,9 +83,9 @@ def dead_latents(path: str | Path, rows: Sequence[GridRow], n_tokens: int | None
     return save_figure(figure, path)
 
 
-def differences(path: str | Path, comparisons: Sequence[Comparison], title: str, label: str) -> Path:
+def differences(path: Path, comparisons: Sequence[Comparison], title: str, label: str) -> Path:
     """Paired differences with their intervals, as a share of the second cell's value; left of zero the first wins."""
-    figure, axes = new_figure(height=1.4 + 0.32 * max(len(comparisons), 3))
+    figure, axes = _figure(height=1.4 + 0.32 * max(len(comparisons), 3))
     for place, c in enumerate(reversed(comparisons)):
         scale = 100 / abs(c.value_b) if c.value_b else math.nan
         color = {"a": "#009E73", "b": "#D55E00", "open": "#7F7F7F"}[c.verdict]
@@ -105,9 +104,9 @@ def differences(path: str | Path, comparisons: Sequence[Comparison], title: str,
     return save_figure(figure, path)
 
 
-def beside_published(path: str | Path, rows: Sequence[GridRow], published: Sequence[PublishedRow]) -> Path:
+def beside_published(path: Path, rows: Sequence[GridRow], published: Sequence[PublishedRow]) -> Path:
     """Pooled NMSE and dead share by L0: the published grid left, this one right. Never one scale: other models."""
-    figure, axes = new_figure(rows=2, columns=2, width=8.2, height=6.2)
+    figure, axes = new_figure(2, 2, width=4.1, height=3.1)
     theirs: list[tuple[str, float, float, float, float]] = [
         (p.kind, p.expansion, p.l0, p.nmse, 100 * p.dead) for p in published
     ]
@@ -146,9 +145,9 @@ def beside_published(path: str | Path, rows: Sequence[GridRow], published: Seque
     return save_figure(figure, path)
 
 
-def recovered_features(path: str | Path, found: Sequence[Recovery], n_features: int) -> Path:
+def recovered_features(path: Path, found: Sequence[Recovery], n_features: int) -> Path:
     """Share of the true directions that were found, against the number of latents."""
-    figure, axes = new_figure()
+    figure, axes = _figure()
     groups = sorted({(r.cell.kind, r.cell.number) for r in found}, key=lambda g: (list(KINDS).index(g[0]), g[1]))
     seen: dict[str, int] = {}
     for kind, number in groups:
@@ -179,18 +178,9 @@ def recovered_features(path: str | Path, found: Sequence[Recovery], n_features: 
 # ---- shared ------------------------------------------------------------------------------------------------
 
 
-def new_figure(rows: int = 1, columns: int = 1, width: float = 6.4, height: float = 4.4) -> tuple[Any, Any]:
-    require("matplotlib", extra="plots")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for row in axes:
-        for panel in row:
-            panel.grid(True, which="major", alpha=0.25, linewidth=0.6)
-            panel.spines[["top", "right"]].set_visible(False)
-            panel.tick_params(which="both", labelsize=8)
-    return figure, axes[0][0] if rows == columns == 1 else axes
+def _figure(width: float = 6.4, height: float = 4.4) -> tuple[Any, Any]:
+    figure, axes = new_figure(1, width=width, height=height)
+    return figure, axes[0][0]
 
 
 def _log_x(axes: Any, values: Sequence[float]) -> None:
@@ -218,12 +208,3 @@ def _legend(axes: Any, kinds: Sequence[str], expansions: Sequence[float]) -> Non
     handles = [_handle(COLORS[kind], "", LABELS[kind]) for kind in kinds]
     handles += [_handle("black", MARKERS[i % len(MARKERS)], f"{e:g}x", line=False) for i, e in enumerate(expansions)]
     axes.legend(handles=handles, fontsize=7, frameon=False)
-
-
-def save_figure(figure: Any, path: str | Path) -> Path:
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(target) as scratch:
-        # no time stamp, so that the same numbers give the same file
-        figure.savefig(scratch, format="png", metadata={"Software": None})
-    return target

@@ -26,6 +26,7 @@ from hubsae.core.errors import TrainingError
 from hubsae.core.files import atomic_path, read_csv, read_json, write_csv_atomic, write_json_atomic, write_text_atomic
 from hubsae.core.hooks import HookPoint
 from hubsae.core.metadata import Metric
+from hubsae.evals.plots import house_style
 from hubsae.recipes.report import Report
 from hubsae.recipes.run import follows
 from hubsae.recipes.standard import Activations, package, pick_device
@@ -36,7 +37,7 @@ from hubsae.recipes.sweep import cells_in, outcomes, train_cells
 from . import findings, plots
 from .analysis import Analysis, FailedCell, analyse
 from .cells import parse_id
-from .configs import calibrated, train_configs
+from .configs import train_configs
 from .estimate import estimates
 from .measure import load_units, measure, save_units
 from .published import published_rows, published_section
@@ -111,10 +112,7 @@ class _Grid:
         rows = Activations(ctx.path("harvest")).open(self.hook, "train")
         record = self._record(ctx.result("harvest"))
         configs = train_configs(config.sweep.cells(), settings, rows, seed=config.seed, record=record)
-        finish = partial(calibrated, activations=rows, tokens=settings.calibration_tokens)
-        ended = train_cells(
-            configs, rows, ctx.folder, memory=settings.memory_bytes, finish=finish, progress=ctx.progress
-        )
+        ended = train_cells(configs, rows, ctx.folder, memory=settings.memory_bytes, progress=ctx.progress)
         if follows():
             return {}
         if not any(outcome.ok for outcome in ended):
@@ -252,19 +250,20 @@ class _Grid:
 
 def draw(folder: Path, found: Analysis, tokens: int, features: int) -> list[Path]:
     """Every picture of the analysis; another one is a line here."""
-    drawn = [
-        plots.pareto(folder / "pareto_l0_fvu.png", found.rows, "fvu", "FVU"),
-        plots.pareto(folder / "pareto_l0_delta_ce.png", found.rows, "delta_ce", "added loss, nats per token"),
-        plots.dead_latents(folder / "dead_latents.png", found.rows, tokens),
-    ]
-    label = "difference in squared error, % of the second"
-    for question, comparisons in found.answers.items():
-        if question.metric == "mse":
-            path = folder / f"{question.a}_against_{question.b}.png"
-            drawn.append(plots.differences(path, comparisons, question.title, label))
-    drawn.append(plots.beside_published(folder / "beside_published.png", found.rows, published_rows()))
-    if found.recoveries:
-        drawn.append(plots.recovered_features(folder / "recovered_features.png", found.recoveries, features))
+    with house_style():
+        drawn = [
+            plots.pareto(folder / "pareto_l0_fvu.png", found.rows, "fvu", "FVU"),
+            plots.pareto(folder / "pareto_l0_delta_ce.png", found.rows, "delta_ce", "added loss, nats per token"),
+            plots.dead_latents(folder / "dead_latents.png", found.rows, tokens),
+        ]
+        label = "difference in squared error, % of the second"
+        for question, comparisons in found.answers.items():
+            if question.metric == "mse":
+                path = folder / f"{question.a}_against_{question.b}.png"
+                drawn.append(plots.differences(path, comparisons, question.title, label))
+        drawn.append(plots.beside_published(folder / "beside_published.png", found.rows, published_rows()))
+        if found.recoveries:
+            drawn.append(plots.recovered_features(folder / "recovered_features.png", found.recoveries, features))
     return drawn
 
 

@@ -130,9 +130,6 @@ class TrainSettings(Settings):
     memory_gb: float | None = Field(
         default=None, gt=0, description="Cells trained together may take this much; default: most of what is free."
     )
-    calibration_tokens: int = Field(
-        default=65_536, ge=1, description="Training tokens the BatchTopK thresholds are taken from."
-    )
 
     @property
     def memory_bytes(self) -> int | None:

@@ -9,7 +9,6 @@ has a cosine above 0.9 with it.
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from hubsae.core.errors import ConfigError
 from hubsae.recipes.sweep import cells_in, train_cells
 
 from .cells import Cell, parse_id
-from .configs import calibrated, train_configs
+from .configs import train_configs
 from .settings import SyntheticSettings, TrainSettings
 
 COSINE = 0.9
@@ -124,8 +123,7 @@ def recover(
         epochs=s.epochs, batch_size=s.batch_size, lr=s.lr, jumprelu=training.jumprelu, memory_gb=training.memory_gb
     )
     configs = train_configs(s.sweep().cells(), settings, x, seed=seed)
-    finish = partial(calibrated, activations=x, tokens=len(x))
-    ended = train_cells(configs, x, folder, memory=settings.memory_bytes, finish=finish, progress=progress)
+    ended = train_cells(configs, x, folder, memory=settings.memory_bytes, progress=progress)
     found = []
     for cell in (parse_id(outcome.id) for outcome in ended if outcome.ok):
         sae = cells_in(folder).get(cell.id)

@@ -11,7 +11,6 @@ from hubsae.recipes.registry import find_recipe
 RECIPE = find_recipe("grid_search")
 cells = RECIPE.module("cells")
 paired = RECIPE.module("paired")
-pareto = RECIPE.module("pareto")
 synthetic = RECIPE.module("synthetic")
 table = RECIPE.module("table")
 analysis = RECIPE.module("analysis")
@@ -20,7 +19,7 @@ published = RECIPE.module("published")
 Cell, parse_id = cells.Cell, cells.parse_id
 Units, compare, compare_between, holm = paired.Units, paired.compare, paired.compare_between, paired.holm
 matched, matched_by_l0, sign_test = paired.matched, paired.matched_by_l0, paired.sign_test
-front = pareto.front
+front = analysis.front
 Recovery = synthetic.Recovery
 GridRow, Number, read_results, write_results = table.GridRow, table.Number, table.read_results, table.write_results
 

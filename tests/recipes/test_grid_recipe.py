@@ -31,7 +31,7 @@ read_results = table.read_results
 SMALL = [
     "model.size=quick", "data.layer=1", "data.prompts=300", "data.texts=24", "data.validation_fraction=0.25",
     "sweep.expansions=[2, 4]", "sweep.ks=[4]", "sweep.thresholds=[0.3]", "train.epochs=3", "train.batch_size=256",
-    "train.lr=0.003", "train.calibration_tokens=4096",
+    "train.lr=0.003",
     "synthetic.tokens=12000", "synthetic.epochs=6", "synthetic.features=64", "synthetic.l0=4", "synthetic.ks=[4]",
     "synthetic.d_in=32", "synthetic.expansions=[0.5, 1, 2]",
 ]  # fmt: skip
@@ -282,7 +282,10 @@ def test_under_torchrun_the_cells_spread_over_ranks(run: Path, cache: Path, tmp_
 def test_an_edit_in_a_copy_of_the_recipe_shows_in_its_run(run: Path, tmp_path: Path) -> None:
     mine = copy_recipe("grid_search", tmp_path / "grid_search")
     edits = {
-        "recipe.py": ("    drawn = [", '    drawn = [plots.pareto(folder / "error.png", found.rows, "mse", "error"),'),
+        "recipe.py": (
+            "        drawn = [",
+            '        drawn = [plots.pareto(folder / "error.png", found.rows, "mse", "error"),',
+        ),
         "table.py": ('"frac_recovered_zero", "kl",', '"frac_recovered_zero", "kl", "l1",'),
     }
     for name, (before, after) in edits.items():

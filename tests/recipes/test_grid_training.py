@@ -24,7 +24,7 @@ from hubsae.train.data import TensorSource
 RECIPE = find_recipe("grid_search")
 cells, configs, settings = (RECIPE.module("cells"), RECIPE.module("configs"), RECIPE.module("settings"))
 Cell, parse_id = cells.Cell, cells.parse_id
-calibrated, first_threshold, train_configs = configs.calibrated, configs.first_threshold, configs.train_configs
+first_threshold, train_configs = configs.first_threshold, configs.train_configs
 SweepSettings, TrainSettings = settings.SweepSettings, settings.TrainSettings
 
 
@@ -81,7 +81,7 @@ def test_a_fixed_threshold_stays_and_a_trained_one_reaches_its_l0(x: Tensor, tmp
 
 def test_a_calibrated_batchtopk_does_not_depend_on_the_batch(x: Tensor, tmp_path: Path) -> None:
     configs = _configs(x, "batch_topk")
-    train_cells(configs, x, tmp_path, finish=lambda sae: calibrated(sae, x, 4096))
+    train_cells(configs, x, tmp_path)
     for config in configs:
         sae = read(cells_in(tmp_path).where(config.name))
         assert sae.config.threshold is not None
