@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hubsae.cli._choices import SetOption, parse_choices
 
+if TYPE_CHECKING:
+    from hubsae.core.sae import SAE
+
 PANEL = "Publish and load"
 
 
 def command(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="An SAE file or folder in any known format.")],
+    source: Annotated[
+        str,
+        typer.Argument(metavar="IN", help="An SAE file or folder in any known format, or OWNER/NAME[@REVISION][/ID]."),
+    ],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="What to write.")],
     to: Annotated[
         str, typer.Option("--to", help="native, saelens, sparsify, dictionary_learning, onnx, pt or raw.")
@@ -33,7 +40,7 @@ def command(
         raise HubSAEError(f"{target} exists", hint="choose another name, or pass --overwrite")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        sae = read(source, format, **parse_choices(choices))
+        sae = _of_the_hub(source, format, parse_choices(choices)) or read(source, format, **parse_choices(choices))
     for note in dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning)):
         err().print(f"[yellow]note[/] {note}", markup=True)
     written = write(sae, target, to)
@@ -44,3 +51,13 @@ def command(
     )
     if to in ("native", "saelens") and not fidelity(config).exact:
         err().print(f"[yellow]note[/] {fidelity(config).note}", markup=True)
+
+
+def _of_the_hub(source: str, format: str | None, choices: dict[str, Any]) -> SAE | None:
+    """The SAE of a repo, or None where something on this disk has that name or it is no id."""
+    found = re.fullmatch(r"([\w.-]+/[\w.-]+(?:@[^/\s]+)?)(?:/(.+))?", source)
+    if found is None or Path(source).exists() or source.startswith("."):
+        return None
+    from hubsae.hub.load import load_pretrained
+
+    return load_pretrained(found[1], found[2], **({"format": format} if format else {}), **choices)

@@ -26,7 +26,7 @@ REPO_TYPE = "dataset"
 
 
 @dataclass(frozen=True)
-class PushPlan:
+class ActivationsPlan:
     """What a push would publish."""
 
     repo_id: str
@@ -51,7 +51,7 @@ class PushPlan:
 
 def plan_push(
     folder: str | Path, repo_id: str | None = None, *, client: HubClient | None = None, verify: bool = True
-) -> PushPlan:
+) -> ActivationsPlan:
     """Look at a folder before it is published: finish it, check every page, list the files."""
     root = Path(folder)
     if not configs_in(root):
@@ -75,7 +75,7 @@ def plan_push(
     if repo_id is None:
         client = client or HubClient()
         repo_id = f"{client.whoami()}/{root.resolve().name}"
-    return PushPlan(repo_id, root, files, manifest)
+    return ActivationsPlan(repo_id, root, files, manifest)
 
 
 def _files_of(folder: Path) -> list[Path]:
@@ -94,7 +94,7 @@ def push_activations(
     verify: bool = True,
     client: HubClient | None = None,
     notify: Callable[[str], None] | None = None,
-    plan: PushPlan | None = None,
+    plan: ActivationsPlan | None = None,
 ) -> Published:
     """Publish a dataset folder to a dataset repo: one commit, or none. Interrupted, the next call completes it.
 
@@ -133,7 +133,7 @@ def push_activations(
     )
 
 
-def _merged(client: HubClient, repo: str, plan: PushPlan, state: State) -> tuple[dict[str, Any], set[str]]:
+def _merged(client: HubClient, repo: str, plan: ActivationsPlan, state: State) -> tuple[dict[str, Any], set[str]]:
     """The manifest of what the repo will hold, and the files of replaced configs that are no longer part of them."""
     manifest = dict(plan.manifest)
     ours = {file.path for file in plan.files}

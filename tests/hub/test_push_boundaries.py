@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from hubsae import HubSAE, list_saes, package, push
-from hubsae.core.errors import FormatError, HubSAEError
+from hubsae.core.errors import FormatError, HubSAEError, MetadataError
 from hubsae.core.metadata import Metric
 from hubsae.evals.record import record_metrics
 from hubsae.formats import Release
@@ -151,6 +153,42 @@ def test_a_pile_on_the_hub_becomes_a_release_as_a_pull_request(
     assert "saes_k64/ppo_step10/layer12" in ids and len(ids) == 4
     theirs = HubSAE.from_pretrained("me/pile", "saes_k64/ppo_step10/layer12", revision="refs/pr/1")
     assert theirs.metadata.provenance.source_file == "saes_k64/sae_ppo_step10_layer12.pt"
+
+
+def hubsae(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """Run the command line in this process; its exit code."""
+    from hubsae.cli.main import main
+
+    monkeypatch.setattr(sys, "argv", ["hubsae", *words])
+    try:
+        main()
+    except SystemExit as done:
+        return int(done.code or 0)
+    return 0
+
+
+def test_the_command_line_takes_the_repo_second_and_converts_from_the_hub(
+    hub: LocalHub, seeds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    about = ["--base-model", "a/b", "--hook", "model.layers.{layer}", "--no-check-saelens", "--yes"]
+    assert hubsae(monkeypatch, "push", str(seeds), "me/second", *about) == 0
+    assert len(list_saes("me/second")) == 4
+    assert hubsae(monkeypatch, "push", str(seeds), "me/second", "--repo-id", "me/other", *about) == 2
+    out = tmp_path / "theirs"
+    id = "saes_k64/ppo_step10/layer12"
+    assert hubsae(monkeypatch, "convert", f"me/second@main/{id}", str(out), "--to", "raw") == 0
+    assert any(out.iterdir()) and "topk" in capsys.readouterr().out
+    assert hubsae(monkeypatch, "convert", str(seeds / "sae_ppo_step10_layer12.pt"), str(tmp_path / "local")) == 0
+    here, there = HubSAE.from_pretrained(tmp_path / "local"), HubSAE.from_pretrained("me/second", id)
+    assert here.config.k == there.config.k == 4
+
+
+def test_ids_with_characters_that_nobody_sees_are_refused(release: Release):
+    manifest = json.loads((release.path / "config.json").read_text())
+    manifest["saes"][0]["id"] = "saes\u202e/layer6"
+    (release.path / "config.json").write_text(json.dumps(manifest))
+    with pytest.raises(MetadataError, match=r"invisible characters in saes\\u202e/layer6"):
+        Release.open(release.path)
 
 
 def test_what_is_no_folder_and_no_repo_is_said_so_at_once(hub: LocalHub, tmp_path: Path):
