@@ -58,6 +58,6 @@ def _of_the_hub(source: str, format: str | None, choices: dict[str, Any]) -> SAE
     found = re.fullmatch(r"([\w.-]+/[\w.-]+(?:@[^/\s]+)?)(?:/(.+))?", source)
     if found is None or Path(source).exists() or source.startswith("."):
         return None
-    from hubsae.hub.load import load_pretrained
+    from hubsae.hub.sae import HubSAE
 
-    return load_pretrained(found[1], found[2], **({"format": format} if format else {}), **choices)
+    return HubSAE.from_pretrained(found[1], found[2], format=format, **choices)
