@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,6 +92,4 @@ def publish_space(
         stale = {path for path in state.tree if path.startswith(f"{FOLDER}/")} - kept
         return Contents(ours, frozenset(stale))
 
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "It seems that you are about to commit a data file")  # that is the point
-        return publish(client, made.repo_id, build, message=f"Feature pages of {repo}", repo_type="space")
+    return publish(client, made.repo_id, build, message=f"Feature pages of {repo}", repo_type="space")

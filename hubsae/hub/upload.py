@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -325,14 +326,16 @@ def _commit(
     attempt, waited = 0, 0.0
     while True:
         try:
-            info = client.api.create_commit(
-                repo_id,
-                operations,
-                commit_message=message,
-                repo_type=repo_type,
-                revision=revision,
-                parent_commit=parent,
-            )
+            with warnings.catch_warnings():  # tables of an index belong to their release
+                warnings.filterwarnings("ignore", "It seems that you are about to commit a data file")
+                info = client.api.create_commit(
+                    repo_id,
+                    operations,
+                    commit_message=message,
+                    repo_type=repo_type,
+                    revision=revision,
+                    parent_commit=parent,
+                )
             return str(info.oid)
         except Exception as error:
             attempt += tries_made(error)

@@ -462,7 +462,9 @@
     return el("section", {}, el("h3", {}, title, el("small", {}, note)), all.map((one) =>
       el("a", { class: `pair ${one.value < 0 ? "neg" : ""}`, "--w": `${(Math.abs(one.value) / most) * 100}%`, href: link(sae, one.feature) },
         el("b", { class: "num" }, String(one.feature)),
-        el("span", { class: data.label[one.feature] ? "" : "tok" }, data.label[one.feature] ?? visible(data.top_token[one.feature])),
+        data.label[one.feature] ? el("span", {}, data.label[one.feature])
+          : data.count[one.feature] > 0 ? el("span", { class: "tok" }, visible(data.top_token[one.feature]))
+          : el("span", { class: "quiet" }, "never fires"),
         el("span", { class: "num quiet" }, one.value.toFixed(2)))))
   }
 
