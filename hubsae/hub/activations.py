@@ -246,7 +246,7 @@ class RangeFile:
 
     def _ask(self, start: int, length: int) -> bytes:
         from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
         home = hf_hub_url(
             self.repo_id, self.path, repo_type=REPO_TYPE, revision=self.revision, endpoint=self.client.endpoint
@@ -257,12 +257,12 @@ class RangeFile:
             address = self._address
         if address is not None and address != home:
             # a signed address of the storage behind the Hub: it must not see the token, and it expires
-            answer = get_session().get(address, headers=span, follow_redirects=True, timeout=60)
+            answer = _get(address, span)
             if answer.status_code == 206:
                 return answer.content
             with self._lock:
                 self._address = None
-        answer = get_session().get(home, headers={**headers, **span}, follow_redirects=True, timeout=60)
+        answer = _get(home, {**headers, **span})
         hf_raise_for_status(answer)
         if answer.status_code == 200 and length < self.size:
             raise HubRequestError(f"{self.name}: the server ignores ranges", hint="open it without stream=True")
@@ -273,6 +273,15 @@ class RangeFile:
     def arrow(self) -> Any:
         """A file object for pyarrow."""
         return _Seekable(self)
+
+
+def _get(url: str, headers: dict[str, Any]) -> Any:
+    from huggingface_hub.utils import get_session
+
+    session = get_session()
+    # before version 1 the client library stood on requests, which follows by itself
+    follow = {"follow_redirects": True} if hasattr(session, "follow_redirects") else {}
+    return session.get(url, headers=headers, timeout=60, **follow)
 
 
 class _Seekable(io.RawIOBase):

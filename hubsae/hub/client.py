@@ -200,6 +200,8 @@ class HubClient:
         """Like `head`, and from the cache when the Hub cannot be asked."""
         if revision is not None and _SHA.fullmatch(revision):
             return revision
+        if not hasattr(self.api, "resolve_revision"):  # huggingface_hub before 2
+            return self._resolve_by_hand(repo_id, revision, repo_type)
         with explained(self, repo_id, revision=revision, repo_type=repo_type):
             found = self.retry(
                 lambda: self.api.resolve_revision(
@@ -212,6 +214,19 @@ class HubClient:
                 f"looking up {repo_id}",
             )
         return found.resolved  # as a string it would be the name that was asked for
+
+    def _resolve_by_hand(self, repo_id: str, revision: str | None, repo_type: str) -> str:
+        if not self.offline:
+            return self.head(repo_id, revision, repo_type=repo_type)
+        kept = self.cached_snapshot(repo_id, "any", repo_type=repo_type).parents[1] / "refs" / (revision or "main")
+        with explained(self, repo_id, revision=revision, repo_type=repo_type):
+            sha = kept.read_text(encoding="utf-8").strip() if kept.is_file() else ""
+        if not _SHA.fullmatch(sha):
+            raise OfflineError(
+                f"{repo_id} is not in the cache ({self.cache_dir}) and the Hub is not asked (offline)",
+                hint=f"once with a network: hubsae pull {repo_id}; then HF_HUB_OFFLINE=1 works",
+            )
+        return sha
 
     def tree(self, repo_id: str, revision: str | None = None, *, repo_type: str = "model") -> dict[str, RemoteFile]:
         """Every file of a revision by its path."""
