@@ -120,6 +120,7 @@ def convert(
     layer: int | None = None,
     stage: str | None = None,
     hook: str | None = None,
+    hook_out: str | None = None,
     base_model: str | None = None,
     base_model_revision: str | None = None,
 ) -> SAE:
@@ -128,8 +129,8 @@ def convert(
     `source` is a file or folder, read as `format` if that is given; `target` is written as `to`. The rest are choices
     where the file does not say, or against its reader: `architecture`, `k`, `topk_relu` (a ReLU behind the top-k),
     `threshold` (of batch top-k), `decode_adds_b_pre`, `apply_b_dec_to_input`, `transposed` (square W_enc stored as
-    [d_sae, d_in]), `token_norm`, `input_scale`; and for the record `layer`, `stage`, `hook`, `base_model` and
-    `base_model_revision`.
+    [d_sae, d_in]), `token_norm`, `input_scale`; and for the record `layer`, `stage`, `hook`, `hook_out` (where a
+    transcoder writes), `base_model` and `base_model_revision`.
 
     >>> import tempfile
     >>> from hubsae import HubSAE, SAEConfig
@@ -142,8 +143,8 @@ def convert(
     sae = read(
         source, format, architecture=architecture, k=k, topk_relu=topk_relu, threshold=threshold,
         decode_adds_b_pre=decode_adds_b_pre, apply_b_dec_to_input=apply_b_dec_to_input, transposed=transposed,
-        token_norm=token_norm, input_scale=input_scale, layer=layer, stage=stage, hook=hook, base_model=base_model,
-        base_model_revision=base_model_revision,
+        token_norm=token_norm, input_scale=input_scale, layer=layer, stage=stage, hook=hook, hook_out=hook_out,
+        base_model=base_model, base_model_revision=base_model_revision,
     )  # fmt: skip
     write(sae, target, to)
     return sae

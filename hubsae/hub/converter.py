@@ -47,6 +47,7 @@ class saelens_converter:
         input_scale: For such files: scalar that the activations were multiplied by in training.
         layer: For such files: the block, from 0.
         hook: For such files: where the SAE reads, in any spelling.
+        hook_out: For such files: where a transcoder writes.
         base_model: For such files: the model.
     """
 
@@ -71,6 +72,7 @@ class saelens_converter:
         input_scale: float | None = None,
         layer: int | None = None,
         hook: str | None = None,
+        hook_out: str | None = None,
         base_model: str | None = None,
     ):
         hub = {
@@ -81,7 +83,7 @@ class saelens_converter:
             "format": format, "k": k, "architecture": architecture, "topk_relu": topk_relu, "threshold": threshold,
             "decode_adds_b_pre": decode_adds_b_pre, "apply_b_dec_to_input": apply_b_dec_to_input,
             "transposed": transposed, "token_norm": token_norm, "input_scale": input_scale, "layer": layer,
-            "hook": hook, "base_model": base_model,
+            "hook": hook, "hook_out": hook_out, "base_model": base_model,
         }  # fmt: skip
         self.hub: dict[str, Any] = {name: value for name, value in hub.items() if value is not None}
         self.choices: dict[str, Any] = {name: value for name, value in choices.items() if value is not None}

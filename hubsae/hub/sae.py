@@ -124,6 +124,7 @@ class HubSAE(SAE):
         token_norm: TokenNorm | None = None,
         input_scale: float | None = None,
         hook: str | None = None,
+        hook_out: str | None = None,
     ) -> HubSAE:
         """Load one SAE from the Hub or from a local folder or file; without an `id` the filters choose it.
 
@@ -158,6 +159,7 @@ class HubSAE(SAE):
             token_norm: For such files: norm of every token: none, layer_norm, unit_norm, constant_norm.
             input_scale: For such files: scalar that the activations were multiplied by in training.
             hook: For such files: where the SAE reads, in any spelling.
+            hook_out: For such files: where a transcoder writes.
         """
         found = load_each(
             repo_or_path,
@@ -170,7 +172,7 @@ class HubSAE(SAE):
             reading=Reading(device, dtype, features, format, {
                 "topk_relu": topk_relu, "threshold": threshold, "decode_adds_b_pre": decode_adds_b_pre,
                 "apply_b_dec_to_input": apply_b_dec_to_input, "transposed": transposed, "token_norm": token_norm,
-                "input_scale": input_scale, "hook": hook,
+                "input_scale": input_scale, "hook": hook, "hook_out": hook_out,
             }),
             one=True,
         )  # fmt: skip
@@ -210,6 +212,7 @@ class HubSAE(SAE):
         token_norm: TokenNorm | None = None,
         input_scale: float | None = None,
         hook: str | None = None,
+        hook_out: str | None = None,
     ) -> Iterator[tuple[str, HubSAE]]:
         """(id, SAE) for every SAE of one commit that fits; one is in memory at a time.
 
@@ -243,6 +246,7 @@ class HubSAE(SAE):
             token_norm: For such files: norm of every token: none, layer_norm, unit_norm, constant_norm.
             input_scale: For such files: scalar that the activations were multiplied by in training.
             hook: For such files: where the SAE reads, in any spelling.
+            hook_out: For such files: where a transcoder writes.
         """
         found = load_each(
             repo_or_path,
@@ -255,7 +259,7 @@ class HubSAE(SAE):
             reading=Reading(device, dtype, features, format, {
                 "topk_relu": topk_relu, "threshold": threshold, "decode_adds_b_pre": decode_adds_b_pre,
                 "apply_b_dec_to_input": apply_b_dec_to_input, "transposed": transposed, "token_norm": token_norm,
-                "input_scale": input_scale, "hook": hook,
+                "input_scale": input_scale, "hook": hook, "hook_out": hook_out,
             }),
         )  # fmt: skip
         return cast("Iterator[tuple[str, HubSAE]]", found)

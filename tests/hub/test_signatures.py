@@ -46,10 +46,9 @@ def test_every_option_is_a_documented_keyword(name: str):
             assert re.search(rf"\b{parameter.name}\b", text), f"{name} does not say what {parameter.name} is"
 
 
-@pytest.mark.parametrize("load", ["from_pretrained", "iter_pretrained"])
-def test_every_choice_of_a_reader_can_be_given_to_a_load(load: str):
-    missing = {field.name for field in fields(Overrides)} - set(inspect.signature(getattr(HubSAE, load)).parameters)
-    assert not missing
+@pytest.mark.parametrize("name", ["HubSAE.from_pretrained", "HubSAE.iter_pretrained", "convert"])
+def test_every_choice_of_a_reader_can_be_given(name: str):
+    assert not {field.name for field in fields(Overrides)} - set(inspect.signature(PUBLIC[name]).parameters)
 
 
 def test_a_misspelt_option_names_the_nearest():
