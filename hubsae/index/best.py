@@ -98,7 +98,12 @@ def keep(feature: np.ndarray, value: np.ndarray, index: np.ndarray, sample: np.n
     ([1, 2, 3], [0, 1, -1], [0, -1, 1])
     """
     n = len(feature)
-    order = np.lexsort((index, order_key(value), feature))
+    packed = (feature.astype(np.uint64) << np.uint64(32)) | order_key(value)
+    order = np.argsort(packed, kind="stable")
+    packed, later = packed[order], index[order]
+    # ties stand in the order they came in, which is mostly that of the tokens
+    if bool(((packed[1:] == packed[:-1]) & (later[1:] < later[:-1])).any()):
+        order = np.lexsort((index, order_key(value), feature))
     group, of = feature[order], sample[order]
     token = rank_in_group(group)
     prompt = np.full(n, -1)

@@ -99,7 +99,7 @@ class FeatureTable:
         self.pairs = np.zeros(0, np.int64), np.zeros(0, np.int32)
         """(hash of the token, feature) of the firings of the tokens drawn"""
         self._fresh: list[Records] = []
-        self._pool = 0
+        self._pool, self._limit, self._drawn = 0, POOL, 0
         # of the strongest samples of each feature so far: value of the strongest token, and which sample
         self._best = np.full((d_sae, top), NO_VALUE)
         self._best_sample = np.full((d_sae, top), NO_SAMPLE, np.int64)
@@ -247,8 +247,8 @@ class FeatureTable:
         feature, value, of_row = best.feature[still].astype(np.int32), best.value[still], of_row[still]
         self._fresh.append(self._with_context(rows, feature, value, of_row))
         self._pool += len(feature)
-        if self._pool > max(POOL, 2 * len(self.records.feature)):
-            self._cut()
+        if self._pool > self._limit:
+            self._thin()
 
     def _raise_bounds(
         self, feature: np.ndarray, value: np.ndarray, sample: np.ndarray, hashed: np.ndarray, leads: np.ndarray,
@@ -298,27 +298,43 @@ class FeatureTable:
     def _fill_around(
         self, rows: dict[str, np.ndarray], feature: np.ndarray, row: np.ndarray, around: np.ndarray
     ) -> None:
-        """All firings of these features, by feature and row: what fires near a record stands beside it in this list."""
+        """Write what each feature does within the window of its record into `around`; the middle is there already."""
+        n, k = rows["feature"].shape
+        sample, window = rows["sample"], self.window
+        if len(feature) * 2 * window < n * k:
+            # few records: look through the codes of the rows around each, a slice at a time, which stays in cache
+            for start in range(0, len(feature), 1024):
+                part = slice(start, start + 1024)
+                for away in (*range(-window, 0), *range(1, window + 1)):
+                    other = row[part] + away
+                    near = np.flatnonzero((other >= 0) & (other < n))
+                    near = near[sample[other[near]] == sample[row[part][near]]]
+                    at = other[near]
+                    found, place = np.nonzero(rows["feature"][at] == feature[part][near, None])
+                    value = rows["value"][at[found], place]
+                    # a padded place has the value 0 at index 0, and is no firing
+                    fires = value != 0
+                    around[start + near[found[fires]], window + away] = value[fires]
+            return
+        # many: all firings sorted by feature and row, where what fires near a record stands beside it
         wanted = np.zeros(self.d_sae, bool)
         wanted[feature] = True
         hit = np.flatnonzero(wanted[rows["feature"].reshape(-1)] & (rows["value"].reshape(-1) != 0))
-        k, n = rows["feature"].shape[1], len(rows["index"])
-        key = rows["feature"].reshape(-1)[hit].astype(np.int64) * n + hit // k
-        order = np.argsort(key)
-        key, values = key[order], rows["value"].reshape(-1)[hit][order]
+        bits = max(1, int(n * k).bit_length())
+        packed = ((rows["feature"].reshape(-1)[hit].astype(np.int64) * n + hit // k) << bits) | hit
+        packed.sort()
+        key, values = packed >> bits, rows["value"].reshape(-1)[packed & ((1 << bits) - 1)]
         mine = feature.astype(np.int64) * n + row
         at = np.searchsorted(key, mine)
-        sample = rows["sample"]
-        for step in range(-self.window, self.window + 1):
+        for step in range(-window, window + 1):
             if step:
                 near = np.clip(at + step, 0, len(key) - 1)
                 away = key[near] - mine
-                # within the window, and of the same feature: the rows must be in range too
-                close = np.flatnonzero((np.abs(away) <= self.window) & (away != 0))
+                close = np.flatnonzero((np.abs(away) <= window) & (away != 0))
                 other = row[close] + away[close]
                 close = close[(other >= 0) & (other < n)]
                 close = close[sample[row[close] + away[close]] == sample[row[close]]]
-                around[close, self.window + away[close]] = values[near[close]]
+                around[close, window + away[close]] = values[near[close]]
 
     def _draw_pairs(self, hashes: np.ndarray, feature: np.ndarray, value: np.ndarray) -> None:
         row = np.flatnonzero(hashes < self._bound_pairs)
@@ -327,16 +343,35 @@ class FeatureTable:
             fires = value[row] != 0
             tokens = np.repeat(hashes[row], fires.sum(1))
             self.pairs = np.concatenate([held, tokens]), np.concatenate([features, feature[row][fires]])
-            self._cut_pairs(2 * PAIRED)
+            self._drawn += len(row)
+            if self._drawn > 2 * PAIRED:
+                self._cut_pairs(PAIRED)
 
     def _cut_pairs(self, most: int) -> None:
         """Keep the firings of the PAIRED tokens of smallest hash, once there are more than `most`."""
         tokens, features = self.pairs
         different = np.unique(tokens)
+        self._drawn = min(len(different), PAIRED)
         if len(different) > most:
             self._bound_pairs = int(different[PAIRED])
             kept = tokens < self._bound_pairs
             self.pairs = tokens[kept], features[kept]
+
+    def _thin(self) -> None:
+        """Leave out what the bounds have risen above; where that is little, cut."""
+        parts, before = [self.records, *self._fresh], self._pool + len(self.records.feature)
+        self.records, self._fresh = self.records.take(np.zeros(0, np.int64)), []
+        for part in parts:
+            still = part.value >= self._bound[part.feature]
+            if self.random:
+                still |= mix(part.index) <= self._bound_hash[part.feature]
+            self._fresh.append(part.take(np.flatnonzero(still)))
+        held = sum(len(part.feature) for part in self._fresh)
+        if 2 * held > before:
+            self._cut()
+            held = len(self.records.feature)
+        self._pool = sum(len(part.feature) for part in self._fresh)
+        self._limit = self._pool + max(POOL, held)
 
     def _cut(self) -> None:
         """Join what came with what is held, and cut to what is kept."""
