@@ -196,7 +196,7 @@ Add a feature's direction while the model generates.""",
         """
 options = dict(max_new_tokens=8, do_sample=False)
 plain = model.generate(**batch, **options)[0, 12:]
-with sae.steer(model, feature=5, strength=40.0):
+with sae.steer(model, feature=5, strength=40.0, unit=False):
     steered = model.generate(**batch, **options)[0, 12:]
 print("plain:  ", plain.tolist())
 print("steered:", steered.tolist())

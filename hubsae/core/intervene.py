@@ -132,13 +132,14 @@ def splice(
 
 @contextmanager
 def steer(
-    sae: SAE, model: nn.Module, feature: int, strength: float, hook: Any = None, *, unit: bool = False
+    sae: SAE, model: nn.Module, feature: int, strength: float, hook: Any = None, *, unit: bool = True
 ) -> Iterator[None]:
-    """Add `strength` × the decoder row of `feature` to the activations at every position.
+    """Add `strength` × the unit vector of `feature` to the activations at every position.
 
     A transcoder's goes to its output.
 
-    With `unit` the direction is first scaled to norm one, so that strengths compare across features.
+    Decoder rows of folded SAEs have any norm, so the direction is scaled to norm one and strengths compare across
+    features; with `unit=False` the row is taken as it is, and a strength is a value of the latent.
     """
     rows = range(sae.d_sae) if sae.features is None else sae.features
     if feature not in rows:

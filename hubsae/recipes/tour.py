@@ -43,17 +43,17 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Demo:
-    """A finished run of `rl_chain`, with what the tour shows of it."""
+    """A finished run of `rl_chain` or `first_look`, with what the tour shows of it."""
 
     run: Path
-    stage: str
-    """The last one."""
+    stage: str | None
+    """The last one; None for a single SAE."""
     layer: int
 
     @property
     def adapter(self) -> Path:
         """The last stage of reinforcement learning."""
-        return self.run / "rl" / "stages" / self.stage
+        return self.run / "rl" / "stages" / (self.stage or "")
 
 
 def publish(demo: Demo, hub: Any, say: Say) -> str:
@@ -81,7 +81,7 @@ def held_out(demo: Demo) -> torch.Tensor:
     """Validation activations of the last stage and layer."""
     from hubsae.recipes.standard import Activations
 
-    folder = demo.run / "activations" / "prompt-response"
+    folder = demo.run / "activations" / ("prompt-response" if demo.stage else "")
     return Activations(folder).open(demo.layer, "validation", demo.stage).read_all(2048).float()
 
 
@@ -119,9 +119,58 @@ class Steered:
     question: str
     before: str
     after: str
+    promotes: str = ""
+    """Tokens that the feature makes likelier, where that is known."""
 
 
 def steer_once(demo: Demo, sae: Any, x: torch.Tensor) -> Steered | None:
+    """Turn up one feature: of a chain, as gently as changes an answer; of one SAE, so that what it promotes is said."""
+    return _steer_answer(demo, sae, x) if demo.stage else _steer_to_promise(demo, sae)
+
+
+QUESTION = "Tell me a short story about a walk in the park."
+CANDIDATES, LONG = 10, 32
+"""Features tried, and tokens generated for each."""
+
+
+def _steer_to_promise(demo: Demo, sae: Any) -> Steered | None:
+    """The feature, of those that promise most, whose own top tokens come up most often when it is turned up."""
+    from hubsae.core.quiet import quiet
+    from hubsae.index.features import FeatureIndex
+    from hubsae.recipes.subject import open_subject
+
+    subject = open_subject(demo.run / "subject", read_json(demo.run / ".steps" / "subject.json")["result"])
+    index = FeatureIndex.open(demo.run / "release", sae.metadata.id)
+    with quiet():
+        tokenizer, model = subject.tokenizer(), subject.load()
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": QUESTION}], tokenize=False, add_generation_prompt=True
+    )
+    prompt = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
+
+    def answer() -> list[int]:
+        out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=LONG, do_sample=False)
+        return out[0, prompt.shape[1] :].tolist()
+
+    before = answer()
+    readable = [f for f in range(len(index)) if index[f].count >= 20 and index[f].density < 0.02]
+    promise = {f: [word for word, _ in index[f].logits["top"][:8] if word.strip().isalpha()] for f in readable}
+    order = sorted((f for f in readable if len(promise[f]) >= 4), key=lambda f: -index[f].logits["top"][0][1])
+    best: tuple[int, Steered] | None = None
+    for feature in order[:CANDIDATES]:
+        strength = 2.0 * index[feature].strength
+        with sae.steer(model, feature=feature, strength=strength, unit=False):
+            ids = answer()
+        said = [tokenizer.decode([i]) for i in ids]
+        # different words of its promise, not one of them over and over
+        hits = len({word.strip().lower() for word in said} & {word.strip().lower() for word in promise[feature]})
+        if hits and (best is None or hits > best[0]):
+            texts = (tokenizer.decode(t, skip_special_tokens=True).strip() for t in (before, ids))
+            best = hits, Steered(feature, strength, QUESTION, *texts, promotes=" ".join(map(repr, promise[feature])))
+    return best[1] if best else None
+
+
+def _steer_answer(demo: Demo, sae: Any, x: torch.Tensor) -> Steered | None:
     """Turn up one feature, as gently as changes the answer to a held-out problem."""
     from hubsae.core.quiet import quiet
     from hubsae.recipes.subject import open_subject
@@ -132,7 +181,7 @@ def steer_once(demo: Demo, sae: Any, x: torch.Tensor) -> Steered | None:
     subject = open_subject(folder, read_json(demo.run / ".steps" / "source.json")["result"])
     tokenizer, problem = subject.tokenizer(), subject.problems("test")[0]
     with quiet():
-        model = parse_checkpoint(demo.stage, str(demo.adapter), subject.model).load()
+        model = parse_checkpoint(demo.stage or "", str(demo.adapter), subject.model).load()
     text = PromptStyle().render(tokenizer, problem.question)
     prompt = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
 
@@ -149,7 +198,7 @@ def steer_once(demo: Demo, sae: Any, x: torch.Tensor) -> Steered | None:
     for share in (0.5, 1.0, 2.0):
         for feature in order[:12].tolist():
             strength = share * float(peak[feature])
-            with sae.steer(model, feature=feature, strength=strength):
+            with sae.steer(model, feature=feature, strength=strength, unit=False):
                 after = answer()
             if after != before:
                 return Steered(feature, strength, problem.question, before, after)

@@ -207,8 +207,11 @@ def test_attach_splice_and_steer_on_tensor_and_tuple_outputs(as_tuple):
         part = model(h)
     torch.testing.assert_close(part[0, 2], spliced[0, 2])
     torch.testing.assert_close(part[1], clean[1])
+    row = sae.W_dec[7]
+    with sae.steer(model, feature=7, strength=3.0, hook=1, unit=False):
+        torch.testing.assert_close(model(h), clean + 3.0 * row)
     with sae.steer(model, feature=7, strength=3.0, hook=1):
-        torch.testing.assert_close(model(h), clean + 3.0 * sae.W_dec[7])
+        torch.testing.assert_close(model(h), clean + 3.0 * row / row.norm())
     assert torch.equal(model(h), clean)
 
 

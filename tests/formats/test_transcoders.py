@@ -132,7 +132,7 @@ def test_attach_reads_at_the_input_and_splice_replaces_at_the_output():
         with sae.splice(model, mask=torch.tensor([[True, False, False, False]])):
             model(ids)
         assert torch.allclose(seen["after"][:, 1:], plain[:, 1:], atol=1e-6)
-        with sae.steer(model, feature=3, strength=2.0):
+        with sae.steer(model, feature=3, strength=2.0, unit=False):
             model(ids)
         assert torch.allclose(seen["after"], plain + 2 * sae.W_dec[3], atol=1e-5)
         assert not torch.allclose(spliced, model(ids).logits)

@@ -492,7 +492,7 @@
     const n = Number(page.feature)
     return [
       snippet("Read it", `${load}with sae.attach(model) as acts:\n    model(**batch)\nstrength = acts.dense()[..., ${n}]\n`),
-      snippet("Steer with it", `${load}with sae.steer(model, feature=${n}, strength=${value(page.max || 1)}):\n    model.generate(**batch, max_new_tokens=40)\n`),
+      snippet("Steer with it", `${load}with sae.steer(model, feature=${n}, strength=${value(page.max || 1)}, unit=False):\n    model.generate(**batch, max_new_tokens=40)\n`),
     ]
   }
 
