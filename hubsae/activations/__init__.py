@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hubsae.activations.activation_set import ActivationSet
+    from hubsae.activations.activation_set import ActivationSet, PairedActivations
     from hubsae.activations.dataset import ActivationDataset
     from hubsae.activations.harvesting import harvest
     from hubsae.activations.manifest import describe, finalize
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "ActivationDataset": "dataset",
     "ActivationSet": "activation_set",
+    "PairedActivations": "activation_set",
     "ActivationStats": "stats",
     "ActivationWriter": "writer",
     "SplitRule": "splits",
@@ -30,6 +31,7 @@ __all__ = [
     "ActivationSet",
     "ActivationStats",
     "ActivationWriter",
+    "PairedActivations",
     "SplitRule",
     "describe",
     "finalize",

@@ -1,4 +1,4 @@
-"""The configs of one dataset folder together, as a harvest returns them."""
+"""Several configs of one dataset together: all of a folder as a harvest returns them, or two as input and target."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from hubsae.activations.dataset import ActivationDataset
+import numpy as np
+import torch
+from torch import Tensor
+
+from hubsae.activations.dataset import WINDOW_BYTES, ActivationDataset
 from hubsae.activations.layout import configs_in
+from hubsae.core.errors import DataError
 
 
 class ActivationSet(Mapping[str, ActivationDataset]):
@@ -33,6 +38,78 @@ class ActivationSet(Mapping[str, ActivationDataset]):
         """One config and split."""
         return ActivationDataset.open(self.path, config, split, **options)
 
+    def pair(self, source: str, target: str, split: str = "train") -> PairedActivations:
+        """Two configs as input and target: `harvested.pair("layers.3.mlp_in", "layers.3.mlp_out")`."""
+        return PairedActivations(self.open(source, split), self.open(target, split))
+
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:
         """Publish the folder."""
         return cast(Any, self[self.configs[0]]).push_to_hub(repo_id, **options)
+
+
+class PairedActivations:
+    """Two hook points of the same tokens, such as an MLP's input and output: what a transcoder is trained on.
+
+    >>> x = torch.arange(12.0).reshape(6, 2)
+    >>> one, other = ActivationDataset.from_tensor(x), ActivationDataset.from_tensor(2 * x)
+    >>> batch = next(PairedActivations(one, other).batches(4))
+    >>> bool((batch["target"] == 2 * batch["vector"]).all())
+    True
+    """
+
+    def __init__(self, source: ActivationDataset, target: ActivationDataset):
+        self.source, self.target = source, target
+        labels = [n for n in ("sample_id", "position") if n in source.label_names and n in target.label_names]
+        same = len(source) == len(target) and all(
+            np.array_equal(source.columns(name)[name], target.columns(name)[name]) for name in labels
+        )
+        if not same:
+            raise DataError(
+                f"{source.config} and {target.config} do not hold the same tokens in the same order",
+                hint="harvest both hook points in one run: harvest(model, data, ['3.mlp_in', '3.mlp_out'], ...)",
+            )
+        self.d, self.d_out = source.d, target.d
+        self.label_names = source.label_names
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __repr__(self) -> str:
+        return f"PairedActivations({self.source!r} -> {self.target!r})"
+
+    def batches(
+        self,
+        batch_size: int = 8192,
+        *,
+        shuffle: bool = True,
+        seed: int = 0,
+        epoch: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        columns: Sequence[str] = (),
+        dtype: torch.dtype | None = None,
+        drop_last: bool | None = None,
+        window_bytes: int = WINDOW_BYTES,
+    ) -> Iterator[dict[str, Tensor | np.ndarray]]:
+        """One epoch of batches with `vector` [n, d], `target` [n, d_out] and the labels asked for, rows in step."""
+        row, other = (data.d * data.stored_dtype.itemsize for data in (self.source, self.target))
+        # windows of as many rows on both sides, so that both are permuted alike
+        window_rows = max(1, window_bytes // row)
+        options: dict[str, Any] = {
+            "shuffle": shuffle, "seed": seed, "epoch": epoch, "rank": rank, "world_size": world_size,
+            "drop_last": drop_last,
+        }  # fmt: skip
+        left = self.source.batches(batch_size, columns=columns, dtype=dtype, window_bytes=window_rows * row, **options)
+        right = self.target.batches(batch_size, dtype=dtype, window_bytes=window_rows * other, **options)
+        for vector, target in zip(left, right, strict=True):
+            labels = cast("dict[str, Tensor | np.ndarray]", vector if columns else {"vector": vector})
+            yield {**labels, "target": cast(Tensor, target)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the last `batches` stands."""
+        return {"source": self.source.state_dict(), "target": self.target.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Let the next `batches` continue from `state`."""
+        self.source.load_state_dict(state.get("source", {}))
+        self.target.load_state_dict(state.get("target", {}))

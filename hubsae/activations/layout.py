@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from hubsae.core.errors import DataError, FormatError
 from hubsae.core.extras import require
+from hubsae.core.text import natural_key
 
 if TYPE_CHECKING:
     import pyarrow
@@ -126,12 +127,7 @@ def configs_in(root: Path) -> list[str]:
     if not root.is_dir():
         return []
     names = [p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".") and shards_in(p)]
-    return sorted(names, key=natural)
-
-
-def natural(name: str) -> list[Any]:
-    """Sort key in which layers.6 comes before layers.12."""
-    return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in re.split(r"(\d+)", name) if p]
+    return sorted(names, key=natural_key)
 
 
 def arrow_schema(header: ShardHeader) -> pyarrow.Schema:

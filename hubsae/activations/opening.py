@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from hubsae.activations.layout import VECTOR, config_name, configs_in, natural, shards_in
+from hubsae.activations.layout import VECTOR, config_name, configs_in, shards_in
 from hubsae.activations.parquet_source import ParquetSource
 from hubsae.activations.sources import (
     ArrowSource,
@@ -23,6 +23,7 @@ from hubsae.activations.sources import (
 from hubsae.core.errors import DataError, FormatError, HookError, NotFoundError, nearest
 from hubsae.core.files import read_json, safetensors_header
 from hubsae.core.hooks import HookPoint
+from hubsae.core.text import natural_key
 
 PILE = re.compile(r"(?:(?P<stage>.+?)_)?layers?[_.]?(?P<layer>\d+)(?:_(?P<split>train|val|validation|test))?$")
 SUFFIXES = (".pt", ".npy", ".safetensors", ".parquet")
@@ -119,7 +120,7 @@ def find_activations(
 
 def find_pile(path: Path) -> dict[str, dict[str, list[Path]]]:
     """Files of matrices by config and split, read from names such as `ppo_step10_layer18_train.pt`."""
-    files = [path] if path.is_file() else sorted(path.rglob("*"), key=lambda p: natural(p.as_posix()))
+    files = [path] if path.is_file() else sorted(path.rglob("*"), key=lambda p: natural_key(p.as_posix()))
     found: dict[str, dict[str, list[Path]]] = {}
     for file in files:
         if file.suffix not in SUFFIXES or not file.is_file() or file.name.startswith("."):

@@ -111,6 +111,13 @@ class Stream:
             raise ConfigError("no hook points were given", hint="pass layers, such as [6, 12, 18]")
         for hook in self.hooks:
             hook.module_path(self.model)  # refuses layers that do not exist
+        table = getattr(self.model, "get_input_embeddings", lambda: None)()
+        known = len(self.tokenizer) if self.tokenizer is not None else 0
+        if isinstance(table, nn.Embedding) and known > table.num_embeddings:
+            raise ConfigError(
+                f"the tokenizer knows {known:,} tokens, the model {table.num_embeddings:,}: it is another model's",
+                hint="leave tokenizer out, and the model's own is taken",
+            )
         if self.max_tokens is not None and self.how.mode == "generate":
             raise ConfigError("max_tokens cannot be kept with generated responses", hint="use max_samples")
         if self.select != "all" and self.how.mode in ("text", "packed"):
