@@ -48,12 +48,12 @@ HERE = Path(__file__).parent
 
 def steps(config: Config) -> list[Step]:
     """Every step, in order."""
-    run, names = _Run(config), config.stage_names()
+    run, names, cost = _Run(config), config.stage_names(), estimates.simple(config)
     # what decides which checkpoints the stages are, beside the steps that make them
     stages = {"stages": names, "given": config.stages, "control_steps": config.control_steps, "seed": config.seed}
 
     world = {"model": config.model, "data": config.data, "seed": config.seed}
-    plan = [Step("source", run.source, world, estimate=estimates.source(config))]
+    plan = [Step("source", run.source, world, estimate=cost["source"])]
     policy: tuple[str, ...] = ("source",)
     if config.warmup is not None:
         settings = {"warmup": config.warmup, "seed": config.seed}
@@ -67,8 +67,8 @@ def steps(config: Config) -> list[Step]:
     graded = [f"accuracy/{stage}" for stage in config.harvested_stages()]
     for name, stage in zip(graded, config.harvested_stages(), strict=True):
         settings = {"stage": stage, "evaluation": config.evaluation, **stages}
-        plan.append(Step(name, run.accuracy, settings, policy, estimate=estimates.accuracy(config)))
-    plan.append(Step("merge", run.merge, stages, policy, estimate=estimates.merge(config)))
+        plan.append(Step(name, run.accuracy, settings, policy, estimate=cost["accuracy"]))
+    plan.append(Step("merge", run.merge, stages, policy, estimate=cost["merge"]))
 
     harvested = [harvest_step(mode) for mode in config.harvest.modes]
     trained_on = harvest_step(config.harvest.train_on)
@@ -86,13 +86,13 @@ def steps(config: Config) -> list[Step]:
     for name, stage in zip(evaluated, names, strict=True):
         settings = {"stage": stage, "evaluation": config.evaluation, "harvest": config.harvest, **stages}
         needs = (*policy, *harvested, *chains)
-        plan.append(Step(name, run.evaluation, settings, needs, estimate=estimates.evaluation(config)))
+        plan.append(Step(name, run.evaluation, settings, needs, estimate=cost["evaluation"]))
 
     others = {"compare": config.compare, "theirs": [common.run_fingerprint(Path(other)) for other in config.compare]}
-    plan.append(Step("drift", run.drift, {**others, **stages}, (trained_on, *chains), estimate=estimates.drift(config)))
+    plan.append(Step("drift", run.drift, {**others, **stages}, (trained_on, *chains), estimate=cost["drift"]))
     about = {"name": config.name, "about": config.about}
     needs = ("source", *chains, *evaluated, "drift")
-    plan.append(Step("release", run.release, about, needs, estimate=estimates.release(config)))
+    plan.append(Step("release", run.release, about, needs, estimate=cost["release"]))
     needs = (*policy, *graded, "merge", *evaluated, "drift", "release")
     settings = config.model_dump(mode="json", exclude={"publish"})
     what = Estimate("results beside the published numbers, figures")
