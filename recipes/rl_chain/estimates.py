@@ -81,9 +81,7 @@ def chain(config: ChainConfig, settings: ChainSettings) -> Estimate:
     stages, width = len(config.stage_names()), config.sae.expansion * config.model.d_model
     runs = 2 * stages - 1 if config.sae.control and not config.control_steps else stages
     control = f", {runs - stages} of them the control" if runs > stages else ""
-    what = (
-        f"{runs} SAEs of {config.model.d_model} x {width:,}, k {settings.k}, {config.sae.epochs} epochs each{control}"
-    )
+    shape = f"{config.model.d_model} x {width:,}, k {settings.k}, {config.sae.epochs} epochs each"
     # weights, gradient, two moments; on disk the SAE, its last state and the best one
     size = sae_bytes(config)
     return Estimate(
