@@ -16,7 +16,7 @@ import pytest
 
 from hubsae.core.errors import HubSAEError
 from hubsae.index import explain, labels
-from hubsae.index.chat import ChatError, ServerChat
+from hubsae.index.chat import ChatError, LocalChat, ServerChat
 from hubsae.index.labels import Label
 from hubsae.index.page import build, chosen, indexes
 
@@ -159,6 +159,29 @@ def test_a_run_that_was_cut_off_goes_on_and_asks_nothing_twice(index, model):
         model.questions.clear()
         explain.explain(index, chat, "rules", wanted, options=OPTIONS, show=False)
         assert model.questions == []
+
+
+def test_a_model_of_transformers_answers_in_this_process(tmp_path):
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    words.train_from_iterator([], trainers.BpeTrainer(special_tokens=["<|endoftext|>"], initial_alphabet=alphabet))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}>"
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), num_hidden_layers=1, **small))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    chat = LocalChat(str(tmp_path), max_tokens=4)
+    question = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "What?"}]
+    ids = tokenizer("Be short.\nWhat?\n>", return_tensors="pt")["input_ids"]
+    expected = model.eval().generate(ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :]
+    assert chat(question) == chat(question) == tokenizer.decode(expected, skip_special_tokens=True) != ""
 
 
 def test_answers_that_cannot_be_read_are_counted_not_guessed(index):
