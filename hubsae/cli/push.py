@@ -198,6 +198,7 @@ def as_json(result: PushResult) -> dict[str, Any]:
                 "on_hub": row.on_hub,
                 "saelens": row.check.saelens,
                 "saelens_error": row.check.saelens_error,
+                "scope": row.scope,
                 "metrics": row.metrics,
                 "fvu": row.check.fvu,
                 "l0": row.check.l0,

@@ -20,8 +20,10 @@ class PlanRow:
     shape: str
     size: int
     check: Verification
+    scope: str = "all"
+    """The tokens that it is for."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """Headline metrics of its record, in its own scope."""
+    """The metrics of its record over those tokens."""
     on_hub: str = ""
     """`new`, `changed` or `same`."""
 
@@ -64,6 +66,9 @@ class PushPlan:
             lines.append(f"kept as they are: {count} of the repo ({listing(self.kept, 4)})")
         if diff.deleted:
             lines.append(f"deleted: {listing(diff.deleted, 6)}")
+        if any(row.metrics for row in self.rows):
+            scopes = listing(list(dict.fromkeys(row.scope for row in self.rows)), 4)
+            lines.append(f"metrics: as recorded, over the tokens that the SAEs are for ({scopes})")
         lines.append("checked: " + summarize([row.check for row in self.rows]))
         if diff.empty:
             lines.append("the Hub already has all of it: no commit will be made")

@@ -50,15 +50,18 @@ class Verification:
 def probe_activations(sae: SAE, n: int = PROBES, *, seed: int = 0) -> Tensor:
     """Made-up activations [n, d_in] in the range this SAE was trained for."""
     generator = torch.Generator().manual_seed(seed)
-    centre, scale = sae.b_dec.detach().float().cpu(), torch.ones(sae.d_in)
+    transcoder = sae.config.is_transcoder  # its decoder points into another space, its encoder into this one
+    origin = torch.zeros(sae.d_in) if transcoder else sae.b_dec.detach().float().cpu()
+    centre, scale = origin, torch.ones(sae.d_in)
     if sae.normalizer is not None:
         centre, scale = sae.normalizer.mean.float().cpu(), sae.normalizer.std.float().cpu()
     noise = centre + scale * torch.randn(n // 2, sae.d_in, generator=generator)
     few = min(16, sae.d_sae)
     rows = torch.randint(sae.d_sae, (n - n // 2, few), generator=generator)
     strength = torch.rand(n - n // 2, few, 1, generator=generator) * 4
-    directions = sae.W_dec.detach().float().cpu()[rows]  # [n/2, few, d_in]
-    sums = sae.b_dec.detach().float().cpu() + (strength * directions).sum(1)
+    table = sae.W_enc.detach().T if transcoder else sae.W_dec.detach()
+    directions = table.float().cpu()[rows]  # [n/2, few, d_in]
+    sums = origin + (strength * directions).sum(1)
     return torch.cat([noise, sums])
 
 
@@ -140,7 +143,9 @@ def verify(
             )
         if written.config.architecture == "topk" and activations is not None:
             notes.append(_negatives(written, activations))
-    fvu, l0 = (None, None) if activations is None else quality(written, activations)
+    # the error of a transcoder is against the activations of its output, which are not here
+    measured = activations is not None and not written.config.is_transcoder
+    fvu, l0 = quality(written, activations) if measured else (None, None)
     if fvu is not None and fvu > 1:
         notes.append(
             f"it reconstructs your activations worse than their mean does (FVU {fvu:.3g}): is this the right layer, "

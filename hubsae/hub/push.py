@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hubsae.core.errors import HubSAEError, named_options
-from hubsae.core.metadata import Metadata
 from hubsae.core.sae import SAE
 from hubsae.formats.manifest import Manifest
 from hubsae.formats.spec import PackageSpec
@@ -178,15 +177,11 @@ def _verified(client: HubClient, staging: Staging, activations: Any, check_saele
             found.notes.append(str(staging.calibrations[entry.id]))
         record = release.metadata(entry.id)
         read_as = staging.read_as.get(entry.id) or record.provenance.source_format or "hubsae"
-        size = sum(f.size for f in entry.files)
+        widths = [n for n in (entry.d_in, entry.d_sae, record.config.d_out) if n is not None]
         yield PlanRow(
-            entry.id, read_as, record.config.selection, f"{entry.d_in} x {entry.d_sae}", size, found, _own(record)
-        )
-
-
-def _own(record: Metadata) -> dict[str, float]:
-    """The metrics of a record in the scope that its SAE is for."""
-    return {m.name: m.value for m in record.own_metrics}
+            entry.id, read_as, record.config.selection, " x ".join(map(str, widths)), sum(f.size for f in entry.files),
+            found, record.own_scope, {metric.name: metric.value for metric in record.own_metrics},
+        )  # fmt: skip
 
 
 def _planned(client: HubClient, target: Target, staging: Staging, merge: Merge, rows: list[PlanRow]) -> PushPlan:

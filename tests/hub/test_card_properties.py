@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from hubsae import HubSAE, SAEConfig, push
+from hubsae import HubSAE, SAEConfig, list_saes, push
 from hubsae.core import readme
 from hubsae.core.metadata import Metadata, Metric
 from hubsae.formats import Manifest, Release, SAEEntry
@@ -150,7 +150,7 @@ def test_a_description_with_blank_lines_does_not_freeze_the_card(hub: LocalHub, 
     assert "2 sparse autoencoders" in HubClient().download(repo, "README.md", force=True).read_text()
 
 
-def test_the_headline_is_of_the_tokens_that_the_sae_is_for(tmp_path: Path):
+def test_the_headline_is_of_the_tokens_that_the_sae_is_for_in_plan_card_and_list(hub: LocalHub, tmp_path: Path):
     sae = HubSAE.random(SAEConfig(architecture="topk", d_in=8, d_sae=16, k=2))
     sae.metadata.training.exclude = ["position_0"]
     sae.metadata.metrics = [
@@ -170,6 +170,14 @@ def test_the_headline_is_of_the_tokens_that_the_sae_is_for(tmp_path: Path):
     assert metrics.count("what fvu is") == 1
     assert "| `not position_0`, what this SAE is for | 99 |" in metrics and "| `all` | 100 |" in metrics
     assert text.index("hubsae:begin metrics") < text.index("hubsae:begin loading")
+    result = push(release.path, "me/own-scope", check_saelens=False)
+    row = result.plan.rows[0]
+    assert (row.scope, row.metrics) == (
+        "not position_0", {"fvu": 0.2345, "kl": 0.0321, "frac_recovered_mean": 0.9876}
+    )  # fmt: skip
+    assert any("(not position_0)" in line for line in result.plan.summary())
+    listed = str(list_saes("me/own-scope"))
+    assert "0.2345" in listed and "0.0017" not in listed
 
 
 def test_the_first_plot_stands_on_top_and_features_of_an_index_are_shown(tmp_path: Path):

@@ -23,7 +23,7 @@ from hubsae.hub.preview import to_html
 from hubsae.localhub import LocalHub
 from tests.hub.conftest import ABOUT, seed_folder
 
-ARCHITECTURES = ["topk", "signed", "batch_topk", "batch_rule", "jumprelu", "gated", "relu"]
+ARCHITECTURES = ["topk", "signed", "batch_topk", "batch_rule", "jumprelu", "gated", "relu", "transcoder"]
 
 
 @pytest.fixture
@@ -173,15 +173,19 @@ def test_the_hub_accepts_the_front_matter(hub: LocalHub, architecture: str, tmp_
 
 def release_of(architecture: str, folder: Path) -> Release:
     options: dict = {"k": 4} if "topk" in architecture or architecture in ("signed", "batch_rule") else {}
-    kind = {"signed": "topk", "batch_rule": "batch_topk"}.get(architecture, architecture)
+    kind = {"signed": "topk", "batch_rule": "batch_topk", "transcoder": "topk"}.get(architecture, architecture)
     if architecture == "signed":
         options["topk_relu"] = False
     if architecture == "batch_topk":
         options["threshold"] = 0.8
+    if architecture == "transcoder":
+        options |= {"k": 4, "d_out": 24, "skip": True}
     sae = HubSAE.random(SAEConfig(architecture=kind, d_in=32, d_sae=64, **options))
     sae.metadata.base_model.id = "me/tiny"
     sae.metadata.hook.layer, sae.metadata.hook.module_path = 1, "model.layers.1"
     sae.metadata.hook.transformer_lens = "blocks.1.hook_resid_post"
+    for name in {"W_skip"} & set(sae.tensors()):
+        getattr(sae, name).data.normal_()
     release = Release.create(folder / architecture, name=architecture, base_model="me/tiny")
     release.add(sae, "sae")
     return release
