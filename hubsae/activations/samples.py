@@ -187,14 +187,19 @@ class Preparer:
         if not messages[:-1]:
             raise DataError(f"sample {number} has no prompt")
         if how.chats:
-            prompt, text = self._render(messages[:-1], number, ask=True), self._render(messages, number, ask=False)
-        else:
-            prompt = _plain(messages[:-1])
-            text = prompt + messages[-1]["content"]
-        shared = _common_prefix(prompt, text)
-        found, count, offsets = _divide(tokenizer, text, shared, add=not how.chats and how.special_tokens)
-        sample = Sample(number, found, count, item=item)
-        return self._labelled(sample, messages, text, offsets)
+            return self.chat(messages, number, item)
+        prompt = _plain(messages[:-1])
+        found, count, _ = _divide(tokenizer, prompt + messages[-1]["content"], len(prompt), add=how.special_tokens)
+        return Sample(number, found, count, item=item)
+
+    def chat(self, messages: Sequence[Mapping[str, str]], number: int = 0, item: Any = None) -> Sample:
+        """A whole chat as it stands, with its groups of tokens; its prompt is what precedes the last answer."""
+        text = self._render(messages, number, ask=False)
+        answered = messages[-1]["role"] == "assistant" and len(messages) > 1
+        prompt = self._render(messages[:-1], number, ask=True) if answered else text
+        # a template may end its prompt otherwise than it begins the answer
+        found, count, offsets = _divide(self.tokenizer, text, _common_prefix(prompt, text), add=False)
+        return self._labelled(Sample(number, found, count, item=item), messages, text, offsets)
 
     def _labelled(
         self,
@@ -211,7 +216,7 @@ class Preparer:
             sample.columns |= groups or no_groups(len(sample.ids))
         return sample
 
-    def _render(self, messages: list[dict[str, str]], number: int, *, ask: bool) -> str:
+    def _render(self, messages: Sequence[Mapping[str, str]], number: int, *, ask: bool) -> str:
         if not getattr(self.tokenizer, "chat_template", None):
             name = getattr(self.tokenizer, "name_or_path", "") or type(self.tokenizer).__name__
             raise ConfigError(

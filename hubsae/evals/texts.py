@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hubsae.activations.samples import Preparation, Preparer
 from hubsae.core.errors import DataError
 from hubsae.core.files import read_json
 from hubsae.core.text import PROMPT_KEYS, RESPONSE_KEYS
@@ -140,18 +142,19 @@ def _encode_mapping(text: Mapping[str, Any], tokenizer: Any) -> Tokens:
 
 
 def _encode_chat(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> Tokens:
-    tokenizer = _need(tokenizer)
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
-    if not messages or messages[-1].get("role") != "assistant":
-        return Tokens(_ids(tokenizer(whole, add_special_tokens=False)), None)
-    prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-    if not whole.startswith(prompt):
-        raise DataError(
-            "the chat template renders the prompt alone differently from the prompt with its answer, so the "
-            "response cannot be told apart",
-            hint="pass input_ids with is_prompt",
-        )
-    return _encode_pair(prompt, whole[len(prompt) :], tokenizer, add_special_tokens=False)
+    """As a harvest does it, with the same groups of tokens."""
+    if not messages:
+        raise DataError("a text is an empty chat", hint="leave it out")
+    sample = _preparer(_need(tokenizer)).chat(messages)
+    answered = messages[-1].get("role") == "assistant" and len(messages) > 1
+    response = torch.arange(len(sample.ids)) >= sample.prompt_length if answered else None
+    return Tokens(torch.tensor(sample.ids, dtype=torch.int64), response, dict(sample.columns))
+
+
+@lru_cache(maxsize=2)
+def _preparer(tokenizer: Any) -> Preparer:
+    """Kept, because it knows the layouts of the chats it has seen."""
+    return Preparer(tokenizer, Preparation("prompt+response"))
 
 
 def _encode_pair(prompt: str, response: str, tokenizer: Any, *, add_special_tokens: bool = True) -> Tokens:

@@ -160,6 +160,20 @@ def test_excluded_groups_are_not_stored(tmp_path, tiny_model, tokenizer):
         harvest(tiny_model, ["text"], [1], out=tmp_path / "d", tokenizer=tokenizer, exclude=["template"])
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_splice_sees_the_tokens_and_groups_that_a_harvest_writes(with_template, name):
+    from hubsae.evals.texts import encode_texts
+
+    tokenizer = with_template(name)
+    sample = prepare([{"messages": CHAT}], 0, tokenizer, Preparation("prompt+response"))[0]
+    found = encode_texts([{"messages": CHAT}], tokenizer)[0][0]
+    assert found.ids.tolist() == sample.ids
+    assert found.is_response is not None and int((~found.is_response).sum()) == sample.prompt_length
+    for column, values in sample.columns.items():
+        assert (found.labels[column] == values).all()
+    assert not {"role", "turn", "is_template", "is_assistant", "is_special", "position"} - set(found.labels)
+
+
 def test_chats_of_sharegpt_are_understood(tokenizer):
     item = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"}]}
     sample = prepare([item], 0, tokenizer, Preparation("prompt+response"))[0]
