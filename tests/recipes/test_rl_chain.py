@@ -237,7 +237,7 @@ def test_the_full_profiles_are_the_published_runs(tmp_path):
         assert rl.shuffled_gold == (variant == "shuffled")
         assert rl.scorer == ("strict" if variant == "strict" else "flexible")
     assert chains["control"].stage_names() == ["instruct_base", *(f"control_step{s}" for s in published["strict"])]
-    members = [(chain.k, layer) for chain, layer in chains["strict"].members()]
+    members = [(member.chain.k, member.layer) for member in chains["strict"].members()]
     assert members == [(64, 6), (64, 12), (64, 18), (64, 23), (256, 23)]
 
 
