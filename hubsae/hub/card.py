@@ -333,7 +333,7 @@ def card_of(
         citation=citation or extra.get("citation"),
         limitations=limitations or extra.get("limitations") or (),
     )
-    card.examples = example_features(find, paths, card.example.id)
+    card.examples = example_features(find, {f.path: f.size for f in manifest.files}, card.example.id)
     return card
 
 

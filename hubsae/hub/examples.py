@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from hubsae.core.errors import MissingExtraError
 from hubsae.core.extras import require
+from hubsae.index.files import index_name
 
 SHOWN = 5
 BEFORE, AFTER = 8, 4
 """Tokens of context on a card."""
+MOST_BYTES = 256 << 20
+"""A larger table is not fetched for a card."""
 
 
 class Example(NamedTuple):
@@ -24,14 +28,17 @@ class Example(NamedTuple):
     label: str | None
 
 
-def example_features(find: Callable[[str], Path], paths: Sequence[str], sae_id: str) -> list[Example]:
+def example_features(find: Callable[[str], Path], sizes: Mapping[str, int], sae_id: str) -> list[Example]:
     """Features of one SAE from frequent to rare, labelled ones first; none where the release has no index of it."""
-    folder = f"reverse-index/{sae_id.replace('/', '--')}"
+    folder = f"reverse-index/{index_name(sae_id)}"
     metrics, prompts, labels = (f"{folder}/{name}.parquet" for name in ("feature_metrics", "feature_prompts", "labels"))
-    if metrics not in paths or prompts not in paths:
+    if metrics not in sizes or sizes.get(prompts, MOST_BYTES) >= MOST_BYTES:
         return []
-    pq = require("pyarrow.parquet", extra="train")
-    known = pq.read_table(find(labels), columns=["feature", "text"]).to_pylist() if labels in paths else []
+    try:
+        pq = require("pyarrow.parquet", extra="train")
+    except MissingExtraError:
+        return []  # a push that can do without is not stopped by it
+    known = pq.read_table(find(labels), columns=["feature", "text"]).to_pylist() if labels in sizes else []
     names = {row["feature"]: row["text"] for row in known}
     alive = pq.read_table(find(metrics), columns=["feature", "density", "count"]).to_pylist()
     alive = sorted((row for row in alive if row["count"]), key=lambda row: (-row["density"], row["feature"]))
