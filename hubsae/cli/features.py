@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -42,13 +41,13 @@ def command(
     hubsae features release/ layers.15 --prompt "Gravity is a force" --model M
     """
     from hubsae.cli._common import print_json
-    from hubsae.index.features import FeatureIndex
+    from hubsae.hub.pages import open_index
 
     words = list(names or [])
     feature = int(words.pop()) if words and words[-1].isdigit() else None
     if len(words) > 1:
         raise typer.BadParameter(f"{' '.join(words)}: give one SAE, and the number of a feature")
-    index = FeatureIndex.open(_fetched(release), words[0] if words else None)
+    index = open_index(release, words[0] if words else None)
     if prompt is not None:
         rows = _on_prompt(release, index, prompt, model, number)
         print_json(rows) if as_json else _show_prompt(index, rows)
@@ -62,14 +61,6 @@ def command(
     else:
         rows = _overview(index, 20)
         print_json(rows) if as_json else _show_overview(index, rows)
-
-
-def _fetched(release: str) -> Path:
-    if Path(release).is_dir():
-        return Path(release)
-    from hubsae.hub.pages import fetch
-
-    return fetch(release, every=True)
 
 
 def _text(example: Example) -> Any:

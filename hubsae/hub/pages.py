@@ -9,6 +9,7 @@ from hubsae.core.errors import HubSAEError
 from hubsae.hub.client import HubClient, split_repo
 from hubsae.hub.explain import explained
 from hubsae.hub.upload import Contents, LocalFile, Published, State, publish
+from hubsae.index.features import FeatureIndex
 from hubsae.index.page import FOLDER, TABLES, indexes, render
 
 README = """---
@@ -52,6 +53,15 @@ def fetch(
     for path in paths:
         client.download(repo_id, path, revision=sha)
     return client.cached_snapshot(repo_id, sha)
+
+
+def open_index(source: str | Path, sae: str | None = None, *, revision: str | None = None) -> FeatureIndex:
+    """The index of an SAE: from a release folder, the folder of an index, or a repo (`owner/name[@revision]`).
+
+    `open_index("me/my-sae", "layers.15")[123].examples`
+    """
+    root = Path(source) if Path(source).is_dir() else fetch(str(source), revision=revision, every=True)
+    return FeatureIndex.open(root, sae)
 
 
 def publish_space(

@@ -27,8 +27,8 @@ BINS = 64
 """Histogram bins: two per doubling of |z|, from 2^-16 to 2^16; smaller and larger ones fall into the outermost."""
 LOWEST = -16
 UNIT = np.float32(2**20)
-ROWS = 16_384
-"""Rows taken in at once: 1 M records at k 64, so that what a block's first firings displace is looked up once."""
+ROWS = 8192
+"""Rows taken in at once: half a million records at k 64, so that what the first firings displace is looked up once."""
 PAIRED = 16_384
 """Tokens, drawn by hash, whose features are kept whole: which features fire together."""
 NO_VALUE, NO_HASH, NO_SAMPLE = np.float32(-np.inf), 2**63 - 1, -(2**63)
@@ -359,9 +359,11 @@ class FeatureTable:
 
     def _thin(self) -> None:
         """Leave out what the bounds have risen above; where that is little, cut."""
-        parts, before = [self.records, *self._fresh], self._pool + len(self.records.feature)
-        self.records, self._fresh = self.records.take(np.zeros(0, np.int64)), []
-        for part in parts:
+        waiting, before = [self.records, *self._fresh], self._pool + len(self.records.feature)
+        self.records, self._fresh = Records.none(2 * self.window + 1), []
+        waiting.reverse()
+        while waiting:  # one after the other, so that what is left out is freed
+            part = waiting.pop()
             still = part.value >= self._bound[part.feature]
             if self.random:
                 still |= mix(part.index) <= self._bound_hash[part.feature]
@@ -371,7 +373,7 @@ class FeatureTable:
             self._cut()
             held = len(self.records.feature)
         self._pool = sum(len(part.feature) for part in self._fresh)
-        self._limit = self._pool + max(POOL, held)
+        self._limit = self._pool + max(POOL, held // 2)
 
     def _cut(self) -> None:
         """Join what came with what is held, and cut to what is kept."""
