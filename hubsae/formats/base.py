@@ -43,6 +43,8 @@ class Overrides:
     """Whether b_dec is subtracted before encoding, where the layout leaves it open."""
     transposed: bool | None = None
     """Square matrices of a layout with no fixed orientation: True if stored as [d_sae, d_in] for W_enc."""
+    map: Any = None
+    """Which tensor is which, for files of no known layout: W_enc=enc.weight.T,b_enc=enc.bias,..."""
     token_norm: TokenNorm | None = None
     input_scale: float | None = None
     """A scalar the activations were multiplied by in training and that is not in the weights."""
@@ -121,6 +123,14 @@ class Probe:
         if not (folder / name).is_file():
             return {}
         value = self._once("json", name, lambda: io.read_small_json(folder / name))
+        return value if isinstance(value, dict) else {}
+
+    def yaml(self, name: str) -> dict[str, Any]:
+        """A YAML mapping beside or inside the path; {} where there is none."""
+        file = (self.path if self.is_dir else self.path.parent) / name
+        if not file.is_file():
+            return {}
+        value = self._once("yaml", name, lambda: io.read_small_yaml(file))
         return value if isinstance(value, dict) else {}
 
     def header(self, name: str = "") -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -36,6 +36,9 @@ SUFFIXES: tuple[str, ...] = tuple(sorted({suffix for format in FORMATS.values() 
 BESIDE: tuple[str, ...] = tuple(sorted({name for format in FORMATS.values() for name in format.beside}))
 """Files that say more about a single-file SAE, from its folder; `{stem}` stands for its name without the suffix."""
 
+MAPPED = "mapped"
+"""The format of files whose tensors a person names with a key map."""
+
 _WEIGHTS = tuple({*SUFFIXES, *(Path(name).suffix for files in FOLDERS for name in files.needed)} - {".json", ""})
 _STANDS_FOR_FOLDER = frozenset(name for files in FOLDERS for name in files.needed if "/" not in name)
 

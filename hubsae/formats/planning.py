@@ -13,7 +13,7 @@ from typing import Any
 from hubsae.core.errors import ConfigError, FormatError
 from hubsae.core.text import natural_key
 from hubsae.formats.base import Probe
-from hubsae.formats.detection import choose, looks_like, may_hold_weights, readings_of
+from hubsae.formats.detection import MAPPED, choose, looks_like, may_hold_weights, readings_of
 from hubsae.formats.manifest import MANIFEST_NAME, Manifest
 from hubsae.formats.names import NameInfo, NamePattern, parse_name, parse_path, stem_of
 from hubsae.formats.spec import SPEC_NAME, PackageSpec
@@ -150,7 +150,10 @@ def _one(path: Path, root: Path, out: PackagePlan, pattern: NamePattern | None) 
         raise FormatError(
             path, "an SAE file", "an empty file (0 bytes)", hint="copy it again, or skip it in hubsae.yaml"
         )
+    choices = {**out.spec.choices, **rule.choices}
     forced = rule.format or (out.spec.format if path.is_file() or readings else None)
+    if forced is None and choices.get("map") and path.is_file():
+        forced = MAPPED
     if forced is None and not readings:
         if path.is_file():
             _not_an_sae(path, probe, out)
@@ -159,7 +162,6 @@ def _one(path: Path, root: Path, out: PackagePlan, pattern: NamePattern | None) 
     if path.is_dir():
         _check_links(path, root)
     why = next((r.why for r in readings if r.format == chosen.name), "chosen by the caller")
-    choices = {**out.spec.choices, **rule.choices}
     return PlannedSAE(path, chosen.name, why, rule.id or "", _with(info, rule), choices, _size(path))
 
 

@@ -17,7 +17,7 @@ from hubsae.core.files import umask
 from hubsae.core.sae import SAE
 from hubsae.formats import native
 from hubsae.formats.base import Format, Overrides
-from hubsae.formats.detection import FORMATS, choose, probe_of
+from hubsae.formats.detection import FORMATS, MAPPED, choose, probe_of
 
 
 def read(
@@ -45,7 +45,7 @@ def read(
     """
     probe = probe_of(path)
     choices = Overrides.of(overrides)
-    chosen = choose(probe, format)
+    chosen = choose(probe, format or (MAPPED if choices.map else None))
     if chosen.name == "native" and not choices.named():
         return native.read(probe.path, device=device, dtype=dtype, features=features)
     assert chosen.read is not None

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -29,6 +30,7 @@ from hubsae.core.files import atomic_path, read_json
 Paths = str | os.PathLike[str]
 
 MAX_JSON = 256 << 20
+MAX_YAML = 64 << 10
 MAX_INFLATION = 32  # compressed archives of weights stay far below this
 PICKLES = (".pt", ".pth", ".bin")
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -50,6 +52,17 @@ def read_small_json(path: Paths) -> Any:
     if file.stat().st_size > MAX_JSON:
         raise FormatError(file, f"JSON below {MAX_JSON >> 20} MiB", f"{file.stat().st_size >> 20} MiB")
     return read_json(file)
+
+
+def read_small_yaml(path: Paths) -> Any:
+    """Read a YAML file of settings; anchors that multiply and files of absurd size are refused."""
+    file = require_file(path, "a YAML file")
+    if file.stat().st_size > MAX_YAML:
+        raise FormatError(file, f"YAML below {MAX_YAML >> 10} KiB", f"{file.stat().st_size >> 10} KiB")
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise FormatError(file, "YAML", f"text that does not parse ({type(error).__name__})") from error
 
 
 # ---- safetensors ------------------------------------------------------------------------------------------

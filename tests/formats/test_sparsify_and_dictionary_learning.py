@@ -35,6 +35,18 @@ def coder_numbers(coder, x):
     return dense, coder(x).sae_out
 
 
+def test_skip_transcoder_of_an_mlp_reads_and_is_written_as_in_sparsify(sparsify, rand, x, same, tmp_path):
+    coder = peer_coder(sparsify, rand, transcode=True, skip_connection=True)
+    coder.W_skip.data = rand(D_IN, D_IN, scale=0.3)
+    folder = tmp_path / "layers.4.mlp"
+    coder.save_to_disk(folder)
+    sae = read(folder)
+    same(sae, x, *coder_numbers(coder, x))
+    assert (sae.metadata.hook.kind, sae.metadata.hook_out.kind) == ("mlp_in", "mlp_out")
+    write(sae, tmp_path / "again", "sparsify")
+    same(sae, x, *coder_numbers(sparsify.SparseCoder.load_from_disk(tmp_path / "again"), x))
+
+
 @pytest.mark.parametrize("transcode", [False, True])
 def test_folder_written_by_sparsify_reads_with_its_numbers(sparsify, transcode, rand, x, same, tmp_path):
     coder = peer_coder(sparsify, rand, transcode=transcode)
@@ -45,7 +57,9 @@ def test_folder_written_by_sparsify_reads_with_its_numbers(sparsify, transcode, 
     assert [r.format for r in detect(folder)] == ["sparsify"]
     sae = read(folder)
     same(sae, x, *coder_numbers(coder, x))
-    assert sae.metadata.hook.module_path == "model.layers.4"
+    assert sae.config.is_transcoder is transcode
+    assert sae.metadata.hook.kind == ("resid_pre" if transcode else "resid_post")
+    assert (sae.metadata.hook_out.kind if transcode else sae.metadata.hook_out) == ("resid_post" if transcode else None)
     assert sae.metadata.base_model.id == "HuggingFaceTB/SmolLM2-135M"
 
 

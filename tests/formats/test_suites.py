@@ -59,9 +59,7 @@ def test_gemma_scope_2_safetensors(gemma, x, same, tmp_path):
     sae = read(folder)
     same(sae, x, *gemma_numbers(gemma, x))
     assert (sae.metadata.hook.module_path, sae.metadata.base_model.id) == ("model.layers.12", "google/gemma-3-1b-pt")
-    (folder / "config.json").write_text(json.dumps(config | {"hf_hook_point_out": "model.layers.12.mlp.output"}))
-    with pytest.raises(FormatError, match="transcoder"):
-        read(folder)
+    assert not sae.config.is_transcoder
 
 
 def test_gemma_scope_reads_as_in_saelens(gemma, x, same, tmp_path):
@@ -179,7 +177,7 @@ def test_llamascopium_without_its_norm_or_of_another_kind_is_refused(rand, tmp_p
     with pytest.raises(FormatError, match="average activation norm"):
         read(tmp_path)
     assert read(tmp_path, input_scale=0.5).d_sae == D_SAE
-    for change in ({"sae_type": "crosscoder"}, {"hook_point_out": "blocks.9.hook_mlp_out"}, {"use_glu_encoder": True}):
+    for change in ({"sae_type": "crosscoder"}, {"sae_type": "clt"}, {"sae_type": "lorsa"}, {"use_glu_encoder": True}):
         (tmp_path / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(FormatError):
             read(tmp_path)

@@ -7,6 +7,7 @@ JumpReluAutoEncoder. A threshold below zero means it was never tracked; BatchTop
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from hubsae.formats.base import Files, Format, Overrides, Probe
 
 WEIGHTS_NAME = "ae.pt"
 CONFIG_NAME = "config.json"
+CHECKPOINT = re.compile(r"^ae_\d+\.pt$")
 
 LINEAR = ("encoder.weight", "decoder.weight")
 CLASSES: dict[str, tuple[str, ...]] = {
@@ -41,22 +43,29 @@ def detect(probe: Probe) -> str | None:
     """ae.pt beside config.json with trainer.dict_class."""
     if probe.is_dir and not {WEIGHTS_NAME, CONFIG_NAME} <= probe.names:
         return None
-    if not probe.is_dir and probe.path.name != WEIGHTS_NAME:
+    if not probe.is_dir and not CHECKPOINT.match(probe.path.name):
         return None
-    trainer = probe.json(CONFIG_NAME).get("trainer")
+    trainer = _config(probe).get("trainer")
     if not isinstance(trainer, dict) or "dict_class" not in trainer:
         return None
     return f"config.json with trainer.dict_class {trainer['dict_class']!r} beside ae.pt"
 
 
+def _config(probe: Probe) -> dict[str, Any]:
+    """config.json of the folder; of a checkpoint while training (checkpoints/ae_309.pt), of the folder above."""
+    return probe.json(CONFIG_NAME if probe.is_dir else f"../{CONFIG_NAME}")
+
+
 def _read(probe: Probe, choices: Overrides) -> SAE:
-    config = probe.json(CONFIG_NAME)
-    trainer: dict[str, Any] = config["trainer"]
+    config = _config(probe)
+    trainer = config.get("trainer")
+    if not isinstance(trainer, dict) or "dict_class" not in trainer:
+        raise FormatError(probe.path, "config.json with trainer.dict_class", "none")
     file = probe.path / WEIGHTS_NAME if probe.is_dir else probe.path
     name = trainer["dict_class"]
     if name not in CLASSES:
         raise FormatError(file, f"a dict_class among {', '.join(CLASSES)}", repr(name))
-    state = probe.pickle(WEIGHTS_NAME)
+    state = probe.pickle(WEIGHTS_NAME if probe.is_dir else "")
     if not isinstance(state, dict):
         raise FormatError(file, "a state dict", type(state).__name__)
     expect_keys(file, state, CLASSES[name], BUFFERS)
@@ -130,7 +139,9 @@ def write(sae: SAE, folder: str | os.PathLike[str]) -> Path:
     config = sae.config
     tensors = sae.tensors()
     unsupported = None
-    if config.token_norm != "none":
+    if config.is_transcoder:
+        unsupported = "transcoders"
+    elif config.token_norm != "none":
         unsupported = config.token_norm
     elif config.architecture == "topk" and not config.topk_relu:
         unsupported = "signed top-k"
@@ -196,5 +207,8 @@ FORMAT = Format(
     read=_read,
     write=write,
     files=(Files((CONFIG_NAME, WEIGHTS_NAME)),),
+    suffixes=(".pt",),
+    beside=(f"../{CONFIG_NAME}",),
+    covers=frozenset({"linear", "pt"}),
     layout="`ae.pt`, `config.json` with `trainer.dict_class`",
 )

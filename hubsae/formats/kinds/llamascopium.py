@@ -69,6 +69,9 @@ def _read(probe: Probe, choices: Overrides) -> SAE:
         path=file,
         trained=trained,
         architecture=ARCHITECTURES[act],
+        transcoder=_is_transcoder(config),
+        hook_out=config.get("hook_point_out"),
+        base_model=_base_model(probe),
         k=config.get("top_k") if act in ("topk", "batchtopk") else None,
         hook=config.get("hook_point_in"),
         layer=probe.name.layer,
@@ -86,17 +89,24 @@ def _read(probe: Probe, choices: Overrides) -> SAE:
 
 
 def _supported(file: Path, config: dict[str, Any]) -> None:
-    if config.get("sae_type", "sae") != "sae":
+    if config.get("sae_type", "sae") not in ("sae", "transcoder"):
         raise FormatError(
-            file, "sae_type 'sae'", repr(config["sae_type"]), hint="only autoencoders have a canonical form"
+            file,
+            "sae_type 'sae' or 'transcoder'",
+            repr(config["sae_type"]),
+            hint="crosscoders, clt, lorsa and molt have no canonical form; load them with Llamascopium",
         )
-    if config.get("hook_point_out", config.get("hook_point_in")) != config.get("hook_point_in"):
-        raise FormatError(file, "an autoencoder", f"a transcoder to {config['hook_point_out']}")
+    if _is_transcoder(config) and config.get("norm_activation", "dataset-wise") not in ("dataset-wise", "inference"):
+        raise FormatError(file, "a transcoder normalised by the data set", repr(config["norm_activation"]))
     if config.get("use_glu_encoder"):
         raise FormatError(file, "a linear encoder", "use_glu_encoder")
     act = str(config.get("act_fn", "relu")).lower()
     if act not in ARCHITECTURES:
         raise FormatError(file, f"act_fn among {', '.join(ARCHITECTURES)}", repr(act))
+
+
+def _is_transcoder(config: dict[str, Any]) -> bool:
+    return config.get("hook_point_out", config.get("hook_point_in")) != config.get("hook_point_in")
 
 
 def _pickled(file: Path) -> dict[str, Tensor]:
@@ -122,8 +132,8 @@ def _trained(file: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> 
     if W_enc.shape[0] != config["d_model"]:
         raise FormatError(file, f"d_model {config['d_model']} as the config says", str(W_enc.shape[0]))
     if b_dec is None:
-        b_dec = torch.zeros(W_enc.shape[0])
-    pre = b_dec if config.get("apply_decoder_bias_to_pre_encoder") else None
+        b_dec = torch.zeros(W_dec.shape[1])
+    pre = b_dec if config.get("apply_decoder_bias_to_pre_encoder") and not _is_transcoder(config) else None
     return TrainedTensors(W_enc, W_dec, b_dec, pre, {"b_enc": b_enc})
 
 
@@ -138,20 +148,37 @@ def _scale(found: Found, config: dict[str, Any], norms: dict[str, float], choice
         return
     if kind != "dataset-wise":
         raise FormatError(found.path, "a norm that does not depend on the batch", f"norm_activation {kind!r}")
-    stored = config.get("dataset_average_activation_norm")
-    average = norms.get(str(config.get("hook_point_in")))
+    found.mean = torch.zeros(d_in, dtype=torch.float64)
+    found.std = torch.full((d_in,), _average(found.path, config, norms, "in") / math.sqrt(d_in), dtype=torch.float64)
+    found.keep_normalizer = True
+    if found.transcoder:
+        d_out = found.trained.W_dec.shape[1]
+        out = _average(found.path, config, norms, "out") / math.sqrt(d_out)
+        zero = torch.zeros(d_out, dtype=torch.float64)
+        found.output = (zero, zero + out)
+
+
+def _average(path: Path, config: dict[str, Any], norms: dict[str, float], side: str) -> float:
+    """The average norm of the activations at one side over the data set."""
+    stored, hook = config.get("dataset_average_activation_norm"), str(config.get(f"hook_point_{side}"))
+    average = norms.get(hook)
     if average is None and isinstance(stored, dict):
-        average = stored.get("in", stored.get(str(config.get("hook_point_in"))))
+        average = stored.get(side, stored.get(hook))
     if not isinstance(average, (int, float)) or not math.isfinite(average) or average <= 0:
         raise FormatError(
-            found.path,
+            path,
             "the average activation norm of the data set",
             repr(average) if average is not None else "none in the weights or the config",
             hint="give input_scale=sqrt(d_in)/average_norm, or input_scale=1 if it was folded into the weights",
         )
-    found.mean = torch.zeros(d_in, dtype=torch.float64)
-    found.std = torch.full((d_in,), average / math.sqrt(d_in), dtype=torch.float64)
-    found.keep_normalizer = True
+    return float(average)
+
+
+def _base_model(probe: Probe) -> str | None:
+    """Llama Scope says its language model in a file of its own."""
+    config = probe.json("lm_config.json")
+    named = [config.get(key) for key in ("model_from_pretrained_path", "model_name")]
+    return next((name for name in named if isinstance(name, str) and name and not name.startswith("/")), None)
 
 
 def _threshold(

@@ -37,6 +37,8 @@ def write(sae: SAE, path: str | os.PathLike[str], *, verify: bool = True) -> Pat
             "batch_topk without a stored threshold depends on the whole batch and is not exported to ONNX",
             hint="estimate a threshold first: hubsae.formats.estimate_threshold(sae, activations)",
         )
+    if sae.config.skip:
+        raise ConfigError("a transcoder with a skip matrix is not exported to ONNX", hint="write it as native")
     path = Path(path)
     model = _model(onnx, sae)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +69,8 @@ def check(sae: SAE, path: str | os.PathLike[str], *, tokens: int = 33, seed: int
     cpu = SAE.build(
         sae.config.model_copy(update={"dtype": "float32"}), {n: t.float().cpu() for n, t in sae.tensors().items()}
     )
-    x = cpu.b_dec.detach() + torch.randn(tokens, sae.d_in, generator=torch.Generator().manual_seed(seed))
+    start = torch.zeros(sae.d_in) if sae.config.is_transcoder else cpu.b_dec.detach()
+    x = start + torch.randn(tokens, sae.d_in, generator=torch.Generator().manual_seed(seed))
     worst = 0.0
     for part in (x, x[:1]):  # two sizes, since the first dimension is dynamic
         got = torch.from_numpy(session.run(["reconstruction"], {"x": part.numpy()})[0])
@@ -127,7 +130,7 @@ def _model(onnx: Any, sae: SAE) -> Any:
         "sae",
         [helper.make_tensor_value_info("x", FLOAT, ["tokens", config.d_in])],
         [
-            helper.make_tensor_value_info("reconstruction", FLOAT, ["tokens", config.d_in]),
+            helper.make_tensor_value_info("reconstruction", FLOAT, ["tokens", config.width_out]),
             helper.make_tensor_value_info("latents", FLOAT, ["tokens", config.d_sae]),
         ],
         constants,

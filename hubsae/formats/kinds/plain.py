@@ -10,6 +10,7 @@ and whether b_dec is subtracted must be given.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,16 @@ from hubsae.core.sae import SAE
 from hubsae.formats import tensors as io
 from hubsae.formats.assembling import Found, assemble, expect_keys, orient
 from hubsae.formats.base import Format, Overrides, Probe
+from hubsae.formats.names import stem_of
 from hubsae.version import __version__
 
 MATRICES = ("W_enc", "W_dec", "b_dec")
 OTHERS = ("b_enc", "threshold", "log_threshold", "b_gate", "b_mag", "r_mag", "W_skip")
 INDEX_NAME = "tensors.json"
 MARK = "hubsae"
+# Connor Kissane's and Rob Krzyzanowski's SAEs on the heads of GPT-2: `{name}.pt` beside `{name}_cfg.json`
+CFG_SUFFIX = "_cfg.json"
+BASE_OF_CFG = "openai-community/gpt2"
 
 
 def _state(value: Any) -> dict[str, Tensor] | None:
@@ -109,6 +114,17 @@ def _unnamed(probe: Probe, name: str, tensors: dict[str, Tensor], choices: Overr
     """Tensors whose names are canonical and of which nothing else is known."""
     if "log_threshold" in tensors:
         tensors["threshold"] = tensors.pop("log_threshold").double().exp().float()
+    about = probe.json(f"{stem_of(probe.path.name)}{CFG_SUFFIX}") if not probe.is_dir else {}
+    if isinstance(about.get("act_name"), str):  # what published this way has a ReLU and subtracts b_dec
+        choices = replace(
+            choices, architecture=choices.architecture or "relu", hook=choices.hook or about["act_name"],
+            base_model=choices.base_model or BASE_OF_CFG,
+            apply_b_dec_to_input=True if choices.apply_b_dec_to_input is None else choices.apply_b_dec_to_input,
+        )  # fmt: skip
+    if "W_skip" in tensors or choices.hook_out is not None:
+        raise FormatError(
+            probe.path, "an autoencoder", "a transcoder", hint="name its tensors: map='W_enc=W_enc,...' with hook_out="
+        )
     architecture = _architecture(probe, tensors, choices)
     if choices.apply_b_dec_to_input is None:
         raise FormatError(
@@ -235,6 +251,7 @@ TENSORS = Format(
     write=write_pt,
     write_beside=lambda sae, folder: write_pt(sae, folder / "model.pt"),
     suffixes=(*io.PICKLES, ".safetensors"),
+    beside=("{stem}" + CFG_SUFFIX,),
     suffix=".pt",
     layout="`.pt` or `.safetensors` with `W_enc`, `W_dec`, `b_enc`, `b_dec`",
 )

@@ -2,7 +2,8 @@
 
     encoder.weight [d_sae, d_in], encoder.bias, W_dec [d_sae, d_in], b_dec
 
-ReLU first, then top-k; b_dec is subtracted before encoding unless the config says `transcode`. (SAELens' own
+ReLU first, then top-k; b_dec is subtracted before encoding unless the config says `transcode`, which makes it a
+transcoder from a module's input to its output, with W_skip [d_in, d_in] where it says `skip_connection`. (SAELens' own
 reader of this format turns W_dec and gets the subtraction wrong.)
 """
 
@@ -37,10 +38,13 @@ def _read(probe: Probe, choices: Overrides) -> SAE:
     file = probe.path / WEIGHTS_NAME
     if cfg.get("activation", "topk") != "topk":
         raise FormatError(file, "the activation topk", repr(cfg["activation"]), hint="load it with sparsify itself")
-    if cfg.get("skip_connection"):
-        raise FormatError(file, "no skip connection", "W_skip", hint="a skip transcoder is not a sparse autoencoder")
+    transcoder, skip = bool(cfg.get("transcode")), bool(cfg.get("skip_connection"))
+    if skip and not transcoder:
+        raise FormatError(
+            file, "transcode with skip_connection", "transcode: false", hint="load it with sparsify itself"
+        )
     tensors = io.read_safetensors(file)
-    expect_keys(file, tensors, ("encoder.weight", "encoder.bias", "W_dec", "b_dec"))
+    expect_keys(file, tensors, ("encoder.weight", "encoder.bias", "W_dec", "b_dec", *(("W_skip",) if skip else ())))
     encoder, W_dec, b_dec = tensors["encoder.weight"], tensors["W_dec"], tensors["b_dec"]
     d_in = int(cfg["d_in"])
     d_sae = int(cfg.get("num_latents") or d_in * int(cfg.get("expansion_factor", 32)))
@@ -53,11 +57,19 @@ def _read(probe: Probe, choices: Overrides) -> SAE:
             format="sparsify",
             path=file,
             trained=TrainedTensors(
-                encoder.t(), W_dec, b_dec, None if cfg.get("transcode") else b_dec, {"b_enc": tensors["encoder.bias"]}
+                encoder.t(),
+                W_dec,
+                b_dec,
+                None if transcoder else b_dec,
+                {"b_enc": tensors["encoder.bias"]},
+                W_skip=tensors.get("W_skip"),
             ),
+            transcoder=transcoder,
             architecture="topk",
             k=int(cfg["k"]) if "k" in cfg else None,
-            hook=probe.path.name if name.layer is not None else None,
+            # the hookpoint is a module: autoencoders read its output, transcoders its input and predict its output
+            hook=None if name.layer is None else probe.path.name + (".input" if transcoder else ""),
+            hook_out=probe.path.name if transcoder and name.layer is not None else None,
             base_model=_run_config(probe.path).get("model"),
         ),
         choices,
@@ -74,6 +86,8 @@ def _run_config(folder: Path) -> dict[str, Any]:
 def write(sae: SAE, folder: str | os.PathLike[str], *, merge_cfg: bool = False) -> Path:
     """Write a sparsify folder; `merge_cfg` adds its keys to the cfg.json of a SAELens folder, so one folder is both."""
     config = sae.config
+    if config.d_out not in (None, config.d_in):
+        raise ConfigError(f"sparsify's transcoders are as wide at the output as at the input, not {config.d_out}")
     if config.architecture != "topk" or not config.topk_relu or config.token_norm != "none":
         raise ConfigError(
             f"sparsify has ReLU-then-topk on plain activations, not {config.selection}"
@@ -82,20 +96,14 @@ def write(sae: SAE, folder: str | os.PathLike[str], *, merge_cfg: bool = False) 
         )
     tensors = sae.tensors()
     b_enc = tensors["b_enc"]
-    if not config.apply_b_dec_to_input:
+    if not config.apply_b_dec_to_input and not config.is_transcoder:
         # sparsify always subtracts b_dec; put it back in the bias
         b_enc = (b_enc.double() + tensors["b_dec"].double() @ tensors["W_enc"].double()).to(b_enc.dtype)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    io.write_safetensors(
-        folder / WEIGHTS_NAME,
-        {
-            "encoder.weight": tensors["W_enc"].t(),
-            "encoder.bias": b_enc,
-            "W_dec": tensors["W_dec"],
-            "b_dec": tensors["b_dec"],
-        },
-    )
+    stored = {"encoder.weight": tensors["W_enc"].t(), "encoder.bias": b_enc}
+    stored |= {name: tensors[name] for name in ("W_dec", "b_dec", "W_skip") if name in tensors}
+    io.write_safetensors(folder / WEIGHTS_NAME, stored)
     cfg: dict[str, Any] = {
         "activation": "topk",
         "expansion_factor": max(config.d_sae // config.d_in, 1),
@@ -103,8 +111,8 @@ def write(sae: SAE, folder: str | os.PathLike[str], *, merge_cfg: bool = False) 
         "num_latents": config.d_sae,
         "k": config.k,
         "multi_topk": False,
-        "skip_connection": False,
-        "transcode": False,
+        "skip_connection": bool(config.skip),
+        "transcode": config.is_transcoder,
         "d_in": config.d_in,
     }
     if merge_cfg and (folder / CFG_NAME).is_file():
