@@ -27,6 +27,10 @@ def command(
     ] = "native",
     format: Annotated[str | None, typer.Option("--format", help="Read IN as this format.")] = None,
     choices: SetOption = None,
+    key_map: Annotated[
+        list[str] | None,
+        typer.Option("--map", metavar="NAME=TENSOR", help="Which tensor is which: W_enc=enc.weight.T (.T turns it)."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Write over OUT if it exists.")] = False,
 ) -> None:
     """Convert one SAE between formats, exactly; what the target cannot express is said or refused."""

@@ -1,4 +1,4 @@
-"""Published transcoders, file by file: the numbers and places of SAELens' own loaders, never an autoencoder silently."""
+"""Published transcoders, by the file: numbers and places of SAELens' own loaders, never an autoencoder silently."""
 
 from __future__ import annotations
 
