@@ -1,18 +1,16 @@
-"""What every verb shares: consoles, `--json`, progress bars, tables."""
+"""What every verb shares: consoles, `--json`, tables, questions."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
@@ -43,7 +41,10 @@ def print_json(value: Any) -> None:
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Print rows as a table; numbers are aligned to the right."""
+    from rich.markup import escape
     from rich.table import Table
+
+    from hubsae.core.text import printable
 
     table = Table(title=title or None, title_justify="left", header_style="bold")
     for i, name in enumerate(columns):
@@ -51,40 +52,15 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(
-            *("" if cell is None else f"{cell:.6g}" if isinstance(cell, float) else str(cell) for cell in row)
+            *(
+                "" if cell is None else f"{cell:.6g}" if isinstance(cell, float) else escape(printable(cell))
+                for cell in row
+            )
         )
     console = out()
     if not sys.stdout.isatty():
         console.width = 200
     console.print(table)
-
-
-@contextmanager
-def progress(description: str, total: float | None = None) -> Iterator[Any]:
-    """A progress bar; `advance(n)` moves it. Silent where stderr is not a terminal.
-
-    >>> with progress("reading", total=2) as advance:
-    ...     advance(1); advance(1)
-    """
-    if not sys.stderr.isatty():
-        yield lambda amount=1, **_: None
-        return
-    bar: Progress = _progress()
-    with bar:
-        task = bar.add_task(description, total=total)
-
-        def advance(amount: float = 1, **fields: Any) -> None:
-            bar.update(task, advance=amount, **fields)
-
-        yield advance
-
-
-def _progress() -> Progress:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=err()
-    )
 
 
 def confirm(question: str, *, yes: bool) -> None:

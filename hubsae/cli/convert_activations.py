@@ -27,12 +27,13 @@ def command(
     """Rewrite cached activations (SAELens, .pt piles, .npy, safetensors, Parquet) as an activation dataset."""
     from hubsae.activations.convert import convert
     from hubsae.activations.manifest import describe
-    from hubsae.cli._common import print_json, progress
+    from hubsae.cli._common import print_json
+    from hubsae.core.progress import progress
 
-    with progress("converting") as advance:
+    with progress("converting", unit="tokens") as task:
         convert(
             path, out, dtype=dtype, scale=scale if scale == "auto" else float(scale), config=config, vector=vector,
-            source={"model": model} if model else None, progress=advance,
+            source={"model": model} if model else None, progress=task.advance,
         )  # fmt: skip
     info = describe(out)
     if as_json:

@@ -91,9 +91,10 @@ def _chains(
     device: str,
     as_json: bool,
 ) -> None:
-    from hubsae.cli._common import err, print_json, print_table, progress
+    from hubsae.cli._common import err, print_json, print_table
     from hubsae.core.errors import ConfigError
     from hubsae.core.files import write_csv_atomic
+    from hubsae.core.progress import progress
     from hubsae.evals.comparison import compare
     from hubsae.evals.drift import drift
     from hubsae.evals.record import activation_reader, record_drift
@@ -113,14 +114,14 @@ def _chains(
     def read(path: str | None) -> Any:
         return None if path is None else activation_reader(path, split=split)
 
-    with progress("running SAEs over activations") as advance:
+    with progress("running SAEs over activations", unit="passes") as task:
         report = drift(
             load(chain_a),
             read(activations),
             control=None if control is None else load(control),
             name=Path(chain_a).name,
             match=match,
-            on_pass=lambda _: advance(1),
+            on_pass=lambda _: task.advance(),
         )
         comparison = None
         if chain_b is not None:
@@ -129,7 +130,7 @@ def _chains(
                 read(activations_b or activations),
                 name=Path(chain_b).name,
                 match=match,
-                on_pass=lambda _: advance(1),
+                on_pass=lambda _: task.advance(),
             )
             comparison = compare(report, other)
     if out is None:
