@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from hubsae.cli._common import out, print_table
+from hubsae.core.text import printable
 
 
 def show_activations(info: dict[str, Any]) -> None:
     """Print what `hubsae.activations.describe` found."""
     console = out()
-    console.print(f"[bold]{info['path']}[/bold]: activations, {len(info['configs'])} config(s)")
+    console.print(f"{printable(info['path'])}: activations, {len(info['configs'])} config(s)", markup=False)
     rows = []
     for entry in info["configs"]:
         stats = entry["statistics"]
@@ -35,10 +36,11 @@ def show_activations(info: dict[str, Any]) -> None:
         rows,
     )
     for entry in info["configs"]:
-        console.print(f"\n[bold]{entry['config']}[/bold] columns: {', '.join(entry['columns']) or 'none'}")
+        columns = printable(", ".join(entry["columns"]) or "none")
+        console.print(f"\n{printable(entry['config'])} columns: {columns}", markup=False)
         for key in ("model", "revision", "stage", "adapter", "hook_point", "mode", "dataset", "model_dtype"):
             if entry["source"].get(key) is not None:
-                console.print(f"  {key}: {entry['source'][key]}", markup=False)
+                console.print(f"  {key}: {printable(entry['source'][key])}", markup=False)
         console.print(f"  token norms: {norm_line(entry['histogram'])}", markup=False)
         stats = entry["statistics"]
         for name, group in stats["groups"].items():
