@@ -16,6 +16,14 @@ def command(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key.path=value, as many as needed; k=32 means train.k=32.")
     ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Live training: the model that makes the activations.")
+    ] = None,
+    texts: Annotated[str | None, typer.Option("--texts", help="Live training: its texts, a file or dataset.")] = None,
+    layers: Annotated[str | None, typer.Option("--layers", help="Live training: hook points, such as 8,15.")] = None,
+    exclude: Annotated[
+        str | None, typer.Option("--exclude", help="Groups of tokens to leave out: position_0,special,massive ...")
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of going on from the last state.")] = False,
     dry_run: DryRunOption = False,
     json_: JsonOption = False,
@@ -25,7 +33,11 @@ def command(
     from hubsae.core.text import format_bytes, format_time
     from hubsae.train.job import load_job
 
-    job = load_job(config, overrides or [])
+    given = list(overrides or [])
+    for key, value in (("live.model", model), ("live.texts", texts), ("live.layers", layers), ("exclude", exclude)):
+        if value is not None:
+            given.append(f"{key}=[{value}]" if key in ("live.layers", "exclude") else f"{key}={value}")
+    job = load_job(config, given)
     if dry_run:
         plans = job.plan(resume=not fresh)
         if json_:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hubsae.train.api import train, train_chain, train_many
+from hubsae.train.api import train, train_chain, train_live, train_many
 from hubsae.train.chain import ChainResult, StageResult
 from hubsae.train.config import (
     AuxConfig,
@@ -28,5 +28,6 @@ __all__ = [
     "TrainResult",
     "train",
     "train_chain",
+    "train_live",
     "train_many",
 ]

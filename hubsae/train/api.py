@@ -13,8 +13,9 @@ from hubsae.core.errors import ConfigError, HubSAEError
 from hubsae.core.normalizer import Normalizer
 from hubsae.train.chain import ChainResult, run_chain
 from hubsae.train.config import TrainConfig
+from hubsae.train.live import LiveActivations
 from hubsae.train.result import TrainResult
-from hubsae.train.trainer import Run
+from hubsae.train.trainer import Run, fit_together
 
 
 def train(
@@ -146,6 +147,33 @@ def _each(value: Any, count: int, what: str) -> list[Any]:
             raise ConfigError(f"{len(value)} {what} for {count} configs", hint="give one for all, or one for each")
         return list(value)
     return [value] * count
+
+
+def train_live(
+    configs: Sequence[TrainConfig],
+    live: LiveActivations,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = True,
+    device: str | torch.device = "cpu",
+    quiet: bool = False,
+) -> dict[str, list[TrainResult]]:
+    """Train SAEs on activations as a model makes them: every config at every hook point of `live`, from one pass.
+
+    Results are by hook point (`layers.8`), and so are the folders in `out`.
+    """
+    keys = {stream_key(config) for config in configs}
+    if len(keys) > 1:
+        raise ConfigError("live training has one stream: batch size, length and tokens left out must agree")
+    if (first := configs[0]).tokens is None or first.epochs != 1.0:
+        configs = [c.model_copy(update={"tokens": live.tokens, "epochs": 1.0}) for c in configs]
+    runs = []
+    for name, layer in live.layers.items():
+        own = [c.model_copy(update={"name": f"{c.name}-{name}" if len(live.layers) > 1 else c.name}) for c in configs]
+        folder = None if out is None else Path(out) / name
+        options = {"resume": resume, "device": device, "quiet": quiet, "val": layer.validation}
+        runs.append(Run(own, layer, out=folder, **options))
+    return dict(zip(live.layers, fit_together(runs), strict=True))
 
 
 def train_chain(

@@ -193,6 +193,10 @@ def sample(source: Source, rows: int, seed: int, selection: TokenSelection | Non
     """
     selection = selection or TokenSelection()
     rows = min(rows, source.n_rows)
+    if (reserve := cast("Rows | None", getattr(source, "reserve", None))) is not None:
+        places = torch.randperm(len(reserve), generator=torch.Generator().manual_seed(seed))[:rows]
+        labels = {name: reserve.labels[name][places.numpy()] for name in selection.columns}
+        return selection.kept(Rows(reserve.x[places].float(), labels))
     take = getattr(source, "take", None)
     if take is None:
         return head(source, rows, seed, selection)
@@ -205,7 +209,7 @@ def sample(source: Source, rows: int, seed: int, selection: TokenSelection | Non
         # with replacement beyond a million rows: no permutation of the whole data set for a small sample
         chosen = torch.randint(source.n_rows, (rows,), generator=generator)
     found = take(chosen if isinstance(source, TensorSource) else chosen.numpy()).float()
-    labels: dict[str, Any] = {}
+    labels = {}
     if selection.columns:
         columns = cast(Any, source).columns(selection.columns)
         labels = {name: column[chosen.numpy()] for name, column in columns.items()}

@@ -1,6 +1,7 @@
 """A training run as a file: where the data is, what to train, where it goes. What `hubsae train` runs.
 
 data: {path: DIR or owner/name, config: layers.18, split: train, val_split: validation}
+live: {model: owner/name, texts: owner/name or FILE, layers: [8, 15]}      # in place of data: harvested while training
 out: runs/layer18
 init: owner/name or a path        # optional: start from this SAE
 train: {architecture: topk, expansion: 8, k: 64, ...}      # fields of TrainConfig
@@ -13,17 +14,19 @@ import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 
 from hubsae.core.errors import ConfigError, nearest
+from hubsae.core.extras import require
 from hubsae.core.settings import Settings, compose, merge, nested, parse_override, read_yaml
 from hubsae.train import preflight
-from hubsae.train.api import train, train_many
+from hubsae.train.api import train, train_live, train_many
 from hubsae.train.config import TrainConfig
 from hubsae.train.estimate import Estimate, estimate
+from hubsae.train.live import LiveActivations
 from hubsae.train.result import TrainResult
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -43,6 +46,49 @@ class DataConfig(Settings):
     rows: int | None = Field(default=None, description="Tokens, for a dry run without the data.")
 
 
+class LiveConfig(Settings):
+    """Activations that a model makes while the SAEs train; nothing of them is kept on disk."""
+
+    model: str = Field(description="Folder or repo of the model.")
+    texts: str = Field(description="A file (jsonl, csv, parquet, txt), or a dataset repo.")
+    layers: tuple[int | str, ...] = Field(description="Hook points; one SAE (or grid of them) for each.")
+    revision: str | None = None
+    adapter: str | None = None
+    model_dtype: str | None = None
+    texts_config: str | None = None
+    texts_split: str = "train"
+    mode: Literal["text", "packed", "prompt", "prompt+response"] = "text"
+    select: str = "all"
+    max_length: int | None = None
+    text_column: str | None = None
+    prompt_column: str | None = None
+    response_column: str | None = None
+    batch_tokens: int | None = Field(default=None, description="Tokens per forward pass, padding included.")
+    window: int | None = Field(default=None, description="Samples sorted by length together.")
+    buffer_rows: int = Field(default=65_536, ge=4, description="Tokens that are mixed with each other.")
+    val_rows: int = Field(default=8_192, ge=0, description="Tokens held out for validation, from the first texts.")
+
+    def open(self, train: TrainConfig, device: torch.device) -> LiveActivations:
+        """The model at its texts."""
+        from hubsae.activations.ranks import Ranks
+        from hubsae.activations.stream import open_stream
+        from hubsae.activations.texts import load_texts
+
+        def texts() -> Any:
+            return load_texts(self.texts, config=self.texts_config, split=self.texts_split)[0]
+
+        names = ("revision", "adapter", "model_dtype", "mode", "max_length", "text_column", "prompt_column")
+        names += ("response_column", "batch_tokens", "window")
+        options: dict[str, Any] = {name: getattr(self, name) for name in names}
+        options |= {"select": self.select, "device": device, "ranks": Ranks()}
+        stream = open_stream(self.model, list(self.layers), **options)
+        about = load_texts(self.texts, config=self.texts_config, split=self.texts_split)[1]
+        kept = ("revision", "adapter", "model_dtype", "mode", "max_length")
+        about |= {"model": self.model, **{name: getattr(self, name) for name in kept}}
+        buffer = {"buffer_rows": self.buffer_rows, "val_rows": self.val_rows, "seed": train.data_seed}
+        return LiveActivations(stream, texts, tokens=_tokens(train), info=about, **buffer)
+
+
 class Job(Settings):
     """A file of `hubsae train`.
 
@@ -51,7 +97,8 @@ class Job(Settings):
     ['k=2', 'k=4']
     """
 
-    data: DataConfig
+    data: DataConfig | None = None
+    live: LiveConfig | None = None
     out: str | None = None
     init: str | None = None
     device: str = Field(default="auto", description="auto: the GPU of this rank, if there is one.")
@@ -60,6 +107,8 @@ class Job(Settings):
 
     @model_validator(mode="after")
     def _one_value_each(self) -> Job:
+        if (self.data is None) == (self.live is None):
+            raise ValueError("give data (activations that are there) or live (a model and texts), one of them")
         for key in self.grid:
             value: Any = self.train
             for part in key.split("."):
@@ -91,6 +140,7 @@ class Job(Settings):
         from hubsae.activations import ActivationDataset
 
         d = self.data
+        assert d is not None
         options = {"revision": d.revision, "stream": d.stream}
         rows = ActivationDataset.open(d.path, d.config, d.split, **options)
         val = None
@@ -105,7 +155,11 @@ class Job(Settings):
 
         Where the data is not here, `data.d_in` and `data.rows` stand for it.
         """
-        cells, d, rows, source, val = self.cells(), self.data.d_in, self.data.rows, None, None
+        cells, source, val = self.cells(), None, None
+        if self.live is not None:
+            return self._plan_live(self.live, cells)
+        assert self.data is not None
+        d, rows = self.data.d_in, self.data.rows
         if Path(self.data.path).exists() or d is None or rows is None:
             source, val = self.open()
             d, rows = source.d, source.n_rows
@@ -118,8 +172,20 @@ class Job(Settings):
                 preflight.check_folder(Path(self.out), preflight.settings_of(cells, source))
         return [estimate(cell, d, rows, self.chosen_device(), ranks) for cell in cells]
 
+    def _plan_live(self, live: LiveConfig, cells: list[TrainConfig]) -> list[Estimate]:
+        config = require("transformers", extra="train").AutoConfig.from_pretrained(live.model, revision=live.revision)
+        width = int(config.get_text_config().hidden_size)
+        for cell in cells:
+            preflight.check_settings([cell], width, _tokens(cell))
+        return [estimate(c, width, _tokens(c), self.chosen_device()) for c in cells for _ in live.layers]
+
     def run(self, *, resume: bool = True, quiet: bool = False) -> list[TrainResult]:
         """Train; run again to go on."""
+        if self.live is not None:
+            cells, device = self.cells(), self.chosen_device()
+            live = self.live.open(cells[0], device)
+            found = train_live(cells, live, out=self.out, resume=resume, device=device, quiet=quiet)
+            return [result for results in found.values() for result in results]
         rows, val = self.open()
         options: dict[str, Any] = {"out": self.out, "init": self.init, "val": val, "resume": resume, "quiet": quiet}
         options["device"] = self.chosen_device()
@@ -127,6 +193,12 @@ class Job(Settings):
         if len(cells) == 1:
             return [train(cells[0], rows, **options)]
         return train_many(cells, rows, **options)
+
+
+def _tokens(config: TrainConfig) -> int:
+    if config.tokens is None:
+        raise ConfigError("live training has no end of its own", hint="say how many tokens: train.tokens=1000000")
+    return config.tokens
 
 
 def load_job(name: str, overrides: Sequence[str] = ()) -> Job:
@@ -138,6 +210,8 @@ def load_job(name: str, overrides: Sequence[str] = ()) -> Job:
         known = sorted(p.stem for p in CONFIGS.glob("*.yaml"))
         raise ConfigError(f"there is no config {name}", hint=f"a YAML file, or one of: {nearest(name, known)}")
     data = read_yaml(path)
+    if any(text.startswith("live.") for text in overrides):
+        data.pop("data", None)  # hubsae train FILE --model M --texts T
     for text in overrides:
         key, value = parse_override(text)
         top = key.split(".")[0]

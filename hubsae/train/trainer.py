@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from hubsae.core.files import read_json, write_json_atomic
 from hubsae.core.normalizer import Normalizer
 from hubsae.core.progress import Task, progress
 from hubsae.core.sae import SAE
+from hubsae.core.scopes import excluding
 from hubsae.kernels import linear
 from hubsae.train import checkpoint, data, dead, export, init, preflight, provenance, select, validate
 from hubsae.train.best import Best
@@ -82,7 +83,6 @@ class Run:
         self.task = Task("training")
         self.step, self.epoch = 0, 0
         self.finished = False
-        self._stop = False
         self._timed = (time.perf_counter(), 0)
         found = self._whole_state() if out is not None and resume else None
         if found is not None:
@@ -168,24 +168,31 @@ class Run:
 
     def fit(self) -> list[TrainResult]:
         """Train to the end, from wherever the run stands."""
-        if self.first.kernels != "torch":
-            require(self.first.kernels, extra="fast")
-        size = self.first.batch_size
-        shown = progress("training", self.total * size, "tokens", show=False if self.quiet else None)
-        with torch.no_grad(), kernels.using(self.first.kernels), _flushed_denormals(), self._interruptible():
-            with shown as self.task:
-                self.task.resumed(self.step * size)
-                while self.step < self.total and self.bank.live and not self.finished:
-                    for x in self._batches():
-                        self._train(x)
-                        self.task.update(self.step * size)
-                        if self.step % self.first.log_every == 0 or self.step == self.total:
-                            self._report(x)
-                        self._between(epoch_ended=self.step % self.steps_per_epoch == 0)
-                        if self.step >= self.total or not self.bank.live:
-                            break
-                    self.epoch += 1
-            return self._finish()
+        return fit_together([self])[0]
+
+    def steps(self) -> Iterator[int]:
+        """The loop: a step, and what is due between steps; for `fit_together`, which sets the stage."""
+        while self.step < self.total and self.bank.live and not self.finished:
+            for x in self._batches():
+                self._train(x)
+                self.task.update(self.step * self.first.batch_size)
+                if self.step % self.first.log_every == 0 or self.step == self.total:
+                    self._report(x)
+                self._between(epoch_ended=self.step % self.steps_per_epoch == 0)
+                yield self.step
+                if self.step >= self.total or not self.bank.live:
+                    break
+            self.epoch += 1
+
+    def stop(self) -> TrainingInterrupted:
+        """Save, and say where; the error to raise."""
+        self._save()
+        self.log.close()
+        if self.out is None:
+            kept, how = "there is no run folder (out=), so nothing was kept", "pass out= to be able to resume"
+        else:
+            kept, how = f"state of step {self.step} is in {self.out}", "start the same command again to go on"
+        return TrainingInterrupted(f"interrupted after step {self.step} of {self.total}: {kept}", hint=how)
 
     def _batches(self) -> Iterator[Tensor]:
         rank, world = (self.comm.rank, self.comm.world) if self.comm.splits_rows else (0, 1)
@@ -280,15 +287,8 @@ class Run:
                     cell.resampled += count
                     self.log.add("resample", self.step, cell.config.name, count=count, method=settings.method)
         every = self.first.checkpoint_every
-        if self._stop or (not last and (epoch_ended if every is None else self.step % every == 0)):
+        if not last and (epoch_ended if every is None else self.step % every == 0):
             self._save()
-        if self._stop:
-            self.log.close()
-            if self.out is None:
-                kept, how = "there is no run folder (out=), so nothing was kept", "pass out= to be able to resume"
-            else:
-                kept, how = f"state of step {self.step} is in {self.out}", "start the same command again to go on"
-            raise TrainingInterrupted(f"interrupted after step {self.step} of {self.total}: {kept}", hint=how)
 
     def _evaluate(self) -> None:
         """Validate the SAEs as they would be exported now, and offer the weights to the best ones."""
@@ -411,6 +411,9 @@ class Run:
         """A cell as an SAE on raw activations, as it stands or as it was at a `chosen` checkpoint."""
         now = chosen or {"threshold": cell.threshold, "tokens": cell.tokens, "step": self.step}
         parent = cell.parent
+        # what the harvest left out is not in the data, and belongs to the record all the same
+        before = getattr(self.source, "info", {}).get("exclude") or ()
+        excluded = [*dict.fromkeys((*before, *self.tokens.exclude))]
         return export.to_sae(
             cell,
             self.space,
@@ -419,37 +422,63 @@ class Run:
             tokens=now["tokens"],
             steps=now["step"],
             epochs=now["step"] / self.steps_per_epoch,
-            metrics=as_metadata(metrics or {}, self.tokens.scope.name),
+            metrics=as_metadata(metrics or {}, excluding(excluded).name),
             parent=parent and {"id": parent.metadata.id, "sha256": parent.metadata.provenance.weights_sha256},
             selection=f"best {chosen['metric']}, step {chosen['step']}" if chosen else "last step",
             resampled=cell.resampled,
             split=f"contiguous tail of {cell.config.val_fraction:g}" if cell.config.val_fraction else None,
-            exclude=list(self.tokens.exclude),
+            exclude=excluded,
             massive_above=self.tokens.massive_above,
             sections=provenance.joined(cell.config.record, self.source),
         )
 
-    @contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        """Ctrl-C, or the SIGTERM of a scheduler, ends the run after the step it is in; a second one at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
 
-        def ask(number: int, frame: Any) -> None:
-            if self._stop:
-                raise KeyboardInterrupt
-            self._stop = True
+def fit_together(runs: Sequence[Run]) -> list[list[TrainResult]]:
+    """Train runs side by side, always the one furthest behind, so that they can share what a live source gives."""
+    first = runs[0].first
+    if first.kernels != "torch":
+        require(first.kernels, extra="fast")
+    with torch.no_grad(), kernels.using(first.kernels), _flushed_denormals(), _Signals() as asked, ExitStack() as stack:
+        for run in runs:
+            name = "training" if len(runs) == 1 else f"training {run.first.name}"
+            show = False if run.quiet else None
+            run.task = stack.enter_context(progress(name, run.total * first.batch_size, "tokens", show=show))
+            run.task.resumed(run.step * first.batch_size)
+        going = {run: run.steps() for run in runs}
+        while going:
+            run = min(going, key=lambda run: run.step)
+            if next(going[run], None) is None:
+                del going[run]
+            elif asked.number:
+                first_stop, *_ = [run.stop() for run in runs]  # every run saves
+                raise first_stop
+        results = [run._finish() for run in runs]
+    if asked.number:  # it came behind the last step
+        out = runs[0].out
+        where = f"everything is in {out}" if out else "its result is lost, there is no run folder (out=)"
+        raise TrainingInterrupted(f"interrupted when training was done: {where}")
+    return results
 
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-        if self._stop:  # it came behind the last step
-            where = f"everything is in {self.out}" if self.out else "its result is lost, there is no run folder (out=)"
-            raise TrainingInterrupted(f"interrupted when training was done: {where}")
+
+class _Signals:
+    """Ctrl-C, or the SIGTERM of a scheduler: the run ends after the step it is in; a second one ends it at once."""
+
+    number = 0
+
+    def __enter__(self) -> _Signals:
+        self.before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.number:
+            raise KeyboardInterrupt
+        self.number = number
+
+    def __exit__(self, *exception: Any) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

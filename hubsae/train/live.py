@@ -1,0 +1,246 @@
+"""Live training: activations go from the model to the trainer through a mixing buffer; none are kept on disk.
+
+    texts -> harvested batches -> chunks -> buffer of four chunks -> mixed rows -> training batches of every layer
+
+A row waits between zero and three chunks, by a draw of its own, and what leaves with a chunk is shuffled: neighbours of
+one text end up in different batches. What leaves with chunk r depends on chunks r - 3 to r alone, so a run that goes on
+harvests those four again, from the place in the texts where the first of them began, and continues to the bit. All
+layers see the same tokens in the same order, from one pass of the model. When the texts end they begin again.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hubsae.activations.dataset import ActivationDataset
+from hubsae.activations.stream import HarvestBatch, Place, Stream
+from hubsae.core.errors import ConfigError, DataError
+from hubsae.train.data import Rows
+
+CHUNKS = 4
+
+
+class Mark(NamedTuple):
+    """A place in the texts: how often they were read through before, and where in them."""
+
+    times: int = 0
+    window: int = 0
+    batch: int = 0
+
+
+class Chunk(NamedTuple):
+    """Rows as they were harvested."""
+
+    vectors: dict[str, Tensor]
+    """[rows, d] by hook point."""
+    labels: dict[str, np.ndarray]
+    begin: Mark
+    end: Mark
+
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+        return len(next(iter(self.labels.values())))
+
+    def take(self, places: np.ndarray) -> Chunk:
+        """Some of its rows."""
+        chosen = torch.from_numpy(places)
+        vectors = {name: x[chosen] for name, x in self.vectors.items()}
+        return self._replace(vectors=vectors, labels={name: v[places] for name, v in self.labels.items()})
+
+
+class LiveActivations:
+    """What a model makes of texts, as training data for one SAE per hook point: `live["layers.8"]` is a source.
+
+    `texts` gives the texts from their beginning each time it is called. The first `val_rows` tokens are kept for
+    validation and never trained on; statistics, starts, thresholds and new starts of dead latents look at the first
+    `buffer_rows` tokens behind them.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        texts: Callable[[], Iterable[Any]],
+        *,
+        tokens: int,
+        buffer_rows: int = 65_536,
+        val_rows: int = 8_192,
+        seed: int = 0,
+        info: Mapping[str, Any] | None = None,
+    ):
+        self.stream, self.texts, self.tokens, self.seed = stream, texts, tokens, seed
+        self.chunk_rows = max(1, buffer_rows // CHUNKS)
+        self.names = [hook.name for hook in stream.hooks]
+        begin, self.validation = Mark(), None
+        if val_rows:
+            held = next(self._chunks(begin, val_rows))
+            begin, self.validation = held.end, held
+        self.begin = begin
+        self.reserve = next(self._chunks(begin, buffer_rows))
+        self.layers = {hook.name: LiveLayer(self, hook.name, dict(info or {})) for hook in stream.hooks}
+        for hook in stream.hooks:
+            where = {"layer": hook.layer, "kind": hook.kind, "transformer_lens": hook.transformer_lens}
+            self.layers[hook.name].info |= {"hook_point": hook.module_path(stream.model), **where}
+        self._held: deque[tuple[Chunk, dict[str, Any]]] = deque()
+        self._first = 0
+        self._mixed: Iterator[tuple[Chunk, dict[str, Any]]] | None = None
+        self.batch_rows: int | None = None
+
+    def __getitem__(self, name: str) -> LiveLayer:
+        return self.layers[name]
+
+    # ---- harvested, mixed, cut ----------------------------------------------------------------------------
+
+    def _batches(self, start: Mark) -> Iterator[tuple[HarvestBatch, Mark]]:
+        """Harvested batches with a token in them, from a place on, through the texts again and again."""
+        times, place = start.times, Place(*start[1:])
+        while True:
+            found = 0
+            for batch in self.stream.batches(self.texts(), start=place):
+                if batch.vectors:
+                    found += 1
+                    yield batch, Mark(times, *batch.place)
+            if not found and place == Place(*self._beginning()):
+                raise DataError("the texts hold no token to train on", hint="see --mode, --select and the columns")
+            times, place = times + 1, Place(*self._beginning())
+
+    def _beginning(self) -> tuple[int, int]:
+        """Where the texts begin after those of the validation."""
+        begin = getattr(self, "begin", Mark())
+        return begin.window, begin.batch
+
+    def _chunks(self, start: Mark, rows: int) -> Iterator[Chunk]:
+        """Harvested batches joined until they have `rows` rows."""
+        parts: list[HarvestBatch] = []
+        have, begin = 0, start
+        for batch, end in self._batches(start):
+            parts.append(batch)
+            have += len(next(iter(batch.labels.values())))
+            if have >= rows:
+                vectors = {name: torch.cat([p.vectors[name] for p in parts]) for name in self.names}
+                labels = {name: np.concatenate([p.labels[name] for p in parts]) for name in parts[0].labels}
+                yield Chunk(vectors, labels, begin, end)
+                parts, have, begin = [], 0, end
+
+    def _rounds(self, number: int, start: Mark) -> Iterator[tuple[int, Mark, Chunk]]:
+        """What leaves with each chunk from `number` on; `start` is where chunk `number` - 3 begins."""
+        held: deque[tuple[int, Chunk, np.ndarray]] = deque(maxlen=CHUNKS)
+        for index, chunk in enumerate(self._chunks(start, self.chunk_rows), number - CHUNKS + 1):
+            held.append((index, chunk, self._generator(index, 0).integers(0, CHUNKS, chunk.rows)))
+            if index < number:
+                continue
+            if index == CHUNKS - 1:  # the buffer is full for the first time: what would have left before goes now
+                leaving = [c.take(np.flatnonzero(waits <= index - i)) for i, c, waits in held]
+            else:
+                leaving = [c.take(np.flatnonzero(waits == index - i)) for i, c, waits in held]
+            whole = _joined(leaving)
+            yield index, held[0][1].begin, whole.take(self._generator(index, 1).permutation(whole.rows))
+
+    def _generator(self, *key: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, *key])
+
+    def _cut(self, batch: int, state: Mapping[str, Any] | None) -> Iterator[tuple[Chunk, dict[str, Any]]]:
+        """Mixed rows in batches, each with the state behind it."""
+        number, start, skip = CHUNKS - 1, self.begin, 0
+        if state is not None:
+            number, start, skip = int(state["round"]), Mark(*state["begin"]), int(state["offset"])
+        done, rest = 0 if state is None else int(state["batch"]), None
+        for index, begin, rows in self._rounds(number, start):
+            offset = skip
+            if rest is not None:
+                rows, offset = _joined([rest, rows]), 0
+            before = 0 if rest is None else rest.rows
+            while rows.rows - offset >= batch:
+                done += 1
+                part = rows.take(np.arange(offset, offset + batch))
+                offset += batch
+                yield part, {"batch": done, "round": index, "begin": list(begin), "offset": offset - before}
+            rest, skip = rows.take(np.arange(offset, rows.rows)), 0
+
+    def batch(self, number: int, rows: int) -> tuple[Chunk, dict[str, Any]]:
+        """Training batch `number` (from 0) of `rows` rows of every layer, and the state behind it."""
+        if self.batch_rows not in (None, rows):
+            raise ConfigError(f"one live source gives batches of one size, not of {self.batch_rows} and {rows}")
+        self.batch_rows = rows
+        if self._mixed is None or number < self._first:
+            # begin at the place of whoever is furthest behind
+            states = [layer.state for layer in self.layers.values() if layer.started]
+            behind = min(states, key=lambda s: -1 if s is None else s["batch"])
+            self._mixed = self._cut(rows, behind)
+            self._held.clear()
+            self._first = 0 if behind is None else int(behind["batch"])
+        while number >= self._first + len(self._held):
+            self._held.append(next(self._mixed))
+        found = self._held[number - self._first]
+        needed = min(layer.next for layer in self.layers.values() if layer.started)
+        while self._first < needed and self._held:
+            self._held.popleft()
+            self._first += 1
+        return found
+
+
+class LiveLayer:
+    """One hook point of live activations, as a trainer reads it."""
+
+    def __init__(self, live: LiveActivations, name: str, info: dict[str, Any]):
+        self.live, self.config, self.path, self.info = live, name, str(info.get("dataset", "texts")), info
+        self.d, self.n_rows = live.reserve.vectors[name].shape[1], live.tokens
+        self.label_names = tuple(live.reserve.labels)
+        self.state: dict[str, Any] | None = None
+        self.next, self.started = 0, False
+
+    @property
+    def reserve(self) -> Rows:
+        """Rows that stand for all of them, for statistics and starts."""
+        return Rows(self.live.reserve.vectors[self.config], self.live.reserve.labels)
+
+    @property
+    def validation(self) -> ActivationDataset | None:
+        """The rows held out."""
+        held = self.live.validation
+        return None if held is None else ActivationDataset.from_tensor(held.vectors[self.config], **held.labels)
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        epoch: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        columns: Iterable[str] = (),
+    ) -> Iterator[Any]:
+        """The batches of this rank; every rank harvests all rows and takes its part of them."""
+        self.started = True
+        if self.state is not None and (int(self.state["batch"]) + 1) * batch_size * world_size > self.n_rows:
+            self.state = None  # another run over the same texts
+        self.next = 0 if self.state is None else int(self.state["batch"])
+        names = list(columns)
+        while (self.next + 1) * batch_size * world_size <= self.n_rows:
+            rows, self.state = self.live.batch(self.next, batch_size * world_size)
+            self.next += 1
+            part = slice(rank * batch_size, (rank + 1) * batch_size)
+            x = rows.vectors[self.config][part]
+            yield {"vector": x, **{name: rows.labels[name][part] for name in names}} if names else x
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the last batch ended."""
+        return dict(self.state or {})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The next batches come from there."""
+        self.state = dict(state) or None
+        self.started = True
+        self.next = 0 if self.state is None else int(self.state["batch"])
+
+
+def _joined(chunks: list[Chunk]) -> Chunk:
+    vectors = {name: torch.cat([c.vectors[name] for c in chunks]) for name in chunks[0].vectors}
+    labels = {name: np.concatenate([c.labels[name] for c in chunks]) for name in chunks[0].labels}
+    return chunks[-1]._replace(vectors=vectors, labels=labels)
