@@ -106,10 +106,9 @@ def _chains(
     is_release = (Path(chain_a) / MANIFEST_NAME).is_file()
     if not is_release and out is None:
         raise ConfigError(f"{chain_a} is not a release folder, so results cannot be written into it", "pass --out DIR")
-    filters = {name: value for name, value in {"layer": layer, "k": k}.items() if value is not None}
 
     def load(chain: str) -> list[HubSAE]:
-        return [sae for _, sae in HubSAE.iter_pretrained(chain, device=device, **filters)]
+        return [sae for _, sae in HubSAE.iter_pretrained(chain, device=device, layer=layer, k=k)]
 
     def read(path: str | None) -> Any:
         return None if path is None else activation_reader(path, split=split)

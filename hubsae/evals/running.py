@@ -232,10 +232,12 @@ def run_all(
             for scope in scopes
         }
 
-        def put(key: Any, hook: HookPoint, values: np.ndarray | float, which=which, inside=inside) -> None:
+        def put(
+            key: Any, hook: HookPoint, values: np.ndarray | float, which: Any = which, inside: Any = inside
+        ) -> None:
             for scope in scopes:
                 keep = inside[hook, scope.name]
-                chosen = values if isinstance(values, float) else values[keep]
+                chosen = values[keep] if isinstance(values, np.ndarray) else values
                 sums.add((key, scope.name), which[keep], chosen)
 
         nll, _ = _losses(clean, None, targets)

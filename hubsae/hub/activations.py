@@ -280,7 +280,7 @@ def _get(url: str, headers: dict[str, Any]) -> Any:
 
     session = get_session()
     # before version 1 the client library stood on requests, which follows by itself
-    follow = {"follow_redirects": True} if hasattr(session, "follow_redirects") else {}
+    follow: dict[str, Any] = {"follow_redirects": True} if hasattr(session, "follow_redirects") else {}
     return session.get(url, headers=headers, timeout=60, **follow)
 
 

@@ -134,7 +134,9 @@ class Card:
         """(scope, on how many tokens), each once."""
         found: dict[str, set[int]] = {}
         for metric in (m for record in self.records_metadata for m in record.metrics):
-            found.setdefault(metric.scope or "not said", set()).update({metric.n_tokens} - {None})
+            found.setdefault(metric.scope or "not said", set()).update(
+                [] if metric.n_tokens is None else [metric.n_tokens]
+            )
         return [(scope, cardtext.number_range(sorted(counts))) for scope, counts in found.items()]
 
     @cached_property

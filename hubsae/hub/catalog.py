@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,11 +94,11 @@ class Catalog:
     sha: str | None = None
     revision: str | None = None
 
-    def choose(self, id: str | None = None, filters: dict[str, Any] | None = None) -> Entry:
+    def choose(self, id: str | None = None, filters: Mapping[str, Any] | None = None) -> Entry:
         """The one SAE that is meant, or an error that lists what could be."""
         return pick(self.entries, id, filters, where=self.source)
 
-    def select(self, id: str | None = None, filters: dict[str, Any] | None = None) -> list[Entry]:
+    def select(self, id: str | None = None, filters: Mapping[str, Any] | None = None) -> list[Entry]:
         """Every SAE that fits; an error with the nearest choices if there is none."""
         return select(self.entries, id, filters, where=self.source)
 

@@ -80,7 +80,7 @@ def verify(
     return out
 
 
-def _each(out: Verified, checks: list[tuple[Path, Callable[[], None]]], show: bool | None) -> None:
+def _each(out: Verified, checks: list[tuple[Path, Callable[[], object]]], show: bool | None) -> None:
     """Run a check per file; what it raises is a problem."""
     total = sum(path.stat().st_size for path, _ in checks if path.is_file())
     with progress("hashing", total, "bytes", show=show) as task:
@@ -98,7 +98,7 @@ def _each(out: Verified, checks: list[tuple[Path, Callable[[], None]]], show: bo
 
 
 def _folder(root: Path, out: Verified, show: bool | None) -> None:
-    checks: list[tuple[Path, Callable[[], None]]] = []
+    checks: list[tuple[Path, Callable[[], object]]] = []
     if root.is_dir() and (root / MANIFEST_NAME).is_file() and Manifest.is_manifest(read_json(root / MANIFEST_NAME)):
         out.kinds.append("release")
         for entry in Manifest.read(root).all_files:
@@ -117,14 +117,14 @@ def _folder(root: Path, out: Verified, show: bool | None) -> None:
     _each(out, checks, show)
 
 
-def _shards(root: Path) -> list[tuple[Path, Callable[[], None]]]:
+def _shards(root: Path) -> list[tuple[Path, Callable[[], object]]]:
     """A check of every page of every shard; and of the hash where the writer noted one."""
     from hubsae.activations.layout import configs_in, shards_in
     from hubsae.activations.opening import verify_source
     from hubsae.activations.parquet_source import ParquetSource
     from hubsae.activations.sources import LocalFile
 
-    checks: list[tuple[Path, Callable[[], None]]] = []
+    checks: list[tuple[Path, Callable[[], object]]] = []
     for config in configs_in(root) if root.is_dir() else []:
         noted: dict[str, str] = {}
         for journal in sorted((root / config).glob(".journal-*.json")):
@@ -140,12 +140,12 @@ def _shards(root: Path) -> list[tuple[Path, Callable[[], None]]]:
     return checks
 
 
-def _states(root: Path) -> list[tuple[Path, Callable[[], None]]]:
+def _states(root: Path) -> list[tuple[Path, Callable[[], object]]]:
     from hubsae.train import checkpoint
 
     folders = [folder for folder in sorted(root.glob("state*")) if folder.is_dir()] if root.is_dir() else []
     return [
-        (state / "state.json", lambda state=state: checkpoint.verify(state) and None)
+        (state / "state.json", lambda state=state: checkpoint.verify(state))
         for folder in folders
         for state in checkpoint.states(folder)
     ]
@@ -161,7 +161,7 @@ def _same(path: Path, found: str, expected: str) -> None:
 
 def _cache(repo_id: str, client: HubClient, out: Verified, show: bool | None) -> None:
     """Every blob against its name, which is its hash: sha256 of a large file, git's of a small one."""
-    checks: list[tuple[Path, Callable[[], None]]] = []
+    checks: list[tuple[Path, Callable[[], object]]] = []
     for repo_type in ("model", "dataset"):
         folder = client.cached_snapshot(repo_id, "any", repo_type=repo_type).parents[1]
         blobs = sorted(_blobs(folder))

@@ -9,7 +9,7 @@ The random ones are those whose token has the smallest hash, which is an exact c
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -48,8 +48,8 @@ class Records(NamedTuple):
     def none(width: int) -> Records:
         """No records, with windows of `width` tokens."""
         types = (np.int32, np.float32, np.int64, np.int64, np.int32, np.int32, np.int32, np.int16)
-        plain = [np.zeros(0, dtype) for dtype in types]
-        return Records(*plain, np.zeros((0, width), np.int32), np.zeros((0, width), np.float32))
+        plain: Any = [np.zeros(0, dtype) for dtype in types]
+        return Records(*plain, ids=np.zeros((0, width), np.int32), around=np.zeros((0, width), np.float32))
 
     @staticmethod
     def join(parts: list[Records]) -> Records:

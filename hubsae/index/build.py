@@ -174,7 +174,7 @@ def write_merged(
         said.get("source", {}),
         tokenizer,
         said.get("tokenizer_id"),
-        cofiring=cofiring(*table.pairs, table.d_sae, settings.neighbours),
+        cofiring=cofiring(table.pairs[0], table.pairs[1], table.d_sae, settings.neighbours),
     )
     if sae is not None:
         extras.decoder = decoder_neighbours(sae, settings.neighbours)

@@ -62,7 +62,8 @@ def write_index(table: FeatureTable, folder: str | os.PathLike[str], extras: Ext
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
     table.result()
-    kept = keep(*(getattr(table.records, c) for c in ("feature", "value", "index", "sample")), table.top, table.random)
+    held = table.records
+    kept = keep(held.feature, held.value, held.index, held.sample, table.top, table.random)
     texts = TokenTexts(extras.tokenizer)
     metrics = metric_columns(table, kept, texts)
     prompts = prompt_columns(table, kept, texts)

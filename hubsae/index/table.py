@@ -96,7 +96,7 @@ class FeatureTable:
         self.known: dict[str, bool] = {}
         self.roles: list[str] = []
         self.records = Records.none(2 * window + 1)
-        self.pairs = np.zeros(0, np.int64), np.zeros(0, np.int32)
+        self.pairs: tuple[np.ndarray, ...] = np.zeros(0, np.int64), np.zeros(0, np.int32)
         """(hash of the token, feature) of the firings of the tokens drawn"""
         self._fresh: list[Records] = []
         self._pool, self._limit, self._drawn = 0, POOL, 0
@@ -292,8 +292,8 @@ class FeatureTable:
         around[:, self.window] = value
         if self.window and len(row):
             self._fill_around(rows, feature, row, around)
-        plain = (rows[name][row] for name in ("index", "sample", "position", "token", "turn", "role"))
-        return Records(feature, value, *plain, ids, around)
+        plain: Any = (rows[name][row] for name in ("index", "sample", "position", "token", "turn", "role"))
+        return Records(feature, value, *plain, ids=ids, around=around)
 
     def _fill_around(
         self, rows: dict[str, np.ndarray], feature: np.ndarray, row: np.ndarray, around: np.ndarray

@@ -55,7 +55,10 @@ MAX_NODES = 50_000  # values and collections, as the parser counts them
 MAX_DEPTH = 100
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+_Safe: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _Loader(_Safe):
     """The safe loader, in C where PyYAML has it, that leaves dates as text."""
 
 

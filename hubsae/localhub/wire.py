@@ -33,7 +33,9 @@ def bounded_protocol(seconds: float) -> Any:
     """uvicorn's protocol, closing connections whose next request has no complete head after `seconds` or `MAX_HEAD`."""
     from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-    class Bounded(AutoHTTPProtocol):
+    base: Any = AutoHTTPProtocol
+
+    class Bounded(base):
         _timer: asyncio.TimerHandle | None = None
         _head = 0
 

@@ -36,6 +36,7 @@ from hubsae.recipes.standard import Activations, Shelf, package, pick_device
 from hubsae.recipes.steps import Estimate, Step, StepContext
 from hubsae.recipes.subject import DataSettings, ModelSettings, Subject, fetch_subject, open_subject
 from hubsae.train import TrainConfig, train
+from hubsae.train.config import DeadConfig
 
 
 class LookData(DataSettings):
@@ -129,7 +130,7 @@ class _Look:
         rows, held = self._rows(folder, "train"), self._rows(folder, "validation")
         config = TrainConfig(
             name=self.id, architecture="topk", d_sae=rows.d * s.expansion, k=s.k, lr=s.lr, seed=self.config.seed,
-            epochs=s.epochs, batch_size=s.batch_size, exclude=list(s.exclude), dead={"tokens": s.dead_tokens},
+            epochs=s.epochs, batch_size=s.batch_size, exclude=s.exclude, dead=DeadConfig(tokens=s.dead_tokens),
         )  # fmt: skip
         result = train(config, rows, out=ctx.folder / "training", val=held, quiet=True)
         Shelf(ctx.folder).put(self.id, result.sae)
