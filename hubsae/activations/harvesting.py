@@ -254,7 +254,7 @@ def _run(
                 last = now
                 if len(pending) >= QUEUE:
                     pending.pop(0).result()
-                task.update(stream.counts.tokens, _expected(stream, n_items))
+                task.update(stream.counts.tokens, stream.expected(n_items))
             for job in pending:
                 job.result()
     except BaseException as error:
@@ -266,17 +266,6 @@ def _run(
         writer.close()
     if show:
         _report(stream, time.monotonic() - began)
-
-
-def _expected(stream: Stream, n_items: int | None) -> float | None:
-    """Tokens there will be in all, as far as one can say."""
-    if stream.max_tokens is not None:
-        return float(max(stream.max_tokens, stream.counts.tokens))
-    if n_items is None or not stream.counts.passed:
-        return None
-    # batches are cut from windows, longest first: within a window tokens say nothing about samples
-    fresh, left = stream.counts.samples, n_items - stream.counts.passed
-    return stream.counts.tokens * (1 + max(0, left) / fresh) if fresh and stream.ranks.world_size == 1 else None
 
 
 def _report(stream: Stream, seconds: float) -> None:

@@ -80,7 +80,11 @@ class Counts:
     padded: int = 0
     """Tokens computed, padding included."""
     passed: int = 0
-    """Samples of the data that lie behind, whatever became of them."""
+    """Samples of the data that were looked at, whatever became of them."""
+    planned: int = 0
+    """Tokens of the batches that are computed, or will be, out of what was looked at ..."""
+    planned_samples: int = 0
+    """... and the samples of the windows they are in."""
 
 
 @dataclass
@@ -166,6 +170,7 @@ class Stream:
                 if number < start.window:
                     continue
                 batches = batches_of(samples, self.budget)
+                todo = []
                 for place, batch in enumerate(batches):
                     mine = is_mine(
                         number, place, rank=self.ranks.rank, world_size=self.ranks.world_size, by_window=by_window
@@ -175,10 +180,23 @@ class Stream:
                     finished = done(np.array([s.id for s in batch])) if done is not None else np.zeros(len(batch), bool)
                     self.counts.skipped += int(finished.sum())
                     if not finished.all():
-                        behind = Place(number, place + 1) if place + 1 < len(batches) else Place(number + 1)
-                        yield HarvestBatch(*self._forward(batch), behind)
+                        todo.append((place, batch))
+                self.counts.planned += sum(len(s.ids) for _, batch in todo for s in batch)
+                self.counts.planned_samples += len(samples) if todo else 0
+                for place, batch in todo:
+                    behind = Place(number, place + 1) if place + 1 < len(batches) else Place(number + 1)
+                    yield HarvestBatch(*self._forward(batch), behind)
         finally:
             self.model.train(was_training)
+
+    def expected(self, n_items: int | None) -> float | None:
+        """Tokens that this rank will have computed in the end, as far as one can say."""
+        counts = self.counts
+        if self.max_tokens is not None:
+            return float(max(self.max_tokens // self.ranks.world_size, counts.tokens))
+        if n_items is None or not counts.planned_samples:
+            return None
+        return counts.planned * (1 + max(0, n_items - counts.passed) / counts.planned_samples)
 
     def probe(self, items: Sequence[Any]) -> dict[str, Probe]:
         """Width and largest magnitude at each hook point over the beginnings of some items."""
@@ -206,7 +224,7 @@ class Stream:
         """Windows of samples, tokenised, answered and scored; empty lists stand for those that are not ours."""
         total = 0
         for number, (first, items) in enumerate(windows):
-            self.counts.passed = first
+            self.counts.passed = first + len(items)
             mine = not by_window or is_mine(
                 number, 0, rank=self.ranks.rank, world_size=self.ranks.world_size, by_window=True
             )
@@ -236,7 +254,6 @@ class Stream:
                 self.counts.empty += sum(rows == 0 for rows in kept)
                 self.counts.bad += bad
             yield samples
-            self.counts.passed = first + len(items)
             if self.max_tokens is not None and total >= self.max_tokens:
                 return
 

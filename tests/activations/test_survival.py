@@ -161,3 +161,14 @@ def test_a_stream_gives_the_rows_that_a_harvest_writes(tmp_path, tiny_model, tok
     columns = stored.columns()
     assert set(columns) == set(batches[0].labels)
     assert all((np.concatenate([b.labels[name] for b in batches]) == columns[name]).all() for name in columns)
+
+
+def test_a_stream_knows_how_much_is_left(tiny_model, token_data):
+    total = sum(len(sample["input_ids"]) for sample in token_data)
+    stream = open_stream(tiny_model, [1], batch_tokens=256)
+    walk = stream.batches(token_data)
+    next(walk)
+    assert stream.counts.tokens < total == stream.expected(len(token_data))
+    small = open_stream(tiny_model, [1], batch_tokens=256, window=30)
+    seen = [small.expected(len(token_data)) for _ in small.batches(token_data)]
+    assert seen[-1] == total and all(abs(guess - total) < 0.4 * total for guess in seen if guess is not None)
