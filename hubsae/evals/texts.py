@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hubsae.activations.groups import ChatLayout
 from hubsae.activations.samples import Preparation, Preparer
 from hubsae.core.errors import DataError
 from hubsae.core.files import read_json
@@ -58,8 +59,9 @@ def encode_texts(texts: Any, tokenizer: Any = None, *, max_length: int | None = 
     out: list[Tokens] = []
     cut = 0
     special = getattr(tokenizer, "all_special_ids", None)
+    layout = ChatLayout(tokenizer)
     for text in _each(texts):
-        tokens = _encode(text, tokenizer)
+        tokens = _encode(text, tokenizer, layout)
         if max_length is not None and tokens.ids.numel() > max_length:
             cut += 1
             response = tokens.is_response
@@ -98,11 +100,11 @@ def _each(texts: Any) -> Iterable[Any]:
     return texts
 
 
-def _encode(text: Any, tokenizer: Any) -> Tokens:
+def _encode(text: Any, tokenizer: Any, layout: ChatLayout) -> Tokens:
     if isinstance(text, Tensor):
         return Tokens(text.reshape(-1).long().cpu(), None)
     if isinstance(text, Mapping):
-        return _encode_mapping(text, tokenizer)
+        return _encode_mapping(text, tokenizer, layout)
     if isinstance(text, Sequence) and not isinstance(text, str):
         if len(text) == 2 and all(isinstance(part, str) for part in text):
             return _encode_pair(text[0], text[1], tokenizer)
@@ -116,7 +118,7 @@ def _encode(text: Any, tokenizer: Any) -> Tokens:
     )
 
 
-def _encode_mapping(text: Mapping[str, Any], tokenizer: Any) -> Tokens:
+def _encode_mapping(text: Mapping[str, Any], tokenizer: Any, layout: ChatLayout) -> Tokens:
     if "input_ids" in text:
         ids = torch.as_tensor(text["input_ids"]).reshape(-1).long().cpu()
         mask = text.get("attention_mask")
@@ -128,17 +130,33 @@ def _encode_mapping(text: Mapping[str, Any], tokenizer: Any) -> Tokens:
         labels = {name: column[keep.numpy()] for name, column in more.items() if column.shape == tuple(keep.shape)}
         return Tokens(ids[keep], response, labels)
     if "messages" in text:
-        return _encode_chat(text["messages"], tokenizer)
+        messages = text["messages"]
+        tokens = _encode_chat(messages, tokenizer)
+        tokens.labels = _chat_labels(messages, tokenizer, layout, tokens) | tokens.labels
+        return tokens
     prompt = next((text[k] for k in PROMPT_KEYS if k in text), None)
     response = next((text[k] for k in RESPONSE_KEYS if k in text), None)
     if isinstance(prompt, str) and isinstance(response, str):
         return _encode_pair(prompt, response, tokenizer)
     if isinstance(text.get("text"), str):
-        return _encode(text["text"], tokenizer)
+        return _encode(text["text"], tokenizer, layout)
     raise DataError(
         f"a text has the keys {', '.join(map(str, text))}",
         hint="expected prompt and response, messages, text, or input_ids",
     )
+
+
+def _chat_labels(
+    messages: Sequence[Mapping[str, Any]], tokenizer: Any, layout: ChatLayout, tokens: Tokens
+) -> dict[str, np.ndarray]:
+    """Role, turn, template and assistant tokens of a chat, as a harvest labels them; nothing where that is not known."""
+    if not messages or not getattr(tokenizer, "is_fast", False):
+        return {}
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+    if list(encoded["input_ids"]) != tokens.ids.tolist():
+        return {}
+    return layout.label(messages, whole, encoded["offset_mapping"]) or {}
 
 
 def _encode_chat(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> Tokens:

@@ -362,3 +362,12 @@ def test_massive_tokens_are_left_alone_where_training_left_them_out(qwen, make_s
 def test_a_column_named_solution_is_a_response(tokenizer):
     encoded, _ = encode_texts([{"problem": "w5 w6", "solution": " w7 w8"}], tokenizer)
     assert encoded[0].is_response.tolist() == [False, False, True, True]
+
+
+def test_tokens_of_a_chat_know_their_role_and_what_is_template(tokenizer, qwen, make_sae):
+    chat = {"messages": [{"role": "user", "content": "w5 w6"}, {"role": "assistant", "content": "w7 w8"}]}
+    encoded, _ = encode_texts([chat], tokenizer)
+    assert encoded[0].labels["is_template"].tolist() == [True, False, False, True, True, False, False, True]
+    assert encoded[0].labels["is_assistant"].tolist() == [False] * 5 + [True] * 3
+    result = evals.splice(qwen, tokenizer, make_sae(), "layers.1", [chat], scopes=["role=user & not template"])
+    assert result.get("ce_sae", "role=user & not template").n_tokens == 2
