@@ -149,7 +149,7 @@ def _encode_mapping(text: Mapping[str, Any], tokenizer: Any, layout: ChatLayout)
 def _chat_labels(
     messages: Sequence[Mapping[str, Any]], tokenizer: Any, layout: ChatLayout, tokens: Tokens
 ) -> dict[str, np.ndarray]:
-    """Role, turn, template and assistant tokens of a chat, as a harvest labels them; nothing where that is not known."""
+    """Role, turn, template and assistant tokens of a chat, as a harvest labels them; nothing where unknown."""
     if not messages or not getattr(tokenizer, "is_fast", False):
         return {}
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
