@@ -33,8 +33,9 @@ def application(release: Path, repo: str | None = None, notify: Callable[[str, s
 
     def table(request: Request) -> Response:
         tell(request)
-        path = release / FOLDER / request.path_params["name"] / request.path_params["file"]
-        if path.name not in TABLES or path.parent.parent != release / FOLDER or not path.is_file():
+        name, file = request.path_params["name"], request.path_params["file"]
+        path = release / FOLDER / name / file
+        if file not in TABLES or name.startswith(".") or not path.is_file():
             return PlainTextResponse("Not found", 404)
         return FileResponse(path, media_type="application/vnd.apache.parquet")
 

@@ -117,6 +117,27 @@ def test_what_is_wrong_is_said(site, tmp_path):
     assert "This cannot be shown" in seen.text and "parquet file invalid" in seen.text
 
 
+def test_the_server_of_the_pages_gives_out_nothing_else(release):
+    import http.client
+
+    def status(path: str, host: str = "") -> int:
+        line = http.client.HTTPConnection(url.removeprefix("http://"), timeout=20)
+        line.putrequest("GET", path, skip_host=bool(host))
+        if host:
+            line.putheader("Host", host)
+        line.endheaders()
+        return line.getresponse().status
+
+    (release / "summary.parquet").write_bytes(b"elsewhere")
+    with serve(release) as url:
+        assert status("/") == status("/reverse-index/layer18/summary.parquet") == 200
+        for path in ("/summary.parquet", "/reverse-index/../summary.parquet", "/reverse-index/%2e%2e/summary.parquet"):
+            assert status(path) == 404, path
+        assert status("/reverse-index/layer18/summary.json") == status("/config.json") == 404
+        assert status("/", host="evil.test") == 400, "a name that was made to mean this machine"
+    (release / "summary.parquet").unlink()
+
+
 def test_a_release_without_an_index_has_no_page(tmp_path):
     with pytest.raises(HubSAEError, match="no reverse index"):
         build(tmp_path)

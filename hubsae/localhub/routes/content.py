@@ -69,9 +69,7 @@ def resolve(call: Call) -> Response:
     _count(call, repo, path)
     headers = {"X-Repo-Commit": sha, **_headers(path), "Access-Control-Expose-Headers": "*"}
     if info.lfs is None:
-        headers["ETag"] = f'"{entry.sha}"'
-        data = repo.git.blob(entry.sha)
-        return content_answer(call.request, len(data), lambda start, end: iter((data[start:end],)), headers)
+        return _blob(call, repo, entry, headers)
     oid = info.lfs.oid
     if repo.lfs.size(oid) is None:
         raise HubError(
@@ -100,13 +98,14 @@ def resolve(call: Call) -> Response:
 def raw(call: Call) -> Response:
     """The blob itself: for LFS files the pointer."""
     repo, sha, path, entry, _ = _find(call)
+    headers = {"X-Repo-Commit": sha, **_headers(path), "Content-Type": "text/plain; charset=utf-8"}
+    return _blob(call, repo, entry, headers)
+
+
+def _blob(call: Call, repo: Repo, entry: Entry, headers: dict[str, str]) -> Response:
+    """A file as git has it."""
     data = repo.git.blob(entry.sha)
-    headers = {
-        "X-Repo-Commit": sha,
-        "ETag": f'"{entry.sha}"',
-        **_headers(path),
-        "Content-Type": "text/plain; charset=utf-8",
-    }
+    headers = {**headers, "ETag": f'"{entry.sha}"'}
     return content_answer(call.request, len(data), lambda start, end: iter((data[start:end],)), headers)
 
 
@@ -155,15 +154,14 @@ def site(call: Call) -> Response:
     if entry is None or entry.is_tree or not (path == SITE or path.startswith(f"{SITE_DATA}/")):
         raise entry_not_found(path, sha)
     info = repo.blob_info(entry)
-    headers = {"ETag": f'"{info.lfs.oid if info.lfs else entry.sha}"', **_headers(path)}
-    headers |= {"Access-Control-Allow-Origin": "*", "Referrer-Policy": "no-referrer"}
+    headers = {**_headers(path), "Access-Control-Allow-Origin": "*", "Referrer-Policy": "no-referrer"}
     if path == SITE:
         headers["Content-Type"] = "text/html; charset=utf-8"
         headers["Content-Security-Policy"] = SITE_POLICY.format(call.base)
-    if info.lfs is not None:
-        return content_answer(call.request, info.size, repo.lfs.source(info.lfs.oid), headers)
-    data = repo.git.blob(entry.sha)
-    return content_answer(call.request, len(data), lambda start, end: iter((data[start:end],)), headers)
+    if info.lfs is None:
+        return _blob(call, repo, entry, headers)
+    headers["ETag"] = f'"{info.lfs.oid}"'
+    return content_answer(call.request, info.size, repo.lfs.source(info.lfs.oid), headers)
 
 
 @routes.on("GET", "/api/resolve-cache/{kind}/{repo}/{revision}/{path...}")
