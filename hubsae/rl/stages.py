@@ -18,7 +18,6 @@ from torch import Tensor
 from hubsae.activations.models import merge_adapter
 from hubsae.core.errors import ConfigError, NotFoundError
 from hubsae.core.extras import require
-from hubsae.core.quiet import quiet
 from hubsae.core.text import stage_step
 from hubsae.rl.policy import load_weights
 
@@ -152,11 +151,3 @@ def merge_loss(base: Any, stage: Any, dtype: torch.dtype) -> dict[str, float]:
 
 def _as_stored(weights: Tensor, dtype: torch.dtype) -> Tensor:
     return weights.detach().to(dtype).double()
-
-
-def write_merged(stage: Checkpoint, folder: Path, tokenizer: Any) -> Path:
-    """Write a stage as a whole float32 checkpoint, for tools that know no adapters."""
-    with quiet():
-        stage.load().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder

@@ -165,11 +165,13 @@ def test_the_control_config_follows_the_base_model_only(small_chain, tmp_path):
 
 
 def test_stages_may_be_checkpoints_that_exist_already(small_chain, strict_run, quick_world, tmp_path):
-    from hubsae.rl.stages import Checkpoint, write_merged
+    from hubsae.rl.stages import Checkpoint
 
     rl = strict_run / "rl/stages"
     base = str(strict_run / "source/model")
-    merged = write_merged(Checkpoint("x", str(rl / "ppo_step4"), base=base), tmp_path / "merged", quick_world.tokenizer)
+    merged = tmp_path / "merged"
+    Checkpoint("x", str(rl / "ppo_step4"), base=base).load().save_pretrained(merged)
+    quick_world.tokenizer.save_pretrained(merged)
     stages = f"stages={{ppo_step2: {rl / 'ppo_step2'}, ppo_step4: {merged}}}"
     run = small_chain(tmp_path / "run", "strict", stages, "harvest.modes=[prompt+response]")
     assert "rl" not in [step.name for step in run.steps]
