@@ -6,15 +6,17 @@ names what its tensors mean and leaves the algebra to `assembling.assemble`, and
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hubsae.core.config import Architecture, TokenNorm
-from hubsae.core.errors import ConfigError, FormatError, nearest
+from hubsae.core.errors import ConfigError, FormatError, HubSAEError, nearest
 from hubsae.core.sae import SAE
+from hubsae.core.text import printable
 from hubsae.formats import tensors as io
 from hubsae.formats.names import NameInfo, parse_name
 
@@ -146,6 +148,20 @@ class Probe:
         if not file.is_file() or file.suffix not in io.PICKLES:
             return None
         return self._once("pickle", name, lambda: io.read_pickle(file))
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What a reader trips over in a file is the file's fault: a typed error that names it, whatever was raised."""
+    try:
+        yield
+    except HubSAEError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError) as error:
+        what = printable(f"{type(error).__name__}: {error}".splitlines()[0], 160)
+        raise FormatError(
+            path, "an SAE", f"content that contradicts itself ({what})", hint="the file is damaged; download it again"
+        ) from error
 
 
 class Files(NamedTuple):

@@ -17,7 +17,7 @@ from hubsae.core.errors import ConfigError, FormatError
 from hubsae.core.files import sha256_file
 from hubsae.core.hooks import KINDS, hook_record
 from hubsae.core.sae import SAE
-from hubsae.formats.base import Overrides, Probe
+from hubsae.formats.base import Overrides, Probe, reading
 from hubsae.formats.detection import FORMATS, weight_files
 from hubsae.formats.manifest import MANIFEST_NAME
 from hubsae.formats.planning import PackagePlan, PackageWarning, PlannedSAE, plan
@@ -136,7 +136,9 @@ def load_planned(todo: PackagePlan, item: PlannedSAE) -> SAE:
                 choices.setdefault(name, value)
     reader = FORMATS[item.format].read
     assert reader is not None
-    sae = reader(Probe(item.source), Overrides.of(choices))
+    wanted = Overrides.of(choices)
+    with reading(item.source):
+        sae = reader(Probe(item.source), wanted)
     _complete(todo, item, sae)
     return sae
 

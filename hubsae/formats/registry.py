@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from hubsae.core.errors import ConfigError, FormatError, named_options
 from hubsae.core.files import umask
 from hubsae.core.sae import SAE
 from hubsae.formats import native
-from hubsae.formats.base import Format, Overrides
+from hubsae.formats.base import Format, Overrides, reading
 from hubsae.formats.detection import FORMATS, MAPPED, choose, probe_of
 
 
@@ -43,13 +43,17 @@ def read(
     ...     read(d).config.k
     2
     """
-    probe = probe_of(path)
     choices = Overrides.of(overrides)
-    chosen = choose(probe, format or (MAPPED if choices.map else None))
-    if chosen.name == "native" and not choices.named():
+    with reading(Path(path)):
+        probe = probe_of(path)
+        chosen = choose(probe, format or (MAPPED if choices.map else None))
+        assert chosen.read is not None
+        native_as_it_is = chosen.name == "native" and not choices.named()
+        if native_as_it_is and str(device) == "cpu":
+            return native.read(probe.path, dtype=dtype, features=features)
+        sae = None if native_as_it_is else chosen.read(probe, choices)
+    if sae is None:  # apart, since what a device raises is not the file's fault
         return native.read(probe.path, device=device, dtype=dtype, features=features)
-    assert chosen.read is not None
-    sae = chosen.read(probe, choices)
     if features is None and dtype is None and str(device) == "cpu":
         return sae
     return native.build(
@@ -121,6 +125,7 @@ def convert(
     stage: str | None = None,
     hook: str | None = None,
     hook_out: str | None = None,
+    map: str | Mapping[str, str] | None = None,
     base_model: str | None = None,
     base_model_revision: str | None = None,
 ) -> SAE:
@@ -130,7 +135,8 @@ def convert(
     where the file does not say, or against its reader: `architecture`, `k`, `topk_relu` (a ReLU behind the top-k),
     `threshold` (of batch top-k), `decode_adds_b_pre`, `apply_b_dec_to_input`, `transposed` (square W_enc stored as
     [d_sae, d_in]), `token_norm`, `input_scale`; and for the record `layer`, `stage`, `hook`, `hook_out` (where a
-    transcoder writes), `base_model` and `base_model_revision`.
+    transcoder writes), `map` (which tensor is which, in files of no known layout), `base_model` and
+    `base_model_revision`.
 
     >>> import tempfile
     >>> from hubsae import HubSAE, SAEConfig
@@ -143,7 +149,7 @@ def convert(
     sae = read(
         source, format, architecture=architecture, k=k, topk_relu=topk_relu, threshold=threshold,
         decode_adds_b_pre=decode_adds_b_pre, apply_b_dec_to_input=apply_b_dec_to_input, transposed=transposed,
-        token_norm=token_norm, input_scale=input_scale, layer=layer, stage=stage, hook=hook, hook_out=hook_out,
+        token_norm=token_norm, input_scale=input_scale, layer=layer, stage=stage, hook=hook, hook_out=hook_out, map=map,
         base_model=base_model, base_model_revision=base_model_revision,
     )  # fmt: skip
     write(sae, target, to)

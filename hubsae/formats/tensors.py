@@ -8,10 +8,13 @@ that names the file.
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
+import struct
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,7 @@ Paths = str | os.PathLike[str]
 
 MAX_JSON = 256 << 20
 MAX_YAML = 64 << 10
+MAX_SAE_HEADER = 4 << 20
 MAX_INFLATION = 32  # compressed archives of weights stay far below this
 PICKLES = (".pt", ".pth", ".bin")
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -68,15 +72,25 @@ def read_small_yaml(path: Paths) -> Any:
 # ---- safetensors ------------------------------------------------------------------------------------------
 
 
+def _few_tensors(path: Paths) -> Path:
+    """The file, if its header is one of weights: parsing one of 300,000 names takes half a minute."""
+    file = require_file(path, "a safetensors file")
+    with file.open("rb") as handle:
+        claimed = int.from_bytes(handle.read(8), "little")
+    if MAX_SAE_HEADER < claimed < file.stat().st_size:
+        raise FormatError(file, f"a header below {MAX_SAE_HEADER >> 20} MiB", f"{claimed >> 20} MiB")
+    return file
+
+
 def safetensors_header(path: Paths) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Names, types and shapes in a safetensors file, without its data."""
-    header = files.safetensors_header(require_file(path, "a safetensors file"))
+    header = files.safetensors_header(_few_tensors(path))
     return {name: (tensor.dtype, tensor.shape) for name, tensor in header.tensors.items()}
 
 
 def read_safetensors(path: Paths, *, device: str = "cpu", names: tuple[str, ...] | None = None) -> dict[str, Tensor]:
     """Tensors of a safetensors file; on CPU they are mapped and cost no memory until they are read."""
-    file = require_file(path, "a safetensors file")
+    file = _few_tensors(path)
     try:
         with safe_open(str(file), framework="pt", device=device) as opened:
             return {name: opened.get_tensor(name) for name in names or opened.keys()}
@@ -223,7 +237,19 @@ def walk_tensors(value: Any, name: str = "", depth: int = 0) -> Iterator[tuple[s
             yield from walk_tensors(item, f"{name}[{i}]", depth + 1)
 
 
+_BROKEN_ZIP = (
+    zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, TypeError, SyntaxError, KeyError, struct.error,
+)  # fmt: skip
+
+
 # ---- numpy ------------------------------------------------------------------------------------------------
+
+
+def _npy_header(handle: Any) -> tuple[tuple[int, ...], np.dtype]:
+    version = np.lib.format.read_magic(handle)
+    head = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = head(handle)
+    return shape, dtype
 
 
 def npz_shapes(path: Paths) -> dict[str, tuple[int, ...]]:
@@ -236,20 +262,16 @@ def npz_shapes(path: Paths) -> dict[str, tuple[int, ...]]:
                 if not info.filename.endswith(".npy"):
                     continue
                 with archive.open(info) as member:
-                    version = np.lib.format.read_magic(member)
-                    head = (
-                        np.lib.format.read_array_header_1_0
-                        if version == (1, 0)
-                        else np.lib.format.read_array_header_2_0
-                    )
-                    shape, _, dtype = head(member)
+                    shape, dtype = _npy_header(member)
+                if math.prod(shape) * dtype.itemsize > info.file_size:
+                    raise FormatError(file, f"{info.filename} backed by its bytes ({info.file_size})", f"shape {shape}")
                 if dtype.hasobject:
                     raise FormatError(file, f"numbers in {info.filename}", "pickled objects, which are never read")
                 shapes[info.filename.removesuffix(".npy")] = shape
             return shapes
     except FormatError:
         raise
-    except (zipfile.BadZipFile, ValueError, OSError, EOFError, NotImplementedError, RuntimeError) as error:
+    except (*_BROKEN_ZIP, NotImplementedError, RuntimeError) as error:
         raise FormatError(file, "an npz archive", f"one that cannot be read ({error})") from error
 
 
@@ -266,7 +288,7 @@ def read_npz(path: Paths) -> dict[str, Tensor]:
             return {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in arrays.files}
     except FormatError:
         raise
-    except (zipfile.BadZipFile, ValueError, OSError, EOFError, TypeError) as error:
+    except (*_BROKEN_ZIP, NotImplementedError, RuntimeError) as error:
         raise FormatError(file, "an npz archive", f"one that cannot be read ({error})") from error
 
 
@@ -277,8 +299,12 @@ def read_raw(path: Paths, count: int | None = None) -> Tensor:
         head = handle.read(8)
     if head.startswith(b"\x93NUMPY"):
         try:
+            with file.open("rb") as handle:
+                shape, dtype = _npy_header(handle)
+            if math.prod(shape) * dtype.itemsize > file.stat().st_size:
+                raise ValueError(f"it claims {math.prod(shape) * dtype.itemsize} bytes, the file has fewer")
             return torch.from_numpy(np.ascontiguousarray(np.load(file, allow_pickle=False)))
-        except (ValueError, OSError, EOFError) as error:
+        except (ValueError, OSError, EOFError, TypeError, SyntaxError, RecursionError) as error:
             raise FormatError(file, "a .npy file", f"one that cannot be read ({error})") from error
     if head.startswith(b"PK") or head[:2] == b"\x80\x02":
         value = read_pickle(file)

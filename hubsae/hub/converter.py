@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +49,7 @@ class saelens_converter:
         layer: For such files: the block, from 0.
         hook: For such files: where the SAE reads, in any spelling.
         hook_out: For such files: where a transcoder writes.
+        map: For files of no known layout: which tensor is which (`W_enc=enc.weight.T,b_enc=enc.bias,...`).
         base_model: For such files: the model.
     """
 
@@ -73,6 +75,7 @@ class saelens_converter:
         layer: int | None = None,
         hook: str | None = None,
         hook_out: str | None = None,
+        map: str | Mapping[str, str] | None = None,
         base_model: str | None = None,
     ):
         hub = {
@@ -83,7 +86,7 @@ class saelens_converter:
             "format": format, "k": k, "architecture": architecture, "topk_relu": topk_relu, "threshold": threshold,
             "decode_adds_b_pre": decode_adds_b_pre, "apply_b_dec_to_input": apply_b_dec_to_input,
             "transposed": transposed, "token_norm": token_norm, "input_scale": input_scale, "layer": layer,
-            "hook": hook, "hook_out": hook_out, "base_model": base_model,
+            "hook": hook, "hook_out": hook_out, "map": map, "base_model": base_model,
         }  # fmt: skip
         self.hub: dict[str, Any] = {name: value for name, value in hub.items() if value is not None}
         self.choices: dict[str, Any] = {name: value for name, value in choices.items() if value is not None}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -126,6 +126,7 @@ class HubSAE(SAE):
         input_scale: float | None = None,
         hook: str | None = None,
         hook_out: str | None = None,
+        map: str | Mapping[str, str] | None = None,
     ) -> HubSAE:
         """Load one SAE from the Hub or from a local folder or file; without an `id` the filters choose it.
 
@@ -161,6 +162,7 @@ class HubSAE(SAE):
             input_scale: For such files: scalar that the activations were multiplied by in training.
             hook: For such files: where the SAE reads, in any spelling.
             hook_out: For such files: where a transcoder writes.
+            map: For files of no known layout: which tensor is which (`W_enc=enc.weight.T,b_enc=enc.bias,...`).
         """
         found = load_each(
             repo_or_path,
@@ -173,7 +175,7 @@ class HubSAE(SAE):
             reading=Reading(device, dtype, features, format, {
                 "topk_relu": topk_relu, "threshold": threshold, "decode_adds_b_pre": decode_adds_b_pre,
                 "apply_b_dec_to_input": apply_b_dec_to_input, "transposed": transposed, "token_norm": token_norm,
-                "input_scale": input_scale, "hook": hook, "hook_out": hook_out,
+                "input_scale": input_scale, "hook": hook, "hook_out": hook_out, "map": map,
             }),
             one=True,
         )  # fmt: skip
@@ -214,6 +216,7 @@ class HubSAE(SAE):
         input_scale: float | None = None,
         hook: str | None = None,
         hook_out: str | None = None,
+        map: str | Mapping[str, str] | None = None,
     ) -> Iterator[tuple[str, HubSAE]]:
         """(id, SAE) for every SAE of one commit that fits; one is in memory at a time.
 
@@ -248,6 +251,7 @@ class HubSAE(SAE):
             input_scale: For such files: scalar that the activations were multiplied by in training.
             hook: For such files: where the SAE reads, in any spelling.
             hook_out: For such files: where a transcoder writes.
+            map: For files of no known layout: which tensor is which (`W_enc=enc.weight.T,b_enc=enc.bias,...`).
         """
         found = load_each(
             repo_or_path,
@@ -260,7 +264,7 @@ class HubSAE(SAE):
             reading=Reading(device, dtype, features, format, {
                 "topk_relu": topk_relu, "threshold": threshold, "decode_adds_b_pre": decode_adds_b_pre,
                 "apply_b_dec_to_input": apply_b_dec_to_input, "transposed": transposed, "token_norm": token_norm,
-                "input_scale": input_scale, "hook": hook, "hook_out": hook_out,
+                "input_scale": input_scale, "hook": hook, "hook_out": hook_out, "map": map,
             }),
         )  # fmt: skip
         return cast("Iterator[tuple[str, HubSAE]]", found)

@@ -66,3 +66,14 @@ def test_formats_are_listed():
     rows = {row["name"]: row for row in json.loads(run("formats", "--json"))}
     assert rows["onnx"]["write"] and not rows["onnx"]["read"] and rows["rl_chain"]["read"]
     assert "sae_weights.safetensors" in run("formats")
+
+
+def test_convert_with_a_key_map(tmp_path):
+    sae = HubSAE.random(CONFIG, seed=1)
+    t = sae.tensors()
+    odd = {"up": t["W_enc"].t().contiguous(), "up_b": t["b_enc"], "down": t["W_dec"], "c": t["b_dec"]}
+    torch.save(odd, tmp_path / "o.pt")
+    maps = [part for pair in ("W_enc=up.T", "b_enc=up_b", "W_dec=down", "b_dec=c") for part in ("--map", pair)]
+    facts = ["-s", "architecture=topk", "-s", "k=4", "-s", "apply_b_dec_to_input=true"]
+    run("convert", tmp_path / "o.pt", tmp_path / "out", *maps, *facts)
+    assert torch.equal(read(tmp_path / "out").W_enc, sae.W_enc)
