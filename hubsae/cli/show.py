@@ -42,6 +42,7 @@ def command(
 def _print(found: Description, all_tensors: bool, all_columns: bool) -> None:
     from hubsae.cli._common import err, out
     from hubsae.core.text import format_bytes, printable
+    from hubsae.formats.describe import OTHER_METRICS
 
     def line(text: Any) -> None:
         out().print(printable(text), markup=False, no_wrap=True)
@@ -57,7 +58,8 @@ def _print(found: Description, all_tensors: bool, all_columns: bool) -> None:
         if c.get("token_norm", "none") != "none":
             line(f"  every token normalised: {c['token_norm']}")
     for name, value in found.facts.items():
-        line(f"  {name}: {_said(value)}")
+        few = name == OTHER_METRICS and not all_columns
+        line(f"  {name}: {f'{len(value)} (--all shows them)' if few else _said(value)}")
     if found.norms:
         line("  norms (min / median / max):")
         for name, value in found.norms.items():

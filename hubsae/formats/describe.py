@@ -27,6 +27,7 @@ from hubsae.formats.saelens import fidelity
 from hubsae.formats.table import SAETable
 
 ROWS_FOR_NORMS = 4096
+OTHER_METRICS = "metrics in other scopes"
 
 
 @dataclass
@@ -141,8 +142,9 @@ def fill_record(out: Description, meta: Metadata, config: SAEConfig) -> None:
         "SAELens": fidelity(config).note,
     }
     out.facts |= {k: v for k, v in facts.items() if v is not None}
-    if meta.metrics:
-        out.facts["metrics"] = {m.name if m.scope is None else f"{m.name} ({m.scope})": m.value for m in meta.metrics}
+    ours = {m.name: m.value for m in meta.metrics if (m.scope or "all") == meta.own_scope}
+    others = {f"{m.name} ({m.scope or 'all'})": m.value for m in meta.metrics if (m.scope or "all") != meta.own_scope}
+    out.facts |= {name: found for name, found in (("metrics", ours), (OTHER_METRICS, others)) if found}
     out.unknown = [k for k, v in (("base model", base.id), ("hook point", facts["hook point"])) if v is None]
 
 

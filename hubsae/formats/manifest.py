@@ -100,7 +100,8 @@ class SAEEntry(_Part):
     def row(self) -> dict[str, Any]:
         """The entry as one row of a table, without its files; metrics become columns."""
         keep = ("id", "layer", "stage", "architecture", "d_in", "d_sae", "k", "hook_point", "scope")
-        return {name: getattr(self, name) for name in keep} | dict(self.metrics)
+        size = {"bytes": sum(file.size for file in self.files)}
+        return {name: getattr(self, name) for name in keep} | dict(self.metrics) | size
 
 
 class Manifest(_Part):

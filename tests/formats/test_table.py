@@ -9,6 +9,7 @@ import pytest
 from hubsae import HubSAE, SAEConfig, list_saes
 from hubsae.core.metadata import Metric
 from hubsae.formats import Release
+from hubsae.formats.describe import describe
 
 NAMES = ("mse", "fvu", "fve", "cosine", "l0", "l1", "dead_fraction", "frac_recovered_mean", "ce_sae", "kl")
 SCOPES = ("all", "not position_0", "prompt", "response", "special", "assistant")
@@ -58,3 +59,10 @@ def test_an_sae_in_a_notebook(release: Release):
     assert "<script>" not in html
     sae.metadata.base_model.id = "<script>alert(1)</script>"
     assert "<script>" not in sae._repr_html_()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_show_says_the_metrics_of_its_own_scope_and_counts_the_others(release: Release):
+    facts = describe(release.folder("layer10")).facts
+    assert list(facts["metrics"]) == list(NAMES) and facts["metrics"]["fvu"] == pytest.approx(10.011)
+    assert len(facts["metrics in other scopes"]) == len(NAMES) * (len(SCOPES) - 1)
+    assert describe(release.path).saes[0]["bytes"] > 0
