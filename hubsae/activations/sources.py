@@ -80,7 +80,8 @@ class LocalFile:
         return type(self), (self.name,)  # a worker process opens its own
 
     def __del__(self) -> None:
-        if (handle := getattr(self, "handle", None)) is not None:
+        # at the end of the process modules may go before their objects
+        if os is not None and (handle := getattr(self, "handle", None)) is not None:
             os.close(handle)
 
 

@@ -35,9 +35,10 @@ def test_stored_values_are_the_hidden_states_and_position_0_is_named(tmp_path):
                 states = world.model(input_ids=ids, output_hidden_states=True).hidden_states[layer + 1][0]
             rounded = (states * data.scale).half().float() / data.scale
             assert ((stored[rows] - rounded).norm(dim=1) / states.norm(dim=1)).max() < 2e-4
-        assert "position_0" in data.stats.proposal()
-        first = data.stats.summary()["position_0"]["mean_norm"]
-        assert first > 50 * data.stats.norm_percentiles["50"]
+        # massive activations arise between layers 8 and 15 of this model: 5 times the median there, then 147 times
+        first = data.stats.summary()["position_0"]["mean_norm"] / data.stats.norm_percentiles["50"]
+        assert (first < 10 and data.stats.proposal() == []) if layer == 8 else first > 50
+        assert layer == 8 or data.stats.proposal() == ["position_0"]
         # ChatML: every delimiter is special and of the template, role names are of the template alone
         assert (labels["is_template"] >= labels["is_special"]).all()
         names = world.tokenizer.decode(labels["token_id"][parse("template & not special").mask(labels)]).split()
