@@ -49,7 +49,7 @@ def save(run: Path, cells: list[Cell], step: int, state: dict[str, Any], *, suff
                 save_file(tensors[cell], scratch / f"cell{cell.index}.safetensors")
             files = {path.name: sha256_file(path) for path in sorted(scratch.iterdir())}
             found = {**state, "step": step, "cells": [cell.scalars() for cell in cells], "files": files}
-            (scratch / "state.json").write_text(json.dumps({**found, "sha256": _digest(found)}), encoding="utf-8")
+            (scratch / "state.json").write_text(json.dumps({**found, "sha256": digest(found)}), encoding="utf-8")
             for path in scratch.iterdir():
                 _sync(path)
             if target.exists():
@@ -64,7 +64,8 @@ def save(run: Path, cells: list[Cell], step: int, state: dict[str, Any], *, suff
     return target
 
 
-def _digest(state: dict[str, Any]) -> str:
+def digest(state: dict[str, Any]) -> str:
+    """sha256 of JSON data, however its keys are ordered."""
     text = json.dumps(json.loads(json.dumps(state)), sort_keys=True)  # keys as they will be read
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -135,7 +136,7 @@ def verify(path: Path) -> dict[str, Any]:
     file = path / "state.json"
     state = read_json(file)
     said = state.pop("sha256", None) if isinstance(state, dict) else None
-    if said is None or _digest(state) != said:
+    if said is None or digest(state) != said:
         raise FormatError(file, "a state that matches its own sha256", "one that does not")
     for name, sha256 in state["files"].items():
         if not (path / name).is_file() or sha256_file(path / name) != sha256:

@@ -11,12 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hubsae.core.errors import FormatError, MissingExtraError
+from hubsae.core.errors import MissingExtraError
 from hubsae.core.extras import require
 from hubsae.core.files import write_csv_atomic, write_text_atomic, writing
+from hubsae.core.progress import say
 from hubsae.train.config import TrainConfig
 
 
@@ -38,20 +40,21 @@ class Log:
         text = self.path.read_bytes()
         return {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
 
-    def check(self, mark: dict[str, Any] | None) -> None:
-        """Raise unless the file begins with the lines of a mark."""
-        if self.path is not None and mark is not None:
-            text = self.path.read_bytes()[: mark["bytes"]] if self.path.exists() else b""
-            if hashlib.sha256(text).hexdigest() != mark["sha256"]:
-                raise FormatError(self.path, f"{mark['bytes']} bytes of sha256 {mark['sha256'][:12]}", "others")
-
     def resume(self, mark: dict[str, Any] | None) -> None:
-        """Keep the lines of a mark."""
+        """Keep the lines of a mark; those that were damaged are left out, and said to be."""
         if self.path is None or mark is None:
             return
-        text = self.path.read_bytes()[: mark["bytes"]].decode()
-        self.lines = [json.loads(line) for line in text.splitlines()]
-        write_text_atomic(self.path, text)
+        content = self.path.read_bytes()[: mark["bytes"]] if self.path.exists() else b""
+        lines = content.decode(errors="replace").splitlines()
+        if hashlib.sha256(content).hexdigest() == mark["sha256"]:
+            self.lines = [json.loads(line) for line in lines]
+        else:
+            for line in lines:
+                with suppress(ValueError, KeyError, TypeError):
+                    entry = json.loads(line)
+                    self.lines.append({**entry, "event": str(entry["event"]), "cell": str(entry["cell"])})
+            say(f"{self.path} was damaged: {len(self.lines)} of its {len(lines)} lines are kept, some may be wrong")
+        write_text_atomic(self.path, "".join(json.dumps(entry) + "\n" for entry in self.lines))
 
     def fresh(self) -> None:
         """Start an empty log."""

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hubsae.core.errors import ConfigError, DataError
+from hubsae.core.errors import ConfigError, DataError, FormatError
 from hubsae.core.files import read_json
+from hubsae.core.progress import say
 from hubsae.train import checkpoint
 from hubsae.train.config import TrainConfig
 from hubsae.train.data import TokenSelection
@@ -51,7 +52,14 @@ def check_folder(out: Path | None, settings: dict[str, Any], *, suffix: str = ""
     file = None if out is None else out / "config.json"
     if out is None or file is None or not file.exists() or checkpoint.latest(out, suffix=suffix) is None:
         return
-    before = read_json(file)
+    try:
+        before = read_json(file)
+        whole = before.pop("sha256") == checkpoint.digest(before)
+    except (FormatError, AttributeError, KeyError):
+        before, whole = {}, False
+    if not whole:
+        say(f"{file} was damaged and is written anew; the state itself is checked")
+        return
     if before == settings:
         return
     wrong = [key for key in ("d_in", "rows") if before.get(key) != settings[key]]
