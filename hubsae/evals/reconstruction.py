@@ -111,4 +111,6 @@ def reconstruction(
     """
     labels = {"position": position, "is_prompt": is_prompt, "sample_id": sample_id, **(columns or {})}
     rows, named, sums = prepare(saes, activations, scopes=scopes, columns=labels, batch_size=batch_size, force=force)
+    for sae in named.values():
+        sae.config.check_autoencoder("reconstruction")
     return run_pass(rows, named, [sums], ranks=ranks, show=show, name=name)[0]

@@ -222,6 +222,7 @@ def _check(model: nn.Module, pairs: Mapping[str, tuple[SAE, HookPoint]], texts: 
     model_id = getattr(config, "_name_or_path", "") or ""
     for label, (sae, hook) in pairs.items():
         hook.module_path(model)
+        sae.config.check_autoencoder("this measure")
         if isinstance(width, int) and width != sae.d_in:
             raise HookError(
                 f"the model's activations have width {width}, SAE {label!r} takes {sae.d_in}",

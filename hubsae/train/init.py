@@ -90,6 +90,7 @@ def resolve(start: Any) -> SAE | None:
 
 def check_warm(config: TrainConfig, d: int, width: int, sae: SAE) -> None:
     """Raise unless an SAE can start a run of these settings."""
+    sae.config.check_autoencoder("training")
     wrong = []
     if sae.d_in != d:
         wrong.append(f"d_in {sae.d_in} instead of {d}")

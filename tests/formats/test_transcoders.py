@@ -138,3 +138,11 @@ def test_attach_reads_at_the_input_and_splice_replaces_at_the_output():
         assert not torch.allclose(spliced, model(ids).logits)
     for handle in handles:
         handle.remove()
+
+
+def test_measures_that_compare_with_the_input_refuse_a_transcoder():
+    from hubsae.evals import reconstruction
+
+    sae = HubSAE.random(SAEConfig(architecture="relu", d_in=8, d_sae=16, d_out=8))
+    with pytest.raises(ConfigError, match="predicts another hook point"):
+        reconstruction(sae, torch.randn(32, 8))
