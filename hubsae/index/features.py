@@ -158,6 +158,11 @@ class FeatureIndex:
         return self._table(files.METRICS)
 
     @cached_property
+    def logits(self) -> Any:
+        """The tokens that features promote, as an Arrow table; None where no model was given."""
+        return self._table(files.LOGITS)
+
+    @cached_property
     def labels(self) -> list[dict[str, Any]]:
         """What people or models call features."""
         table = self._table(files.LABELS)
@@ -190,6 +195,11 @@ class FeatureIndex:
             labels=[label for label in self.labels if label["feature"] == feature],
         )
 
+    def readable(self, at_least: int = 20, density: float = 0.02) -> list[int]:
+        """Features that fire often enough to be read and seldom enough to mean something."""
+        counts, densities = (self.metrics[name].to_numpy() for name in ("count", "density"))
+        return ((counts >= at_least) & (densities < density)).nonzero()[0].tolist()
+
     def __iter__(self) -> Iterator[Feature]:
         return (self[feature] for feature in range(len(self)))
 
@@ -217,9 +227,8 @@ class FeatureIndex:
                 put(1, row["feature"], f"fires on {center!r}")
             elif wanted in "".join(row["tokens"]).lower():
                 put(3, row["feature"], "".join(row["tokens"]))
-        logits = self._table(files.LOGITS)
-        if logits is not None:
-            for row in logits.to_pylist():
+        if self.logits is not None:
+            for row in self.logits.to_pylist():
                 if row["side"] == "top" and wanted == row["token"].lower().strip():
                     put(2, row["feature"], f"promotes {row['token']!r}")
         ordered = sorted(found.items(), key=lambda item: (item[1][0], -item[1][1], item[0]))

@@ -153,9 +153,14 @@ def _steer_to_promise(demo: Demo, sae: Any) -> Steered | None:
         return out[0, prompt.shape[1] :].tolist()
 
     before = answer()
-    readable = [f for f in range(len(index)) if index[f].count >= 20 and index[f].density < 0.02]
-    promise = {f: [word for word, _ in index[f].logits["top"][:8] if word.strip().isalpha()] for f in readable}
-    order = sorted((f for f in readable if len(promise[f]) >= 4), key=lambda f: -index[f].logits["top"][0][1])
+    promise: dict[int, list[str]] = {f: [] for f in index.readable()}
+    most: dict[int, float] = {}
+    for row in index.logits.to_pylist() if index.logits is not None else []:
+        f, word = row["feature"], row["token"]
+        if row["side"] == "top" and row["rank"] < 8 and f in promise and word.strip().isalpha():
+            promise[f].append(word)
+            most[f] = max(row["value"], most.get(f, 0.0))
+    order = sorted((f for f in most if len(promise[f]) >= 4), key=lambda f: -most[f])
     best: tuple[int, Steered] | None = None
     for feature in order[:CANDIDATES]:
         strength = 2.0 * index[feature].strength

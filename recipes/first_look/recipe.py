@@ -205,15 +205,15 @@ class _Look:
 
 
 def features_to_read(index: FeatureIndex, count: int, examples: int = 3) -> list[dict[str, Any]]:
-    """Features that fire seldom enough to mean something and often enough to be read, spread over all of them."""
-    alive = [f for f in range(len(index)) if index[f].count >= 20 and index[f].density < 0.02]
-    chosen = alive[:: max(1, len(alive) // count)][:count]
+    """Some features with their contexts, spread over all that can be read."""
+    readable = index.readable()
+    chosen = [index[f] for f in readable[:: max(1, len(readable) // count)][:count]]
     return [
         {
-            "feature": f,
-            "density": f"{index[f].density:.2%}",
-            "contexts": " | ".join(mark(e.tokens, e.center) for e in index[f].prompts[:examples]),
-            "promotes": " ".join(repr(token) for token, _ in index[f].logits["top"][:5]),
+            "feature": f.number,
+            "density": f"{f.density:.2%}",
+            "contexts": " | ".join(mark(e.tokens, e.center) for e in f.prompts[:examples]),
+            "promotes": " ".join(repr(token) for token, _ in f.logits["top"][:5]),
         }
         for f in chosen
     ]
