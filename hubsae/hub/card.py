@@ -28,7 +28,7 @@ from hubsae.hub.examples import Example, example_features
 
 KINDS = ("single", "chain", "grid", "release")
 HEADLINES = (
-    "fvu", "nmse_pooled", "mse", "l0", "dead_fraction", "frac_recovered_mean", "kl", "delta_ce", "fve", "ce_sae",
+    "fvu", "l0", "dead_fraction", "frac_recovered_mean", "kl", "delta_ce", "nmse_pooled", "mse", "fve", "ce_sae",
 )  # fmt: skip
 MAX_HEADLINES = 6
 MAX_RESULT_ROWS, MAX_RESULT_COLUMNS = 24, 12

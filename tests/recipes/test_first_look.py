@@ -42,8 +42,11 @@ def test_the_release_carries_index_and_pages_and_its_card_shows_features(run):
     assert sum(index[f].count for f in range(256)) == 8 * index.summary["n_tokens"]
     assert (run / "release" / "index.html").is_file()
     card = (run / "release" / "README.md").read_text()
-    shown = [f for f in range(256) if f"| {f} |" in card or f"`{f}`" in card or f"[{f}]" in card]
-    assert shown, "no feature on the card"
+    block = card.partition("## Features")[2].partition("<!-- hubsae:end features")[0]
+    rows = [line.split("|") for line in block.splitlines() if line.startswith("|")][2:]
+    assert len(rows) == 5
+    for row in rows:
+        assert f"{100 * index[int(row[1])].density:.4g} %" == row[2].strip()
 
 
 def test_the_error_by_group_adds_up_to_all_tokens(run):
