@@ -44,7 +44,7 @@ def command(
         raise HubSAEError(f"{target} exists", hint="choose another name, or pass --overwrite")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        chosen = parse_choices(choices) | ({"map": ",".join(key_map)} if key_map else {})
+        chosen: dict[str, Any] = parse_choices(choices) | ({"map": ",".join(key_map)} if key_map else {})
         sae = _of_the_hub(source, format, chosen) or read(source, format, **chosen)
     for note in dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning)):
         err().print(f"[yellow]note[/] {note}", markup=True)

@@ -144,8 +144,8 @@ def verify(
         if written.config.architecture == "topk" and activations is not None:
             notes.append(_negatives(written, activations))
     # the error of a transcoder is against the activations of its output, which are not here
-    measured = activations is not None and not written.config.is_transcoder
-    fvu, l0 = quality(written, activations) if measured else (None, None)
+    measured = None if written.config.is_transcoder else activations
+    fvu, l0 = (None, None) if measured is None else quality(written, measured)
     if fvu is not None and fvu > 1:
         notes.append(
             f"it reconstructs your activations worse than their mean does (FVU {fvu:.3g}): is this the right layer, "

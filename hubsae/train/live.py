@@ -204,7 +204,8 @@ class LiveLayer:
     def validation(self) -> ActivationDataset | None:
         """The rows held out."""
         held = self.live.validation
-        return None if held is None else ActivationDataset.from_tensor(held.vectors[self.config], **held.labels)
+        labels: Any = {} if held is None else held.labels
+        return None if held is None else ActivationDataset.from_tensor(held.vectors[self.config], **labels)
 
     def batches(
         self,
