@@ -90,7 +90,7 @@ def damaged(data: bytes, suffix: str, dice: random.Random) -> bytes:
 
 def checked(path: Path, *, memory: bool = True) -> None:
     size = sum(p.stat().st_size for p in ([path] if path.is_file() else path.rglob("*")) if p.is_file())
-    start = time.monotonic()
+    start = time.process_time()
     if memory:  # costly to watch
         tracemalloc.start()
     try:
@@ -103,7 +103,7 @@ def checked(path: Path, *, memory: bool = True) -> None:
         peak = tracemalloc.get_traced_memory()[1] if memory else 0
         if memory:
             tracemalloc.stop()
-    assert time.monotonic() - start < SECONDS, f"{path} took {time.monotonic() - start:.1f} s"
+    assert time.process_time() - start < SECONDS, f"{path} took {time.process_time() - start:.1f} s"
     assert peak < TIMES * size + FLOOR, f"{path} of {size} bytes took {peak}"
 
 
@@ -166,8 +166,8 @@ def test_files_made_to_exhaust_are_refused(name, content, tmp_path):
         (tmp_path / "tensors.json").unlink()
         (tmp_path / "W_enc").unlink()
     (tmp_path / name).write_bytes(content)
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(HubSAEError) as caught:
         read(tmp_path, architecture="topk", k=2, apply_b_dec_to_input=True)
     str(caught.value).encode("utf-8", "strict")
-    assert time.monotonic() - start < 10 * SECONDS
+    assert time.process_time() - start < 10 * SECONDS
