@@ -252,7 +252,7 @@ def test_what_cannot_work_is_said_before_the_first_forward(tmp_path, tiny_model,
         harvest(tiny_model, ["a"], [1], out=tmp_path, tokenizer=tokenizer, select="response")
     with pytest.raises(DataError, match="no data"):
         harvest(tiny_model, [], [1], out=tmp_path, tokenizer=tokenizer)
-    with pytest.raises(HubSAEError, match="cannot be loaded"):
+    with pytest.raises(HubSAEError, match="there is no model"):
         harvest(str(tmp_path / "no_model"), ["a"], [1], out=tmp_path, tokenizer=tokenizer)
     assert not list(tmp_path.rglob("*.parquet"))
 
