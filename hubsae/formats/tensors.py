@@ -11,6 +11,7 @@ import json
 import math
 import os
 import pickle
+import re
 import struct
 import warnings
 import zipfile
@@ -29,6 +30,7 @@ from torch import Tensor
 from hubsae.core import files
 from hubsae.core.errors import FormatError
 from hubsae.core.files import atomic_path, read_json
+from hubsae.core.text import printable
 
 Paths = str | os.PathLike[str]
 
@@ -158,6 +160,14 @@ def _sort_notes(path: Path) -> None:
 # ---- pickles ----------------------------------------------------------------------------------------------
 
 
+def _asked_for(message: str) -> str:
+    """What torch's long refusal says that matters: the name that the pickle wanted, or why it could not go on."""
+    for pattern in (r"GLOBAL ([\w.]+)", r"Unsupported (?:global|class)[: ]+([\w.]+)", r"(Unsupported operand \d+)"):
+        if found := re.search(pattern, message):
+            return f" ({printable(found[1].strip(), 100)})"
+    return ""
+
+
 def read_pickle(path: Paths) -> Any:
     """What `torch.save` wrote, restricted to tensors and plain data; a hostile pickle is refused, not run."""
     file = require_file(path, "a PyTorch file")
@@ -172,11 +182,10 @@ def read_pickle(path: Paths) -> Any:
                 # files from before PyTorch 1.6 are no archives and cannot be mapped
                 loaded = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
         raise FormatError(
             file,
             "a PyTorch file of tensors and plain data",
-            f"a pickle that asks for code to be run, or that is damaged ({reason[:160]})",
+            f"a pickle that asks for code to be run, or that is damaged{_asked_for(str(error))}",
             hint="hubsae never unpickles code. If you trust its author, save the state dict alone with torch.save",
         ) from error
     except Exception as error:  # torch raises RuntimeError, EOFError, KeyError, ValueError ... on damaged files

@@ -14,6 +14,7 @@ from hubsae.core.metadata import Metadata
 from hubsae.core.text import check_name
 from hubsae.formats import describe as formats_describe
 from hubsae.formats.describe import Description, TensorInfo, fill_record, release_facts
+from hubsae.formats.manifest import MANIFEST_NAME, Manifest
 from hubsae.formats.table import SAETable
 from hubsae.hub.catalog import Catalog, Entry, open_catalog
 from hubsae.hub.client import HubClient
@@ -132,7 +133,10 @@ def _dataset(repo: str, revision: str | None, token: str | bool | None) -> Descr
 
 
 def _is_activations(folder: Path) -> bool:
-    """Parquet shards, and no SAE beside them."""
+    """Parquet shards, and no SAE or release beside them (whose index of features is Parquet too)."""
+    manifest = folder / MANIFEST_NAME
+    if manifest.is_file() and Manifest.is_manifest(read_json(manifest)):
+        return False
     if any((folder / name).exists() for name in _SAE_FILES):
         return False
     return next(folder.rglob("*.parquet"), None) is not None

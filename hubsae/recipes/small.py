@@ -13,6 +13,7 @@ import ast
 import hashlib
 import importlib.metadata
 import importlib.util
+import io
 import json
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import sysconfig
 import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,7 +38,7 @@ from hubsae.core.quiet import quiet
 from hubsae.recipes.tiny_problems import Problem
 from hubsae.recipes.worlds import RECORD, World, build_once, cache_root, read_rows, write_record, write_rows
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the same config would no longer give the same world."""
 MODEL_ID = "local/SmolLM2-135M-Instruct-Q4_1"
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -90,12 +91,18 @@ class SmallWorld(World):
     @cached_property
     def train_problems(self) -> list[Problem]:
         """Word problems with worked steps."""
-        return [Problem(**row) for row in read_rows(self.folder / "problems", "train")]
+        return [Problem(**row) for row in read_rows(self.problems_folder, "train")]
 
     @cached_property
     def test_problems(self) -> list[Problem]:
         """Problems held out: other names and numbers, the templates are the same 85."""
-        return [Problem(**row) for row in read_rows(self.folder / "problems", "test")]
+        return [Problem(**row) for row in read_rows(self.problems_folder, "test")]
+
+    @cached_property
+    def problems_folder(self) -> Path:
+        """Where the problems lie; made when first asked for, since their package brings many others."""
+        folder = self.folder.with_name(f"small-problems-{self.config.key()}")
+        return build_once(folder, lambda building: _build_problems(self.config, building)) / "problems"
 
     @cached_property
     def train_chats(self) -> list[dict[str, Any]]:
@@ -119,7 +126,16 @@ class SmallWorld(World):
 
     def rows_folder(self, kind: str, scratch: Path) -> Path:
         """The datasets lie in the world as repositories."""
-        return self.folder / kind
+        return self.problems_folder if kind == "problems" else self.folder / kind
+
+    def repos(self, scratch: Path) -> dict[str, tuple[str, Path]]:
+        """All of it, but for problems that cannot be made here."""
+        try:
+            _ = self.problems_folder
+        except MissingExtraError as error:
+            say(f"without problems: {error}")
+            return self.repos_of(("chats", "texts"), scratch)
+        return super().repos(scratch)
 
 
 def small_world(cache: str | Path | None = None, **changes: Any) -> SmallWorld:
@@ -141,15 +157,23 @@ def available() -> bool:
 
 
 def _build(config: SmallConfig, folder: Path) -> None:
-    with progress("small world", total=4, unit="parts") as task:
+    with progress("small world", total=3, unit="parts") as task:
         sources: dict[str, Any] = {}
-        for name, build in (("model", _model), ("problems", _problems), ("chats", _chats), ("texts", _texts)):
+        for name, build in (("model", _model), ("chats", _chats), ("texts", _texts)):
             task.note(name)
             sources[name] = build(config, folder / name)
             task.advance()
         about = {"id": MODEL_ID, "base_model": BASE_MODEL, "base_model_relation": "quantized"}
         write_record(
             folder, {"format": FORMAT, "world": "small", **about, "config": asdict(config), "sources": sources}
+        )
+
+
+def _build_problems(config: SmallConfig, folder: Path) -> None:
+    with progress("problems of the small world"):
+        sources = {"problems": _problems(config, folder / "problems")}
+        write_record(
+            folder, {"format": FORMAT, "world": "small-problems", "config": asdict(config), "sources": sources}
         )
 
 
@@ -192,7 +216,8 @@ def _model(config: SmallConfig, folder: Path) -> dict[str, Any]:
     """The checkpoint in float32, with tokenizer and chat template, in the layout of the Hub."""
     transformers = require("transformers", extra="train")
     require("gguf", extra="small")
-    with _gguf() as path, quiet():
+    # the reader of GGUF draws its own bar wherever it is
+    with _gguf() as path, quiet(), redirect_stderr(io.StringIO()):
         model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         for junk in ("quantization_config", "_model_name_or_path"):

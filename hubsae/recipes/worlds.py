@@ -103,11 +103,14 @@ class World:
 
     def repos(self, scratch: Path) -> dict[str, tuple[str, Path]]:
         """Repositories a Hub can serve, id -> (type, folder); what lies in no folder yet is written to `scratch`."""
+        return self.repos_of(("chats", "problems", "texts"), scratch)
+
+    def repos_of(self, kinds: Sequence[str], scratch: Path) -> dict[str, tuple[str, Path]]:
+        """The model and some of the datasets."""
         owner, name = "local", self.folder.name.partition("-")[0]
         found = {self.model_id: ("model", self.model_path)}
-        for kind, id_ in (("chats", f"{owner}/{name}-chats"), ("problems", f"{owner}/{name}-problems"),
-                          ("texts", f"{owner}/{name}-texts")):  # fmt: skip
-            found[id_] = ("dataset", self.rows_folder(kind, scratch / kind))
+        for kind in kinds:
+            found[f"{owner}/{name}-{kind}"] = ("dataset", self.rows_folder(kind, scratch / kind))
         return found
 
     def rows_folder(self, kind: str, scratch: Path) -> Path:

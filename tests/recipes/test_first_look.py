@@ -9,6 +9,7 @@ import pytest
 from hubsae.core.files import read_csv, read_json
 from hubsae.evals import reconstruction
 from hubsae.formats import Release
+from hubsae.hub.listing import describe
 from hubsae.index.features import FeatureIndex
 from hubsae.recipes.registry import find_recipe, prepare
 from hubsae.recipes.standard import Activations
@@ -59,3 +60,9 @@ def test_the_error_by_group_adds_up_to_all_tokens(run):
 def test_the_small_profile_is_the_real_model():
     config = find_recipe("first_look").config("small")
     assert (config.model.id, config.data.layer, config.sae.exclude) == ("small", 15, ("position_0",))
+
+
+def test_show_describes_a_release_that_carries_an_index_as_a_release(run):
+    found = describe(run / "release")
+    assert (found.kind, found.activations) == ("release", {})
+    assert "layer2" in str(found.to_dict())
