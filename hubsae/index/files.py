@@ -19,7 +19,8 @@ from hubsae.core.text import printable
 from hubsae.evals.groups import token_texts
 from hubsae.index.best import Kept, Records, keep
 from hubsae.index.lens import Logits, Neighbours
-from hubsae.index.table import FeatureTable, bin_edges
+from hubsae.index.table import FeatureTable
+from hubsae.index.tally import bin_edges
 
 FOLDER = "reverse-index"
 VERSION = 1
@@ -211,7 +212,7 @@ def _windows(held: Records, window: int) -> tuple[list[np.ndarray], list[np.ndar
 
 def _quantiles(table: FeatureTable, held: Records) -> np.ndarray:
     """Share of a feature's firings that are weaker, read off its histogram, linear within a bin."""
-    from hubsae.index.table import bins_of
+    from hubsae.index.tally import bins_of
 
     edges = np.array(bin_edges())
     place = bins_of(held.value)

@@ -21,35 +21,14 @@ from hubsae.core.scopes import ALL, Scope
 from hubsae.evals.accumulate import mix
 from hubsae.evals.passes import PassBlock, load_state, save_state
 from hubsae.index.best import Kept, Records, find_in_run, keep, rank_in_group, rows_that_fit
+from hubsae.index.tally import BINS, Cofiring, Tally
 
 KIND = "feature table"
-BINS = 64
-"""Histogram bins: two per doubling of |z|, from 2^-16 to 2^16; smaller and larger ones fall into the outermost."""
-LOWEST = -16
-UNIT = np.float32(2**20)
 ROWS = 8192
 """Rows taken in at once: half a million records at k 64, so that what the first firings displace is looked up once."""
-PAIRED = 16_384
-"""Tokens, drawn by hash, whose features are kept whole: which features fire together."""
 NO_VALUE, NO_HASH, NO_SAMPLE = np.float32(-np.inf), 2**63 - 1, -(2**63)
 POOL = 1 << 16
 """Records held before the first cut."""
-_ONE = torch.ones(1, dtype=torch.int64)
-
-
-def bin_edges() -> list[float]:
-    """The 65 edges of the histogram's bins.
-
-    >>> bin_edges()[32:35]
-    [1.0, 1.5, 2.0]
-    """
-    return [2.0 ** (LOWEST + i // 2) * (1.5 if i % 2 else 1.0) for i in range(BINS + 1)]
-
-
-def bins_of(values: np.ndarray) -> np.ndarray:
-    """The histogram bin of each float32 value, by its exponent and the first bit behind it. int32"""
-    place = (values.view(np.int32) >> 22) & 0x1FF
-    return np.clip(place - ((127 + LOWEST) << 1), 0, BINS - 1)
 
 
 class FeatureTable:
@@ -96,17 +75,15 @@ class FeatureTable:
         self.known: dict[str, bool] = {}
         self.roles: list[str] = []
         self.records = Records.none(2 * window + 1)
-        self.pairs: tuple[np.ndarray, ...] = np.zeros(0, np.int64), np.zeros(0, np.int32)
-        """(hash of the token, feature) of the firings of the tokens drawn"""
+        self._tally, self._cofiring = Tally(d_sae), Cofiring()
         self._fresh: list[Records] = []
-        self._pool, self._limit, self._drawn = 0, POOL, 0
+        self._pool, self._limit = 0, POOL
         # of the strongest samples of each feature so far: value of the strongest token, and which sample
         self._best = np.full((d_sae, top), NO_VALUE)
         self._best_sample = np.full((d_sae, top), NO_SAMPLE, np.int64)
         self._lowest = np.full((d_sae, random), NO_HASH, np.int64)
         """Smallest hashes of each feature's firings."""
-        self._bound, self._bound_hash = self._bounds()
-        self._bound_pairs = 2**63 - 1
+        self._read_bound()
         self._rising = True
         self._next: int | None = None
         self._waiting: list[dict[str, np.ndarray]] = []
@@ -118,7 +95,13 @@ class FeatureTable:
     def count(self) -> np.ndarray:
         """Firings of each feature. [d_sae]"""
         self.settle()
+        self._tally.move_to(self.histogram, self.sum)
         return self.histogram.sum(1)
+
+    @property
+    def pairs(self) -> tuple[np.ndarray, np.ndarray]:
+        """(hash of the token, feature) of the firings of the tokens drawn, sorted."""
+        return self._cofiring.pairs()
 
     def add(self, block: PassBlock) -> None:
         """Take in a block; blocks come in the order of the rows."""
@@ -208,36 +191,25 @@ class FeatureTable:
         every = len(here) == here[-1] - here[0] + 1
         part = slice(here[0], here[-1] + 1) if every else here
         feature, value = rows["feature"][part], rows["value"][part]
-        k = feature.shape[1]
-        flat, size = feature.reshape(-1), value.reshape(-1)
-        fires = size != 0
-        whole = bool(fires.all())
-        if not whole:
-            where = np.flatnonzero(fires)
-            flat, size, row = flat[where], size[where], where // k
-        place = torch.from_numpy(((flat << 6) | bins_of(size)).astype(np.int64))
-        # adds in place: a table of counts of every million records would cost more than counting them
-        torch.from_numpy(self.histogram).view(-1).scatter_add_(0, place, _ONE.expand(len(place)))
-        self.sum += np.bincount(flat, weights=np.rint(size * UNIT), minlength=self.d_sae)
         for table, column in ((self.first, rows["position"][part] == 0), (self.special, rows["special"][part])):
             if column.any():
                 chosen = feature[column][value[column] != 0]
                 table += np.bincount(chosen, minlength=self.d_sae)
         hashes = mix(rows["index"][part])
-        self._draw_pairs(hashes, feature, value)
+        self._cofiring.add(hashes, feature, value)
+        if self._tally.full:
+            self._tally.move_to(self.histogram, self.sum)
+        near: Any = {"hashes": _upper(hashes), "bound_hash": self._near} if self.random else {}
         # while rows come in order a tie always loses to the token before it; otherwise it may win
-        passes = (np.greater if self._rising else np.greater_equal)(size, self._bound[flat])
-        if self.random:
-            near = self._bound_hash[feature] > hashes[:, None]
-            passes |= near.reshape(-1) if whole else near.reshape(-1)[where]
-        found = np.flatnonzero(passes)
+        found = self._tally.count(feature, value, self._bound, strict=self._rising, **near)
         if not len(found):
             return
-        row = found // k if whole else row[found]
+        row = found // feature.shape[1]
+        flat, size = feature.reshape(-1)[found], value.reshape(-1)[found]
         _, samples = np.unique(rows["sample"][part], return_inverse=True)
         ranks = np.empty(len(hashes), np.int64)
         ranks[np.argsort(hashes)] = np.arange(len(hashes))
-        best = find_in_run(flat[found], size[found], row, samples.reshape(-1), ranks, self.top, self.random)
+        best = find_in_run(flat, size, row, samples.reshape(-1), ranks, self.top, self.random)
         of_row = here[0] + best.row if every else here[best.row]
         hashed = hashes[best.row]
         self._raise_bounds(best.feature, best.value, rows["sample"][of_row], hashed, best.leads, best.drawn)
@@ -271,11 +243,12 @@ class FeatureTable:
         if self.random:
             of, (new,) = _by_feature(feature[drawn], self.random, (hashed[drawn], NO_HASH))
             lowest = np.sort(np.concatenate([self._lowest[of], new], 1), axis=1)[:, : self.random]
-            self._lowest[of], self._bound_hash[of] = lowest, lowest[:, -1]
+            self._lowest[of], self._bound_hash[of], self._near[of] = lowest, lowest[:, -1], _upper(lowest[:, -1])
 
-    def _bounds(self) -> tuple[np.ndarray, np.ndarray]:
-        hashes = self._lowest[:, -1].copy() if self.random else np.full(self.d_sae, -1, np.int64)
-        return self._best[:, -1].copy(), hashes
+    def _read_bound(self) -> None:
+        self._bound = self._best[:, -1].copy()
+        self._bound_hash = self._lowest[:, -1].copy() if self.random else np.full(self.d_sae, -1, np.int64)
+        self._near = _upper(self._bound_hash)
 
     def _with_context(
         self, rows: dict[str, np.ndarray], feature: np.ndarray, value: np.ndarray, row: np.ndarray
@@ -336,27 +309,6 @@ class FeatureTable:
                 close = close[sample[row[close] + away[close]] == sample[row[close]]]
                 around[close, window + away[close]] = values[near[close]]
 
-    def _draw_pairs(self, hashes: np.ndarray, feature: np.ndarray, value: np.ndarray) -> None:
-        row = np.flatnonzero(hashes < self._bound_pairs)
-        if len(row):
-            held, features = self.pairs
-            fires = value[row] != 0
-            tokens = np.repeat(hashes[row], fires.sum(1))
-            self.pairs = np.concatenate([held, tokens]), np.concatenate([features, feature[row][fires]])
-            self._drawn += len(row)
-            if self._drawn > 2 * PAIRED:
-                self._cut_pairs(PAIRED)
-
-    def _cut_pairs(self, most: int) -> None:
-        """Keep the firings of the PAIRED tokens of smallest hash, once there are more than `most`."""
-        tokens, features = self.pairs
-        different = np.unique(tokens)
-        self._drawn = min(len(different), PAIRED)
-        if len(different) > most:
-            self._bound_pairs = int(different[PAIRED])
-            kept = tokens < self._bound_pairs
-            self.pairs = tokens[kept], features[kept]
-
     def _thin(self) -> None:
         """Leave out what the bounds have risen above; where that is little, cut."""
         waiting, before = [self.records, *self._fresh], self._pool + len(self.records.feature)
@@ -398,7 +350,7 @@ class FeatureTable:
         order = np.lexsort((hashes, feature[drawn]))
         of = feature[drawn][order]
         self._lowest[of, rank_in_group(of)] = hashes[order]
-        self._bound, self._bound_hash = self._bounds()
+        self._read_bound()
 
     # ---- merging, saving ----------------------------------------------------------------------------------------
 
@@ -418,6 +370,8 @@ class FeatureTable:
             raise DataError(f"one table is about {self.scope.name!r}, the other about {other.scope.name!r}")
         self.settle()
         other.settle()
+        for table in (self, other):
+            table._tally.move_to(table.histogram, table.sum)
         for low, high in other.spans:
             self._cover(low, high)
         self.n_rows, self.n_tokens = self.n_rows + other.n_rows, self.n_tokens + other.n_tokens
@@ -430,17 +384,13 @@ class FeatureTable:
         for part in [other.records, *other._fresh]:
             self._fresh.append(part._replace(role=moved[part.role]))
         self._cut()
-        self.pairs = tuple(np.concatenate(both) for both in zip(self.pairs, other.pairs, strict=True))
-        self._cut_pairs(PAIRED)
+        self._cofiring.merge(other._cofiring)
 
     def result(self) -> FeatureTable:
         """This table, cut and in the one order that its contents have."""
         self.settle()
+        self._tally.move_to(self.histogram, self.sum)
         self._cut()
-        self._cut_pairs(PAIRED)
-        tokens, features = self.pairs
-        order = np.lexsort((features, tokens))
-        self.pairs = tokens[order], features[order]
         roles = sorted(self.roles)
         moved = np.array([*(roles.index(role) for role in self.roles), -1], np.int16)
         self.records = self.records._replace(role=moved[self.records.role])
@@ -452,7 +402,7 @@ class FeatureTable:
         self.result()
         arrays = {f"records/{name}": getattr(self.records, name) for name in Records._fields}
         arrays |= {name: getattr(self, name) for name in ("histogram", "sum", "first", "special")}
-        arrays |= {"pairs/token": self.pairs[0], "pairs/feature": self.pairs[1]}
+        arrays |= dict(zip(("pairs/token", "pairs/feature"), self.pairs, strict=True))
         facts = {name: getattr(self, name) for name in ("n_tokens", "n_rows", "spans", "known", "roles")}
         facts |= {"name": self.name, "scope": self.scope.name, "massive_above": self.scope.massive_above}
         facts |= {name: getattr(self, name) for name in ("d_sae", "top", "random", "window", "identity")}
@@ -478,7 +428,7 @@ class FeatureTable:
         for name in ("histogram", "sum", "first", "special"):
             setattr(table, name, arrays[name])
         table.records = Records(*(arrays[f"records/{name}"] for name in Records._fields))
-        table.pairs = arrays["pairs/token"], arrays["pairs/feature"]
+        table._cofiring = Cofiring.of(arrays["pairs/token"], arrays["pairs/feature"])
         table._cut()
         return table
 
@@ -514,3 +464,8 @@ def _by_feature(
         table[row, place] = column
         tables.append(table)
     return of, tables
+
+
+def _upper(hashes: np.ndarray) -> np.ndarray:
+    """The upper half of hashes: enough to tell most of them apart. int32"""
+    return (hashes >> 32).astype(np.int32)

@@ -13,7 +13,8 @@ from hubsae.core.sae import SAE
 from hubsae.core.scopes import parse
 from hubsae.evals.accumulate import mix
 from hubsae.evals.passes import BLOCK_ROWS, run_pass
-from hubsae.index.table import BINS, FeatureTable, bin_edges, bins_of
+from hubsae.index.table import FeatureTable
+from hubsae.index.tally import BINS, bin_edges, bins_of
 
 F, K, ROWS = 97, 6, 3000
 
