@@ -108,9 +108,14 @@ def write_text_atomic(path: str | os.PathLike[str], text: str) -> Path:
     return Path(path)
 
 
+def json_text(value: Any) -> str:
+    """Readable JSON, as `write_json_atomic` writes it."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def write_json_atomic(path: str | os.PathLike[str], value: Any) -> Path:
     """Write `value` as readable JSON, whole or not at all; NaN and infinity are refused."""
-    return write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    return write_text_atomic(path, json_text(value))
 
 
 def write_csv_atomic(path: str | os.PathLike[str], rows: Sequence[dict[str, Any]]) -> Path:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hubsae.core.errors import FormatError
-from hubsae.core.files import atomic_path, sha256_file, write_json_atomic, writing
+from hubsae.core.files import atomic_path, json_text, sha256_file, write_json_atomic, writing
 
 
 class Best:
@@ -61,6 +61,10 @@ class Best:
         file = self._file(entry["step"])
         if not file.is_file() or sha256_file(file) != entry["sha256"]:
             raise FormatError(file, f"the checkpoint of sha256 {entry['sha256'][:12]}", "another or none")
+        # the record beside it says what the state says; a damaged one is written anew
+        record = file.with_suffix(".json")
+        if not record.is_file() or record.read_bytes() != json_text(entry).encode():
+            write_json_atomic(record, entry)
         return file
 
     def prune(self, steps: Iterable[int]) -> None:

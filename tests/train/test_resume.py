@@ -219,6 +219,15 @@ def test_a_damaged_state_is_named_and_the_one_before_it_taken(name, tmp_path, wh
     assert lines_of(tmp_path) == lines_of(whole)
 
 
+def test_the_damaged_record_of_a_kept_checkpoint_is_written_anew(tmp_path, whole, monkeypatch):
+    stopped_at(80, tmp_path, monkeypatch)
+    record = sorted(tmp_path.glob("best/*/*.json"))[0]
+    record.write_text(record.read_text().replace("\n", " ", 1))
+    record.with_name(sorted(tmp_path.glob("best/*/*.json"))[-1].name).write_text("{")
+    assert train(CONFIG, tokens(), out=tmp_path).sae is not None
+    assert bytes_of(tmp_path) == bytes_of(whole)
+
+
 def test_without_a_whole_state_the_error_names_the_file_and_fresh(tmp_path, monkeypatch):
     stopped_at(40, tmp_path, monkeypatch)
     for state in checkpoint.states(tmp_path / "state"):
