@@ -151,6 +151,9 @@ class Provenance(Section):
     command: str | None = None
     created: str | None = Field(default=None, description="ISO 8601 time, UTC.")
     weights_sha256: str | None = None
+    registered: dict[str, Any] | None = Field(
+        default=None, description="What SAELens' register said of it, where it was loaded by its name there."
+    )
 
 
 class Metadata(Section):

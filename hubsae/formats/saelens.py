@@ -211,6 +211,7 @@ _ALIASES = {
     r"(gemma-.+)": "google/{}",
     r"(pythia-.+)": "EleutherAI/{}",
     r"(Qwen\d.*)": "Qwen/{}",
+    r"qwen3-([\d.]+)b": "Qwen/Qwen3-{}B",
     r"(Llama-3.+|Llama-2.+)": "meta-llama/{}",
     r"(OLMo-.+)": "allenai/{}",
     r"mistral-7b": "mistralai/Mistral-7B-v0.1",
@@ -225,7 +226,8 @@ def hub_id(name: str | None) -> str | None:
     """
     if not isinstance(name, str) or "/" in name:
         return name
-    return next((to.format(name) for short, to in _ALIASES.items() if re.fullmatch(short, name)), name)
+    found = ((to, re.fullmatch(short, name)) for short, to in _ALIASES.items())
+    return next((to.format(*match.groups()) for to, match in found if match), name)
 
 
 def write(sae: SAE, folder: str | os.PathLike[str]) -> Path:
@@ -398,7 +400,7 @@ def _norm_note(path: Path, cfg: dict[str, Any], choices: Overrides) -> str | Non
         return None
     if norm not in EXPECT_FOLDED:
         raise FormatError(path, "a known normalize_activations", repr(norm))
-    if choices.input_scale is not None:
+    if choices.input_scale is not None or choices.token_norm is not None:
         return None
     note = (
         f"cfg.json says {norm}, whose statistics are not in the file; read as SAELens does, which is right only if "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,12 @@ from hubsae.core.metadata import Metadata
 from hubsae.formats import native
 from hubsae.formats.manifest import MANIFEST_NAME, Manifest, SAEEntry
 from hubsae.formats.names import parse_path
-from hubsae.formats.select import FILTERS, pick, select
+from hubsae.formats.select import FILTERS, pick, select, short_id
+from hubsae.hub import registered
 from hubsae.hub.client import HubClient, RemoteFile, split_repo
 from hubsae.hub.errors import RepoNotFoundError
 from hubsae.hub.layouts import Unit, units
+from hubsae.hub.registered import Registered
 from hubsae.hub.retry import status_of
 
 CACHE_NOTES = ".hubsae"
@@ -53,6 +55,8 @@ class Entry:
     """The tokens it is for, where that is not all of them."""
     native: bool = False
     """Listed by a manifest, hence a hubsae folder."""
+    registered: Registered | None = None
+    """What SAELens' register says of it, where it was asked for by the name it has there."""
 
     @property
     def certain(self) -> bool:
@@ -109,12 +113,13 @@ class Catalog:
 def open_catalog(
     client: HubClient, repo_or_path: str | os.PathLike[str], revision: str | None = None, *, force: bool = False
 ) -> Catalog:
-    """Look up a local folder or file, or a repo at a revision."""
+    """Look up a local folder or file, a repo at a revision, or a release by its name in SAELens' register."""
     text = os.fspath(repo_or_path)
     local = Path(text).expanduser()
     if local.exists():
         return local_catalog(local)
     looks_local = isinstance(repo_or_path, os.PathLike) or text.startswith((".", "/", "~")) or text.count("/") > 1
+    looks_local = looks_local or ("/" not in text and not registered.is_name(text))
     if looks_local:
         hint = None
         if text.count("/") > 1 and not text.startswith((".", "/", "~")):
@@ -122,6 +127,8 @@ def open_catalog(
             hint = f"an SAE inside a repo is its own argument: from_pretrained({repo!r}, {rest!r})"
         raise NotFoundError(f"there is no folder or file {text}", hint=hint)
     repo_id, revision = split_repo(text, revision)
+    if registered.is_name(text):
+        return registered_catalog(client, repo_id, revision, force=force)
     return remote_catalog(client, repo_id, revision, force=force)
 
 
@@ -173,6 +180,25 @@ def remote_catalog(client: HubClient, repo_id: str, revision: str | None = None,
     tree = _listing(client, repo_id, sha)
     entries = [_entry(unit, tree) for unit in units(tree)]
     return Catalog(source, entries, None, None, repo_id, sha, revision)
+
+
+def registered_catalog(client: HubClient, name: str, revision: str | None = None, *, force: bool = False) -> Catalog:
+    """A release of SAELens' register: its SAEs under the ids they have there, in the repo that holds them."""
+    release = registered.release(name)
+    found = remote_catalog(client, release.repo_id, revision, force=force)
+    entries = []
+    for sae in release.saes:
+        wanted = sae.path.strip("/") or "."
+        exact = [e for e in found.entries if wanted in (e.id, e.path, short_id(e.id))]
+        inside = [e for e in found.entries if e.path.startswith(f"{wanted}/")]
+        if len(there := exact or inside) == 1:
+            entry = there[0]
+            facts = sae.facts | entry.facts
+        else:  # listed all the same: a load says what is the matter
+            entry, facts = Entry(sae.id, wanted, ()), sae.facts
+        entries.append(replace(entry, id=sae.id, facts=facts, registered=sae))
+    source = f"{name}@{revision}" if revision else name
+    return replace(found, source=source, entries=entries, manifest=None)
 
 
 def _manifest_file(client: HubClient, repo_id: str, revision: str | None, force: bool) -> tuple[str, Path | None]:

@@ -16,6 +16,7 @@ from hubsae.formats import describe as formats_describe
 from hubsae.formats.describe import Description, TensorInfo, fill_record, release_facts
 from hubsae.formats.manifest import MANIFEST_NAME, Manifest
 from hubsae.formats.table import SAETable
+from hubsae.hub import registered
 from hubsae.hub.catalog import Catalog, Entry, open_catalog
 from hubsae.hub.client import HubClient
 from hubsae.hub.errors import RepoNotFoundError
@@ -60,7 +61,7 @@ def list_saes(
     ['.']
 
     Args:
-        repo_or_path: `owner/name`, `owner/name@revision`, a folder or a file.
+        repo_or_path: `owner/name`, `owner/name@revision`, a folder, a file, or a name that SAELens registers.
         id: Only SAEs in this folder of it.
         layer: Only SAEs of this block (from 0); here and below, several values choose several.
         stage: Only those of this checkpoint, such as `ppo_step116`.
@@ -104,7 +105,8 @@ def describe(
     """
     here = Path(path_or_repo).expanduser()
     text = os.fspath(path_or_repo)
-    if here.exists() or text.startswith((".", "/")) or not _REPO.fullmatch(text):
+    named = registered.is_name(text)
+    if here.exists() or text.startswith((".", "/")) or not (named or _REPO.fullmatch(text)):
         if here.is_dir() and _is_activations(here):
             from hubsae.activations.manifest import describe as describe_activations
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hubsae.core.errors import ConfigError, HubSAEError, named_options
+from hubsae.core.errors import ConfigError, HubSAEError, NotFoundError, named_options
 from hubsae.core.files import safe_join, sha256_file
 from hubsae.core.progress import progress
 from hubsae.formats.names import parse_name
@@ -102,7 +102,10 @@ def load_each(
     def each() -> Iterator[tuple[str, SAE]]:
         for entry in chosen:
             path = fetch(client, catalog, entry, force=where.force_download)
-            yield entry.id, read_entry(entry, path, reading, filters or {})
+            sae = read_entry(entry, path, reading, filters or {})
+            if entry.registered is not None:
+                entry.registered.record(sae, catalog.sha)
+            yield entry.id, sae
 
     return each()
 
@@ -137,7 +140,7 @@ def pull(
     PosixPath('layer18')
 
     Args:
-        repo: `owner/name` or `owner/name@revision`.
+        repo: `owner/name`, `owner/name@revision`, or the name of a release that SAELens registers.
         id: One SAE, or a folder of them; all where it is left out.
         out: Folder to copy them into; the Hub's cache without it.
         layer: Only SAEs of this block (from 0); here and below, several values choose several.
@@ -211,6 +214,11 @@ def fetch(client: HubClient, catalog: Catalog, entry: Entry, *, force: bool = Fa
     folder: Path | None = None
     for file in files:
         folder = _fetch_file(client, catalog, file, force)
+    if folder is None and entry.registered is not None:
+        raise NotFoundError(
+            f"{entry.id} is registered at {entry.path} of {catalog.repo_id}, where no SAE that hubsae reads lies",
+            hint=f"what is there: hubsae ls {catalog.repo_id}",
+        )
     if folder is None:
         raise IntegrityError(f"{catalog.source} lists no files for {entry.id}")
     return folder if entry.path == "." else safe_join(folder, entry.path)
@@ -320,7 +328,8 @@ def read_entry(entry: Entry, path: Path, reading: Reading, filters: Mapping[str,
     inside = parse_name(path.name)
     known = {n: entry.facts[n] for n in ("layer", "stage") if n in entry.facts and getattr(inside, n) is None}
     choices = {_FOR_READER[n]: v for n, v in {**known, **asked}.items()}
-    return formats.read(path, reading.format, **how, **{**choices, **reading.choices})
+    told = {} if entry.registered is None else entry.registered.choices(path)
+    return formats.read(path, reading.format, **how, **{**told, **choices, **reading.choices})
 
 
 # filters that tell a reader something where the file's name does not answer them

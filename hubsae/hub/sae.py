@@ -131,7 +131,7 @@ class HubSAE(SAE):
         """Load one SAE from the Hub or from a local folder or file; without an `id` the filters choose it.
 
         Args:
-            repo_or_path: `owner/name`, `owner/name@revision`, a folder or a file.
+            repo_or_path: `owner/name`, `owner/name@revision`, a folder, a file, or a name that SAELens registers.
             id: The SAE's id in the release, or the path of its folder or file.
             layer: Choose by block (from 0). This and the next eight also tell the reader what a bare file lacks.
             stage: Choose by checkpoint, such as `ppo_step116`.
@@ -221,7 +221,7 @@ class HubSAE(SAE):
         """(id, SAE) for every SAE of one commit that fits; one is in memory at a time.
 
         Args:
-            repo_or_path: `owner/name`, `owner/name@revision`, a folder or a file.
+            repo_or_path: `owner/name`, `owner/name@revision`, a folder, a file, or a name that SAELens registers.
             id: Only SAEs in this folder of it.
             layer: Only SAEs of this block (from 0); here and below, several values choose several.
             stage: Only those of this checkpoint, such as `ppo_step116`.
