@@ -119,7 +119,7 @@ def open_catalog(
     if local.exists():
         return local_catalog(local)
     looks_local = isinstance(repo_or_path, os.PathLike) or text.startswith((".", "/", "~")) or text.count("/") > 1
-    looks_local = looks_local or ("/" not in text and not registered.is_name(text))
+    looks_local = looks_local or ("/" not in text and text.endswith(registered.FILE_SUFFIXES))
     if looks_local:
         hint = None
         if text.count("/") > 1 and not text.startswith((".", "/", "~")):

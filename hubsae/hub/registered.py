@@ -26,6 +26,8 @@ from hubsae.formats.detection import SUFFIXES
 from hubsae.formats.names import parse_path
 
 REGISTER = "pretrained_saes.yaml"
+FILE_SUFFIXES = (*SUFFIXES, ".json")
+"""What ends like this is a file, not the name of a release."""
 HINT = "pip install 'hubsae[saelens]'"
 _NAME = re.compile(r"^([\w.-]+):[ \t]*$", re.MULTILINE)
 # ids begin with the hook point in many releases; a width or a trainer may follow
@@ -170,7 +172,7 @@ def is_name(text: str | os.PathLike[str]) -> bool:
     (True, False, False)
     """
     named = isinstance(text, str) and re.fullmatch(r"\w[\w.-]*(@.+)?", text) is not None
-    return named and not str(text).endswith((*SUFFIXES, ".json"))
+    return named and not str(text).endswith(FILE_SUFFIXES)
 
 
 @cache
