@@ -99,37 +99,39 @@ def keep(feature: np.ndarray, value: np.ndarray, index: np.ndarray, sample: np.n
     """
     n = len(feature)
     packed = (feature.astype(np.uint64) << np.uint64(32)) | order_key(value)
-    order = np.argsort(packed, kind="stable")
-    packed, later = packed[order], index[order]
-    # ties stand in the order they came in, which is mostly that of the tokens
-    if bool(((packed[1:] == packed[:-1]) & (later[1:] < later[:-1])).any()):
-        order = np.lexsort((index, order_key(value), feature))
+    order = np.argsort(packed)
+    packed = packed[order]
+    # among equal ones the smaller token comes first
+    same = packed[1:] == packed[:-1]
+    if same.any():
+        tied = np.flatnonzero(np.append(same, False) | np.append(False, same))
+        those = order[tied]
+        order[tied] = those[np.lexsort((index[those], packed[tied]))]
     group, of = feature[order], sample[order]
     token = rank_in_group(group)
     prompt = np.full(n, -1)
-    # the first of each (feature, sample) is its strongest: a stable sort keeps the order inside
-    by_sample = np.lexsort((of, group))
-    first = rank_in_pairs(group[by_sample], of[by_sample]) == 0
-    leaders = np.sort(by_sample[first])
+    # the first of each (feature, sample) is its strongest
+    pairs = _with_rank(group, of)
+    by_sample = np.argsort(pairs)
+    pairs = pairs[by_sample]
+    starts = np.flatnonzero(np.append(True, pairs[1:] != pairs[:-1])[:n])
+    leaders = np.sort(np.minimum.reduceat(by_sample, starts)) if n else by_sample
     prompt[leaders] = rank_in_group(group[leaders])
     token[token >= top] = -1
     prompt[prompt >= top] = -1
     drawn = np.full(n, -1)
     if random:
         hashed = mix(index[order])
-        by_hash = np.lexsort((hashed, group))
+        by_hash = np.argsort(_with_rank(group, hashed))
         chosen = np.sort(by_hash[rank_in_group(group[by_hash]) < random])
         drawn[chosen] = rank_in_group(group[chosen])
     held = (token >= 0) | (prompt >= 0) | (drawn >= 0)
     return Kept(order[held], token[held], prompt[held], drawn[held])
 
 
-def rank_in_pairs(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """`rank_in_group` of the pairs (a, b), sorted."""
-    if not len(a):
-        return np.zeros(0, np.int64)
-    starts = np.flatnonzero(np.concatenate([[True], (a[1:] != a[:-1]) | (b[1:] != b[:-1])]))
-    return np.arange(len(a)) - np.repeat(starts, np.diff(np.append(starts, len(a))))
+def _with_rank(group: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """(group, key) as one int64 of the same order: sorting these is several times as fast as sorting by two keys."""
+    return (group.astype(np.int64) << 32) | np.unique(key, return_inverse=True)[1].reshape(-1)
 
 
 class Found(NamedTuple):

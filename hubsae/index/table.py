@@ -274,7 +274,7 @@ class FeatureTable:
         """Write what each feature does within the window of its record into `around`; the middle is there already."""
         n, k = rows["feature"].shape
         sample, window = rows["sample"], self.window
-        if len(feature) * 2 * window < n * k:
+        if len(feature) * 32 * window < n * k:
             # few records: look through the codes of the rows around each, a slice at a time, which stays in cache
             for start in range(0, len(feature), 1024):
                 part = slice(start, start + 1024)
@@ -299,15 +299,20 @@ class FeatureTable:
         key, values = packed >> bits, rows["value"].reshape(-1)[packed & ((1 << bits) - 1)]
         mine = feature.astype(np.int64) * n + row
         at = np.searchsorted(key, mine)
-        for step in range(-window, window + 1):
-            if step:
-                near = np.clip(at + step, 0, len(key) - 1)
-                away = key[near] - mine
-                close = np.flatnonzero((np.abs(away) <= window) & (away != 0))
-                other = row[close] + away[close]
-                close = close[(other >= 0) & (other < n)]
-                close = close[sample[row[close] + away[close]] == sample[row[close]]]
-                around[close, window + away[close]] = values[near[close]]
+        for side in (-1, 1):
+            # the next firing on this side, and where that is within the window the one after it
+            going, step = np.arange(len(row)), 1
+            while len(going):
+                near = at[going] + side * step
+                going, near = (part[(near >= 0) & (near < len(key))] for part in (going, near))
+                away = key[near] - mine[going]
+                close = np.abs(away) <= window
+                going, near, other = going[close], near[close], row[going[close]] + away[close]
+                inside = (other >= 0) & (other < n)
+                inside &= sample[np.clip(other, 0, n - 1)] == sample[row[going]]
+                to = going[inside]
+                around[to, window + other[inside] - row[to]] = values[near[inside]]
+                step += 1
 
     def _thin(self) -> None:
         """Leave out what the bounds have risen above; where that is little, cut."""
@@ -333,8 +338,12 @@ class FeatureTable:
         self._fresh, self._pool = [], 0
         keys = (np.concatenate([getattr(p, name) for p in parts]) for name in ("feature", "value", "index", "sample"))
         kept = keep(*keys, self.top, self.random)
-        # column by column: the windows are the most of it, and need not be held twice over
-        self.records = Records(*(np.concatenate(columns)[kept.rows] for columns in zip(*parts, strict=True)))
+        # column by column, the windows first: they are the most of it, and need not be held twice over
+        held = [list(part) for part in parts]
+        self.records = Records.none(0)
+        del parts
+        columns = [_gathered(held, column, kept.rows) for column in reversed(range(len(Records._fields)))]
+        self.records = Records(*reversed(columns))
         self._read_bounds(kept)
 
     def _read_bounds(self, kept: Kept) -> None:
@@ -389,8 +398,8 @@ class FeatureTable:
     def result(self) -> FeatureTable:
         """This table, cut and in the one order that its contents have."""
         self.settle()
-        self._tally.move_to(self.histogram, self.sum)
         self._cut()
+        self._tally.move_to(self.histogram, self.sum)
         roles = sorted(self.roles)
         moved = np.array([*(roles.index(role) for role in self.roles), -1], np.int16)
         self.records = self.records._replace(role=moved[self.records.role])
@@ -464,6 +473,19 @@ def _by_feature(
         table[row, place] = column
         tables.append(table)
     return of, tables
+
+
+def _gathered(parts: list[list[np.ndarray]], column: int, rows: np.ndarray) -> np.ndarray:
+    """These rows of a column of all parts, which is taken out of them."""
+    whole = [part[column] for part in parts]
+    out = np.empty((len(rows), *whole[0].shape[1:]), whole[0].dtype)
+    start = 0
+    for part, values in zip(parts, whole, strict=True):
+        here = np.flatnonzero((rows >= start) & (rows < start + len(values)))
+        out[here] = values[rows[here] - start]
+        start += len(values)
+        part[column] = values[:0].copy()
+    return out
 
 
 def _upper(hashes: np.ndarray) -> np.ndarray:
