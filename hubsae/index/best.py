@@ -131,7 +131,12 @@ def keep(feature: np.ndarray, value: np.ndarray, index: np.ndarray, sample: np.n
 
 def _with_rank(group: np.ndarray, key: np.ndarray) -> np.ndarray:
     """(group, key) as one int64 of the same order: sorting these is several times as fast as sorting by two keys."""
-    return (group.astype(np.int64) << 32) | np.unique(key, return_inverse=True)[1].reshape(-1)
+    least = int(key.min()) if len(key) else 0
+    if len(key) and int(key.max()) - least < 2**31:
+        rank = key - least
+    else:
+        rank = np.unique(key, return_inverse=True)[1].reshape(-1)
+    return (group.astype(np.int64) << 32) | rank
 
 
 class Found(NamedTuple):

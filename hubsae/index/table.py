@@ -227,20 +227,24 @@ class FeatureTable:
         drawn: np.ndarray,
     ) -> None:  # fmt: skip
         """Let new firings, sorted by feature and value, into the small tables that the bounds are read from."""
-        of, new = _by_feature(feature[leads], self.top, (value[leads], NO_VALUE), (sample[leads], NO_SAMPLE))
-        values = np.concatenate([self._best[of], new[0]], 1)
-        samples = np.concatenate([self._best_sample[of], new[1]], 1)
-        order = np.argsort(-values, axis=1, kind="stable")
-        values, samples = np.take_along_axis(values, order, 1), np.take_along_axis(samples, order, 1)
+        leads = leads & (value > self._bound[feature])
+        of, (values, samples) = _by_feature(
+            feature[leads], self.top, (value[leads], NO_VALUE), (sample[leads], NO_SAMPLE)
+        )
+        old, old_samples = self._best[of], self._best_sample[of]
         # a sample that goes on from the rows before stands there twice: its weaker entry goes
-        same = np.tril(samples[:, :, None] == samples[:, None, :], -1).any(2)
-        if same.any():
-            values[same] = NO_VALUE
-            order = np.argsort(-values, axis=1, kind="stable")
-            values, samples = np.take_along_axis(values, order, 1), np.take_along_axis(samples, order, 1)
-        self._best[of], self._best_sample[of] = values[:, : self.top], samples[:, : self.top]
-        self._bound[of] = values[:, self.top - 1]
+        row, one, other = np.nonzero(
+            (old_samples[:, :, None] == samples[:, None, :]) & (samples != NO_SAMPLE)[:, None, :]
+        )
+        weaker = values[row, other] <= old[row, one]
+        values[row[weaker], other[weaker]] = NO_VALUE
+        old[row[~weaker], one[~weaker]] = NO_VALUE
+        values, samples = np.concatenate([old, values], 1), np.concatenate([old_samples, samples], 1)
+        order = np.argsort(-values, axis=1)[:, : self.top]
+        values, samples = np.take_along_axis(values, order, 1), np.take_along_axis(samples, order, 1)
+        self._best[of], self._best_sample[of], self._bound[of] = values, samples, values[:, -1]
         if self.random:
+            drawn = drawn & (hashed < self._bound_hash[feature])
             of, (new,) = _by_feature(feature[drawn], self.random, (hashed[drawn], NO_HASH))
             lowest = np.sort(np.concatenate([self._lowest[of], new], 1), axis=1)[:, : self.random]
             self._lowest[of], self._bound_hash[of], self._near[of] = lowest, lowest[:, -1], _upper(lowest[:, -1])
@@ -254,13 +258,13 @@ class FeatureTable:
         self, rows: dict[str, np.ndarray], feature: np.ndarray, value: np.ndarray, row: np.ndarray
     ) -> Records:
         """Records of firings (feature, row), with the tokens around and the feature's value at each of them."""
-        width, n = 2 * self.window + 1, len(rows["index"])
-        sample = rows["sample"]
-        ids = np.full((len(row), width), -1, np.int32)
-        for column in range(width):
-            other = row + (column - self.window)
-            inside = np.flatnonzero((other >= 0) & (other < n) & (sample[np.clip(other, 0, n - 1)] == sample[row]))
-            ids[inside, column] = rows["token"][other[inside]]
+        width = 2 * self.window + 1
+        sample, ids = rows["sample"], np.empty((len(row), width), np.int32)
+        padded = (np.pad(rows["token"], self.window), np.pad(sample, self.window, constant_values=NO_SAMPLE))
+        tokens, samples = (np.lib.stride_tricks.sliding_window_view(column, width) for column in padded)
+        for start in range(0, len(row), 8192):
+            part = row[start : start + 8192]
+            ids[start : start + 8192] = np.where(samples[part] == sample[part, None], tokens[part], -1)
         around = np.zeros((len(row), width), np.float32)
         around[:, self.window] = value
         if self.window and len(row):
@@ -332,7 +336,7 @@ class FeatureTable:
         self._pool = sum(len(part.feature) for part in self._fresh)
         self._limit = self._pool + max(POOL, held // 2)
 
-    def _cut(self) -> None:
+    def _cut(self) -> Kept:
         """Join what came with what is held, and cut to what is kept."""
         parts = [self.records, *self._fresh]
         self._fresh, self._pool = [], 0
@@ -344,7 +348,7 @@ class FeatureTable:
         del parts
         columns = [_gathered(held, column, kept.rows) for column in reversed(range(len(Records._fields)))]
         self.records = Records(*reversed(columns))
-        self._read_bounds(kept)
+        return kept
 
     def _read_bounds(self, kept: Kept) -> None:
         """The small tables of the bounds, read off the records."""
@@ -392,7 +396,7 @@ class FeatureTable:
         moved = np.array([*(roles.index(role) for role in other.roles), -1], np.int16)
         for part in [other.records, *other._fresh]:
             self._fresh.append(part._replace(role=moved[part.role]))
-        self._cut()
+        self._read_bounds(self._cut())
         self._cofiring.merge(other._cofiring)
 
     def result(self) -> FeatureTable:
@@ -438,7 +442,7 @@ class FeatureTable:
             setattr(table, name, arrays[name])
         table.records = Records(*(arrays[f"records/{name}"] for name in Records._fields))
         table._cofiring = Cofiring.of(arrays["pairs/token"], arrays["pairs/feature"])
-        table._cut()
+        table._read_bounds(table._cut())
         return table
 
 
