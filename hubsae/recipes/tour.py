@@ -63,7 +63,8 @@ def publish(demo: Demo, hub: Any, say: Say) -> str:
     release = demo.run / "release"
     result = push(release, REPO, token=hub.token, endpoint=hub.url, notify=say, bar=False, license="apache-2.0")
     where = "committed" if result.committed else "already there, unchanged; no commit made"
-    say(f"{len(result.plan.rows)} SAEs, one commit {(result.commit or '')[:8]} ({where})")
+    count = len(result.plan.rows)
+    say(f"{count} SAE{'' if count == 1 else 's'}, one commit {(result.commit or '')[:8]} ({where})")
     return f"{hub.url}/{REPO}"
 
 
@@ -129,7 +130,7 @@ def steer_once(demo: Demo, sae: Any, x: torch.Tensor) -> Steered | None:
 
 
 QUESTION = "Tell me a short story about a walk in the park."
-CANDIDATES, LONG = 10, 32
+CANDIDATES, LONG = 8, 24
 """Features tried, and tokens generated for each."""
 
 
