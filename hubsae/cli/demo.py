@@ -232,8 +232,8 @@ def _tour(run: Path, layer: int, stage: str | None) -> None:
         if steered is None:
             _say("no single feature changed this answer")
         else:
-            if steered.promotes:
-                _say(f"feature {steered.feature} promotes {steered.promotes}")
+            if steered.word:
+                _say(f"feature {steered.feature} fires on {steered.word!r}")
             _say(f"asked    {steered.question}")
             _say(f"answers  {_one_line(steered.before)}")
             _say(f"steered  {_one_line(steered.after)}   (feature {steered.feature}, strength {steered.strength:.1f})")

@@ -120,22 +120,22 @@ class Steered:
     question: str
     before: str
     after: str
-    promotes: str = ""
-    """Tokens that the feature makes likelier, where that is known."""
+    word: str = ""
+    """What the feature fires on, where that is one word."""
 
 
 def steer_once(demo: Demo, sae: Any, x: torch.Tensor) -> Steered | None:
-    """Turn up one feature: of a chain, as gently as changes an answer; of one SAE, so that what it promotes is said."""
-    return _steer_answer(demo, sae, x) if demo.stage else _steer_to_promise(demo, sae)
+    """Turn up one feature: of a chain, as gently as changes an answer; of one SAE, so that its word is said."""
+    return _steer_answer(demo, sae, x) if demo.stage else _steer_to_word(demo, sae)
 
 
 QUESTION = "Tell me a short story about a walk in the park."
-CANDIDATES, LONG = 8, 24
+CANDIDATES, LONG = 16, 24
 """Features tried, and tokens generated for each."""
 
 
-def _steer_to_promise(demo: Demo, sae: Any) -> Steered | None:
-    """The feature, of those that promise most, whose own top tokens come up most often when it is turned up."""
+def _steer_to_word(demo: Demo, sae: Any) -> Steered | None:
+    """A feature of one word that, turned up, makes the model say that word where it did not."""
     from hubsae.core.quiet import quiet
     from hubsae.index.features import FeatureIndex
     from hubsae.recipes.subject import open_subject
@@ -149,30 +149,24 @@ def _steer_to_promise(demo: Demo, sae: Any) -> Steered | None:
     )
     prompt = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
 
-    def answer() -> list[int]:
+    def answer() -> str:
         out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=LONG, do_sample=False)
-        return out[0, prompt.shape[1] :].tolist()
+        return tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True).strip()
 
     before = answer()
-    promise: dict[int, list[str]] = {f: [] for f in index.readable()}
-    most: dict[int, float] = {}
-    for row in index.logits.to_pylist() if index.logits is not None else []:
-        f, word = row["feature"], row["token"]
-        if row["side"] == "top" and row["rank"] < 8 and f in promise and word.strip().isalpha():
-            promise[f].append(word)
-            most[f] = max(row["value"], most.get(f, 0.0))
-    order = sorted((f for f in most if len(promise[f]) >= 4), key=lambda f: -most[f])
+    known = {name: index.metrics[name].to_pylist() for name in ("purity", "max", "top_token")}
+    words = {f: known["top_token"][f].strip().lower() for f in index.readable() if known["purity"][f] >= 0.6}
+    words = {f: word for f, word in words.items() if word.isalpha() and len(word) >= 5 and word not in before.lower()}
     best: tuple[int, Steered] | None = None
-    for feature in order[:CANDIDATES]:
-        strength = 2.0 * index[feature].strength
+    for feature in sorted(words, key=lambda f: -known["purity"][f] * known["max"][f])[:CANDIDATES]:
+        strength = 2.0 * known["max"][feature]
         with sae.steer(model, feature=feature, strength=strength, unit=False):
-            ids = answer()
-        said = [tokenizer.decode([i]) for i in ids]
-        # different words of its promise, not one of them over and over
-        hits = len({word.strip().lower() for word in said} & {word.strip().lower() for word in promise[feature]})
-        if hits and (best is None or hits > best[0]):
-            texts = (tokenizer.decode(t, skip_special_tokens=True).strip() for t in (before, ids))
-            best = hits, Steered(feature, strength, QUESTION, *texts, promotes=" ".join(map(repr, promise[feature])))
+            after = answer()
+        said = after.lower().count(words[feature])
+        if said and (best is None or said > best[0]):
+            best = said, Steered(feature, strength, QUESTION, before, after, words[feature])
+        if said > 1:
+            break
     return best[1] if best else None
 
 
