@@ -84,6 +84,11 @@ def drop_newer(state: Path) -> None:
     _remove([other for other in states(state.parent) if other.name > state.name])
 
 
+def drop_older(folder: Path) -> None:
+    """Leave the newest state only: what is left to do where a run was killed at its very end."""
+    _remove(states(folder)[:-1])
+
+
 def _remove(folders: list[Path]) -> None:
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)

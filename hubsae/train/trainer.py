@@ -390,13 +390,17 @@ class Run:
                 result.best = {name: chosen[name] for name in ("step", "metric", "value")}
                 result.metrics = chosen["values"]
                 result.sae = self._exported(cell, cell.best.load(chosen), chosen, metrics=result.metrics)
-            if self.out is not None and self.comm.rank == 0 and not self.finished:
+            if self.out is not None and self.comm.rank == 0:
+                # of a finished run as well: the files may have been damaged since
                 result.write(self.out / "sae" if len(self.cells) == 1 else self.out / "sae" / cell.config.name)
         if not self.finished:
             self.finished = True
             for cell in self.bank.live:
                 self.log.add("done", self.step, cell.config.name, tokens=cell.tokens)
             self._save()
+        elif self.out is not None and self.comm.rank == 0:
+            checkpoint.drop_older(self.out / f"state{self.suffix}")
+            self._prune()
         self.log.close()
         return results
 

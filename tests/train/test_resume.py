@@ -3,6 +3,7 @@
 import ast
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -226,6 +227,18 @@ def test_the_damaged_record_of_a_kept_checkpoint_is_written_anew(tmp_path, whole
     record.with_name(sorted(tmp_path.glob("best/*/*.json"))[-1].name).write_text("{")
     assert train(CONFIG, tokens(), out=tmp_path).sae is not None
     assert bytes_of(tmp_path) == bytes_of(whole)
+
+
+def test_a_run_killed_at_its_very_end_is_tidied_by_the_next_call(tmp_path, whole):
+    shutil.copytree(whole, tmp_path / "run")
+    run = tmp_path / "run"
+    best = sorted(run.glob("best/*/*.safetensors"))[0]
+    for suffix in (".safetensors", ".json"):  # a kept checkpoint that was not removed yet
+        shutil.copy(best.with_suffix(suffix), best.with_name(f"step_00000007{suffix}"))
+    weights = run / "sae" / "sae_weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    train(CONFIG, tokens(), out=run)
+    assert bytes_of(run) == bytes_of(whole)
 
 
 def test_without_a_whole_state_the_error_names_the_file_and_fresh(tmp_path, monkeypatch):
