@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from hubsae import HubSAE, list_saes, push
+from hubsae import HubSAE, SAEConfig, list_saes, push
 from hubsae.core.errors import HubRequestError, HubSAEError, MetadataError
 from hubsae.formats import Release
 from hubsae.hub.client import HubClient
@@ -162,3 +162,23 @@ def test_a_manifest_of_any_content_is_read_or_refused(tmp_path: Path, text: str)
     for act in (list_saes, describe, HubSAE.from_pretrained):
         with pytest.raises(HubSAEError):
             act(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["hub", "lfs_hub"])
+def test_a_full_disk_in_a_download_is_said_with_the_folder_and_leaves_nothing_half(kind, request, tmp_path):
+    """A file system of its own, too small for the weights: what a real full disk answers to the client's Xet code."""
+    request.getfixturevalue(kind)
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a file system cannot be mounted here")
+    try:
+        sae = HubSAE.random(SAEConfig(architecture="topk", d_in=256, d_sae=2048, k=8))
+        sae.push_to_hub("me/large", bar=False, check_saelens=False)
+        with pytest.raises(HubSAEError, match="disk is full") as caught:
+            HubSAE.from_pretrained("me/large", cache_dir=small)
+        assert str(small) in str(caught.value)
+        assert not [p for p in small.rglob("*.safetensors") if p.resolve().stat().st_size]
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
