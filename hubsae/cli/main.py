@@ -112,6 +112,10 @@ def main() -> None:
             raise
         _say(f"error: {type(error).__name__}: {error}\n  -> this is not an error hubsae knows; --debug shows where")
         code = 1
+    if code == STOPPED:
+        # Ctrl-C that arrives inside an `exec` (a dataclass being made while a package is imported) leaves CPython with
+        # a flag by which `python -m` ends itself with the signal whatever the code; running anything takes it back
+        exec("")
     sys.exit(code if isinstance(code, int) else 0)
 
 

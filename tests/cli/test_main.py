@@ -30,3 +30,14 @@ def test_a_wrong_verb_is_a_usage_error():
     assert done.returncode == 2
     assert "frobnicate" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_while_a_package_is_imported_ends_with_the_code_of_ctrl_c(tmp_path):
+    (tmp_path / "stopped_here.py").write_text(
+        "import hubsae.cli.main as main\n"
+        "main.build = lambda: lambda **_: exec('raise KeyboardInterrupt')\n"
+        "main.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-m", "stopped_here"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 130
+    assert done.stderr == "stopped\n"
