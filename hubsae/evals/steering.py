@@ -1,0 +1,463 @@
+"""Steering with numbers: what a model writes with a direction added to its activations, against controls.
+
+    direction x strength x prompt -> a continuation each (all in the same batches) -> one row per direction and strength
+
+How often a feature's tokens (or a judge) are found in what is written, KL and perplexity against the unsteered model,
+repetition and length, each with an interval over prompts. A feature proves nothing alone: random features and random
+directions of the same norm stand beside it, and `reliability` says for each feature whether it beats them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hubsae.activations.capture import padded
+from hubsae.activations.generation import end_ids
+from hubsae.core.errors import ConfigError, DataError
+from hubsae.core.extras import require
+from hubsae.core.hooks import HookPoint, edit_hook
+from hubsae.core.intervene import hook_out_of
+from hubsae.core.progress import progress
+from hubsae.core.sae import SAE
+from hubsae.evals import bootstrap
+from hubsae.evals.running import evaluating
+
+FEATURE, RANDOM_FEATURE, RANDOM_DIRECTION = "feature", "random feature", "random direction"
+UNSTEERED = "unsteered"
+REPEATS = 3
+"""Length of the token n-grams that repetition counts."""
+BROKEN = 0.5
+"""Share of repeated n-grams above which a text counts as broken: a token said over and over is found, and says
+nothing."""
+
+Judge = Callable[["Direction", str, str], float]
+"""(direction, prompt, continuation) -> from 0, the feature does not show, to 1."""
+
+
+@dataclass(frozen=True)
+class Direction:
+    """Something to add to the activations at every position."""
+
+    name: str
+    vector: Tensor
+    """[d] what a strength of one adds"""
+    tokens: frozenset[int]
+    """Token ids that say the direction did what it is meant to do; of a control, those of its feature."""
+    kind: str = FEATURE
+    of: str = ""
+    """The feature that a control stands beside."""
+    hook: HookPoint | str | int = 0
+
+
+class Row(NamedTuple):
+    """One direction at one strength: numbers with their intervals over prompts."""
+
+    direction: str
+    kind: str
+    of: str
+    strength: float
+    norm: float
+    """Length of what is added"""
+    said: float
+    """Share of continuations in which a token of the feature is found, or the judge's mean"""
+    said_interval: tuple[float, float] | None
+    token_rate: float
+    """Share of all generated tokens that are the feature's"""
+    kl: float
+    """Mean KL(p_unsteered ‖ p_steered) in nats over the tokens of the unsteered continuation"""
+    kl_interval: tuple[float, float] | None
+    perplexity: float
+    """exp of the unsteered model's mean loss on what was generated"""
+    perplexity_interval: tuple[float, float] | None
+    repetition: float
+    """Share of token trigrams that came before in the same continuation"""
+    length: float
+    """Mean number of generated tokens, the end token included"""
+    prompts: int
+    tokens: int
+    """Generated tokens"""
+
+    def flat(self) -> dict[str, Any]:
+        """One line of a table; an interval becomes two columns."""
+        out: dict[str, Any] = {}
+        for name, value in self._asdict().items():
+            if name.endswith("_interval"):
+                low, high = value or (None, None)
+                out |= {name.replace("interval", "low"): low, name.replace("interval", "high"): high}
+            else:
+                out[name] = value
+        return out
+
+
+class Reliability(NamedTuple):
+    """Whether a feature steers: at one strength, how much more often its tokens are found than under the controls."""
+
+    feature: str
+    verdict: str
+    """`steers`, `only where the text breaks`, or `does not steer`"""
+    strength: float
+    """The weakest that steers, else the one with the largest gain"""
+    said: float
+    unsteered: float
+    controls: float
+    """Mean over its controls"""
+    gain: float
+    """`said` above the larger of the two"""
+    low: float | None
+    """The interval of the gain, widened for the number of strengths that were tried"""
+    high: float | None
+    perplexity: float
+    repetition: float
+    prompts: int
+
+
+@dataclass
+class SteeringResult:
+    """Every continuation's numbers, by direction and strength; `(UNSTEERED, 0.0)` has the untouched model's."""
+
+    directions: list[Direction]
+    strengths: list[float]
+    prompts: list[str]
+    sums: dict[tuple[str, float], dict[str, np.ndarray]]
+    """[prompts] each: tokens, nll, kl, kl_tokens, repeated, ngrams"""
+    said: dict[tuple[str, float], np.ndarray]
+    """[prompts], at strength 0 of the unsteered continuations, by each direction's own tokens"""
+    found: dict[tuple[str, float], np.ndarray]
+    """[prompts] how many generated tokens are the direction's"""
+    texts: dict[tuple[str, float], list[str]]
+    resamples: int = bootstrap.RESAMPLES
+    seed: int = bootstrap.SEED
+
+    def row(self, direction: Direction, strength: float) -> Row:
+        """One direction at one strength; 0 is the unsteered model."""
+        key = (direction.name, strength)
+        sums = self.sums[key if strength else (UNSTEERED, 0.0)]
+
+        def ratio(top: np.ndarray, bottom: np.ndarray, of: Callable = lambda x: x) -> tuple[float, Any]:
+            total = bottom.sum()
+            value = float(of(top.sum() / total)) if total else float("nan")
+            table = np.stack([top, bottom], 1)
+            drawn = bootstrap.interval(table, lambda s: of(s[:, 0] / s[:, 1]), resamples=self.resamples, seed=self.seed)
+            return value, drawn
+
+        ones = np.ones(len(self.prompts))
+        said, said_interval = ratio(self.said[key], ones)
+        kl, kl_interval = ratio(sums["kl"], sums["kl_tokens"]) if strength else (0.0, None)
+        perplexity, perplexity_interval = ratio(sums["nll"], sums["tokens"], np.exp)
+        return Row(
+            direction.name, direction.kind, direction.of, strength, strength * float(direction.vector.norm()),
+            said, said_interval, float(self.found[key].sum() / max(sums["tokens"].sum(), 1)), kl, kl_interval,
+            perplexity, perplexity_interval, float(sums["repeated"].sum() / max(sums["ngrams"].sum(), 1)),
+            float(sums["tokens"].mean()), len(self.prompts), int(sums["tokens"].sum()),
+        )  # fmt: skip
+
+    def rows(self) -> list[Row]:
+        """The dose-response table: every direction at strength 0 and at each that was asked for."""
+        return [self.row(d, s) for d in self.directions for s in (0.0, *self.strengths)]
+
+    def reliability(self) -> list[Reliability]:
+        """For each feature whether it steers: see `Reliability`."""
+        return [self._reliability(d) for d in self.directions if d.kind == FEATURE]
+
+    def _reliability(self, feature: Direction) -> Reliability:
+        controls = [d for d in self.directions if d.of == feature.name]
+        before, level = self.said[feature.name, 0.0], 1 - (1 - bootstrap.LEVEL) / len(self.strengths)
+        drawn = bootstrap.weights(len(before), self.resamples, self.seed) / len(before)
+        tried: list[Reliability] = []
+        for strength in self.strengths:
+            here = self.row(feature, strength)
+            beside = [self.said[d.name, strength] for d in controls]
+            control = np.mean(beside, axis=0) if beside else before
+            said = self.said[feature.name, strength]
+            gain = said.mean() - max(before.mean(), control.mean())
+            interval = bootstrap.percentile_interval(
+                drawn @ said - np.maximum(drawn @ before, drawn @ control), level=level
+            )
+            low, high = interval if len(before) > 1 and interval else (None, None)
+            beats = low is not None and low > 0
+            broken = here.repetition > BROKEN
+            verdict = "does not steer" if not beats else "only where the text breaks" if broken else "steers"
+            numbers = here.said, float(before.mean()), float(control.mean()), float(gain), low, high
+            found = Reliability(
+                feature.name, verdict, strength, *numbers, here.perplexity, here.repetition, len(before)
+            )
+            tried.append(found)
+        for wanted in ("steers", "only where the text breaks"):
+            if fitting := [r for r in tried if r.verdict == wanted]:
+                return min(fitting, key=lambda r: abs(r.strength))
+        return max(tried, key=lambda r: r.gain)
+
+
+def tokens_of(tokenizer: Any, words: Iterable[str]) -> frozenset[int]:
+    """Every token that reads as one of these words, whatever its case and the spaces around it."""
+    wanted = {word.strip().lower() for word in words} - {""}
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+    ids = [i for i in range(len(tokenizer)) if i not in special]
+    return frozenset(i for i in ids if tokenizer.decode([i]).strip().lower() in wanted)
+
+
+def directions(
+    sae: SAE,
+    tokens: Mapping[int, Iterable[int]],
+    *,
+    maxima: Mapping[int, float] | None = None,
+    controls: int = 1,
+    pool: Sequence[int] | None = None,
+    hook: Any = None,
+    seed: int = 0,
+) -> list[Direction]:
+    """The features in `tokens` with their token ids, and to each `controls` random features and random directions.
+
+    With `maxima`, each feature's largest value, a strength of one adds what the feature adds at its strongest; without
+    them the directions have norm one, and a strength is the length of what is added. The controls have their feature's
+    norm and look for its tokens; random features come from `pool` (default: every other row of the SAE).
+
+    >>> from hubsae.core.config import SAEConfig
+    >>> sae = SAE.random(SAEConfig(architecture="topk", d_in=4, d_sae=8, k=2))
+    >>> [d.kind for d in directions(sae, {3: [7]}, hook=0)]
+    ['feature', 'random feature', 'random direction']
+    """
+    place, rows = hook_out_of(sae, hook), sae.W_dec.detach().float().cpu()
+    generator = np.random.default_rng(seed)
+    others = [f for f in (range(len(rows)) if pool is None else pool) if f not in tokens]
+    if controls > len(others):
+        raise ConfigError(f"{controls} random features asked for, {len(others)} to choose from")
+    found: list[Direction] = []
+    for feature, ids in tokens.items():
+        name, ids = f"feature {feature}", frozenset(int(i) for i in ids)
+        norm = 1.0 if maxima is None else float(maxima[feature]) * float(rows[feature].norm())
+        found.append(Direction(name, _unit(rows[feature]) * norm, ids, FEATURE, "", place))
+        for number, other in enumerate(generator.choice(others, controls, replace=False).tolist(), 1):
+            vector = _unit(rows[other]) * norm
+            found.append(
+                Direction(f"{name}: random feature {number} ({other})", vector, ids, RANDOM_FEATURE, name, place)
+            )
+            drawn = torch.from_numpy(generator.standard_normal(rows.shape[1])).float()
+            label = f"{name}: random direction {number}"
+            found.append(Direction(label, _unit(drawn) * norm, ids, RANDOM_DIRECTION, name, place))
+    return found
+
+
+def dose_response(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Any],
+    directions: Sequence[Direction],
+    strengths: Sequence[float],
+    *,
+    max_new_tokens: int = 32,
+    temperature: float = 0.0,
+    judge: Judge | None = None,
+    rows_at_once: int = 64,
+    resamples: int = bootstrap.RESAMPLES,
+    seed: int = bootstrap.SEED,
+    show: bool | None = False,
+) -> SteeringResult:
+    """Let the model continue every prompt under every direction at every strength, and measure what it wrote.
+
+    Prompts are strings, token ids, or chat messages. `temperature` 0 is greedy; otherwise every prompt has its own
+    noise, the same under every direction and strength, so that what differs is the steering's. `judge` takes the place
+    of looking for the direction's tokens.
+    """
+    if not prompts or not directions or not any(strengths):
+        raise DataError("nothing to steer", hint="give prompts, directions, and strengths other than 0")
+    if len({d.name for d in directions}) < len(directions) or any(d.name == UNSTEERED for d in directions):
+        raise ConfigError("every direction needs a name of its own")
+    ids = [_ids(prompt, tokenizer) for prompt in prompts]
+    if not all(ids):
+        raise DataError("a prompt has no token")
+    asked = sorted({float(s) for s in strengths if s})
+    writer = _Writer(model, tokenizer, ids, max_new_tokens, temperature, seed)
+    hooks: dict[HookPoint, list[_Job]] = {}
+    for prompt in range(len(ids)):
+        for direction in directions:
+            jobs = [_Job(prompt, direction, strength) for strength in asked]
+            hooks.setdefault(HookPoint.parse(direction.hook), []).extend(jobs)
+    made: list[tuple[_Job, _Written]] = []
+    with evaluating(model), progress("steering", sum(map(len, hooks.values())), "texts", show=show) as task:
+        base = [w for part in _parts(range(len(ids)), rows_at_once) for w in writer.untouched(list(part))]
+        for hook, jobs in hooks.items():
+            # prompt by prompt: little padding, and the unsteered logits of a batch are those of few prompts
+            for part in _parts(sorted(jobs, key=lambda job: len(ids[job.prompt])), rows_at_once):
+                made += zip(part, writer.steered(part, hook, base), strict=True)
+                task.advance(len(part))
+    return _result(tokenizer, list(directions), asked, ids, base, made, judge, resamples, seed)
+
+
+class _Job(NamedTuple):
+    prompt: int
+    direction: Direction
+    strength: float
+
+
+@dataclass
+class _Written:
+    """One continuation: its tokens up to the end token, the unsteered model's loss on it, KL on the unsteered one."""
+
+    ids: list[int]
+    nll: float = 0.0
+    kl: float = 0.0
+
+
+@dataclass
+class _Writer:
+    model: Any
+    tokenizer: Any
+    prompts: list[list[int]]
+    longest: int
+    temperature: float
+    seed: int
+    ends: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.ends = end_ids(self.model, self.tokenizer)
+        pad = getattr(self.tokenizer, "pad_token_id", None)
+        self.pad = pad if pad is not None else (self.ends[0] if self.ends else 0)
+        self.device = next(self.model.parameters()).device
+
+    def untouched(self, which: list[int]) -> list[_Written]:
+        written = self._generate(which)
+        logits = self._logits(which, written)
+        for row, one in enumerate(written):
+            one.nll = _loss(logits[row], one.ids)
+        return written
+
+    def steered(self, jobs: Sequence[_Job], hook: HookPoint, base: list[_Written]) -> list[_Written]:
+        which = [job.prompt for job in jobs]
+        # [rows, 1, d]: each row of a batch has its own direction and strength
+        added = torch.stack([job.strength * job.direction.vector for job in jobs])[:, None].to(self.device)
+
+        def edit(hidden: Tensor, _: dict[str, Any]) -> Tensor:
+            return hidden + added.to(hidden)
+
+        few = list(dict.fromkeys(which))
+        with edit_hook(self.model, hook, edit):
+            written = self._generate(which)
+            under = self._logits(which, [base[prompt] for prompt in which])
+        clean = dict(zip(few, self._logits(few, [base[prompt] for prompt in few]), strict=True))
+        for row, (prompt, one) in enumerate(zip(which, written, strict=True)):
+            n = len(base[prompt].ids)
+            p, q = (t[:n].float().log_softmax(-1) for t in (clean[prompt], under[row]))
+            one.kl = float((p.exp() * (p - q)).sum(dtype=torch.float64))
+        logits = self._logits(which, written)
+        for row, one in enumerate(written):
+            one.nll = _loss(logits[row], one.ids)
+        return written
+
+    def _generate(self, which: list[int]) -> list[_Written]:
+        transformers = require("transformers", extra="train")
+        ids, mask = padded([self.prompts[i] for i in which], left=True, pad=self.pad)
+        # said whole: generate() would fill what is unset from the checkpoint's own defaults
+        settings = transformers.GenerationConfig(
+            max_new_tokens=self.longest, do_sample=False, eos_token_id=self.ends or None, pad_token_id=self.pad
+        )
+        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        own, base.generation_config = base.generation_config, settings
+        noise = _Noise(which, self.temperature, self.seed) if self.temperature else None
+        try:
+            out = self.model.generate(
+                input_ids=ids.to(self.device), attention_mask=mask.to(self.device).long(), generation_config=settings,
+                logits_processor=transformers.LogitsProcessorList([noise] if noise else []),
+            )  # fmt: skip
+        finally:
+            base.generation_config = own
+        rows = out[:, ids.shape[1] :].tolist()
+        stops = [next((n + 1 for n, token in enumerate(row) if token in self.ends), len(row)) for row in rows]
+        return [_Written(row[:stop]) for row, stop in zip(rows, stops, strict=True)]
+
+    def _logits(self, which: list[int], written: Sequence[_Written]) -> Tensor:
+        """What predicts each token of the continuations [rows, longest continuation, vocabulary]."""
+        ids, mask = padded([self.prompts[i] for i in which], left=True, pad=self.pad)
+        more, real = padded([one.ids for one in written], left=False, pad=self.pad)
+        tokens, mask = torch.cat([ids, more], 1).to(self.device), torch.cat([mask, real], 1).to(self.device).long()
+        places = (mask.cumsum(1) - 1).clamp_min(0)
+        out = self.model(
+            input_ids=tokens, attention_mask=mask, position_ids=places, use_cache=False,
+            logits_to_keep=more.shape[1] + 1,
+        )  # fmt: skip
+        return out.logits[:, :-1]
+
+
+class _Noise:
+    """Gumbel noise on the logits: the largest is then a sample, and a prompt's noise is its own."""
+
+    def __init__(self, which: list[int], temperature: float, seed: int):
+        self.temperature = temperature
+        self.generators = {prompt: np.random.default_rng([seed, prompt]) for prompt in which}
+        self.which = which
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        drawn = {prompt: g.gumbel(size=scores.shape[1]) for prompt, g in self.generators.items()}
+        noise = torch.from_numpy(np.stack([drawn[prompt] for prompt in self.which]))
+        return scores.float() / self.temperature + noise.to(scores.device, torch.float32)
+
+
+def _result(
+    tokenizer: Any, asked: list[Direction], strengths: list[float], ids: list[list[int]], base: list[_Written],
+    made: list[tuple[_Job, _Written]], judge: Judge | None, resamples: int, seed: int,
+) -> SteeringResult:  # fmt: skip
+    by_key: dict[tuple[str, float], list[_Written]] = {(UNSTEERED, 0.0): base}
+    for job, one in sorted(made, key=lambda pair: pair[0].prompt):
+        by_key.setdefault((job.direction.name, job.strength), []).append(one)
+    texts = {
+        key: [tokenizer.decode(one.ids, skip_special_tokens=True) for one in written] for key, written in by_key.items()
+    }
+    prompts = [tokenizer.decode(prompt) for prompt in ids]
+    sums = {}
+    for key, written in by_key.items():
+        counted = [_repeated(one.ids) for one in written]
+        sums[key] = {
+            "tokens": np.array([len(one.ids) for one in written], float),
+            "nll": np.array([one.nll for one in written]),
+            "kl": np.array([one.kl for one in written]),
+            "kl_tokens": np.array([len(one.ids) for one in base], float),
+            "repeated": np.array([repeated for repeated, _ in counted], float),
+            "ngrams": np.array([n for _, n in counted], float),
+        }
+    said, found = {}, {}
+    for direction in asked:
+        for strength in (0.0, *strengths):
+            key = (direction.name, strength)
+            source = key if strength else (UNSTEERED, 0.0)
+            hits = np.array([sum(token in direction.tokens for token in one.ids) for one in by_key[source]], float)
+            found[key] = hits
+            said[key] = (
+                (hits > 0).astype(float)
+                if judge is None
+                else np.array([judge(direction, p, t) for p, t in zip(prompts, texts[source], strict=True)], float)
+            )
+    return SteeringResult(asked, strengths, prompts, sums, said, found, texts, resamples, seed)
+
+
+def _ids(prompt: Any, tokenizer: Any) -> list[int]:
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    if len(prompt) and isinstance(prompt[0], Mapping):
+        text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return [int(i) for i in prompt]
+
+
+def _loss(logits: Tensor, ids: list[int]) -> float:
+    target = torch.tensor(ids, dtype=torch.int64, device=logits.device)
+    return float(nn.functional.cross_entropy(logits[: len(ids)].float(), target, reduction="sum"))
+
+
+def _repeated(ids: list[int]) -> tuple[int, int]:
+    """How many n-grams came before in the same text, and how many there are."""
+    grams = [tuple(ids[i : i + REPEATS]) for i in range(len(ids) - REPEATS + 1)]
+    return len(grams) - len(set(grams)), len(grams)
+
+
+def _unit(vector: Tensor) -> Tensor:
+    return vector / vector.norm().clamp_min(torch.finfo(vector.dtype).tiny)
+
+
+def _parts(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    return [items[i : i + size] for i in range(0, len(items), max(1, size))]
