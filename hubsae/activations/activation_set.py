@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -47,13 +47,24 @@ class ActivationSet(Mapping[str, ActivationDataset]):
         return cast(Any, self[self.configs[0]]).push_to_hub(repo_id, **options)
 
 
+class Pair(NamedTuple):
+    """A batch of two hook points."""
+
+    x: Tensor
+    """[rows, d]"""
+    target: Tensor
+    """[rows, d_out]"""
+    labels: Mapping[str, np.ndarray]
+    """[rows] each"""
+
+
 class PairedActivations:
     """Two hook points of the same tokens, such as an MLP's input and output: what a transcoder is trained on.
 
     >>> x = torch.arange(12.0).reshape(6, 2)
     >>> one, other = ActivationDataset.from_tensor(x), ActivationDataset.from_tensor(2 * x)
     >>> batch = next(PairedActivations(one, other).batches(4))
-    >>> bool((batch["target"] == 2 * batch["vector"]).all())
+    >>> bool((batch.target == 2 * batch.x).all())
     True
     """
 
@@ -90,8 +101,8 @@ class PairedActivations:
         dtype: torch.dtype | None = None,
         drop_last: bool | None = None,
         window_bytes: int = WINDOW_BYTES,
-    ) -> Iterator[dict[str, Tensor | np.ndarray]]:
-        """One epoch of batches with `vector` [n, d], `target` [n, d_out] and the labels asked for, rows in step."""
+    ) -> Iterator[Pair]:
+        """One epoch of batches with the labels asked for, rows in step."""
         row, other = (data.d * data.stored_dtype.itemsize for data in (self.source, self.target))
         # windows of as many rows on both sides, so that both are permuted alike
         window_rows = max(1, window_bytes // row)
@@ -99,11 +110,10 @@ class PairedActivations:
             "shuffle": shuffle, "seed": seed, "epoch": epoch, "rank": rank, "world_size": world_size,
             "drop_last": drop_last,
         }  # fmt: skip
-        left = self.source.batches(batch_size, columns=columns, dtype=dtype, window_bytes=window_rows * row, **options)
+        left = self.source.labelled_batches(columns, batch_size, dtype=dtype, window_bytes=window_rows * row, **options)
         right = self.target.batches(batch_size, dtype=dtype, window_bytes=window_rows * other, **options)
-        for vector, target in zip(left, right, strict=True):
-            labels = cast("dict[str, Tensor | np.ndarray]", vector if columns else {"vector": vector})
-            yield {**labels, "target": cast(Tensor, target)}
+        for (x, labels), target in zip(left, right, strict=True):
+            yield Pair(x, target, labels)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the last `batches` stands."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from hubsae.activations.dataset import ActivationDataset
 from hubsae.activations.layout import LABELS, SHARD_BYTES, configs_in
@@ -83,14 +82,10 @@ def _convert_one(
         shard_bytes=shard_bytes, finalize=False,
     )  # fmt: skip
     with writer:
-        for batch in data.batches(ROWS, shuffle=False, columns=data.label_names, dtype=_computing_type(data)):
-            labels: dict[str, Any] = {}
-            if isinstance(batch, dict):
-                labels = {k: v for k, v in batch.items() if k != "vector"}
-                batch = cast(Tensor, batch["vector"])
-            writer.write(batch, **labels)
+        for x, labels in data.labelled_batches(data.label_names, ROWS, shuffle=False, dtype=_computing_type(data)):
+            writer.write(x, **labels)
             if progress is not None:
-                progress(len(batch))
+                progress(len(x))
 
 
 def _computing_type(data: ActivationDataset) -> torch.dtype:
@@ -103,7 +98,7 @@ def _largest(data: ActivationDataset) -> float:
         return 0.0
     found = 0.0
     for batch in data.batches(ROWS, shuffle=False, dtype=torch.float32):
-        found = max(found, float(cast(Tensor, batch).abs().amax()))
+        found = max(found, float(batch.abs().amax()))
     return found
 
 

@@ -1,6 +1,7 @@
 """Read activation datasets: batches at disk speed, seeded shuffling, exact resume.
 
     ActivationDataset.open("out", "layers.18").batches(8192) -> float tensors [8192, d]
+    ... .labelled_batches(["position"], 8192) -> the same with labels: Labelled(x, {"position": ...})
 
 Opens folders of ours, datasets on the Hub, SAELens' cached activations, and piles of `.pt`, `.npy` and
 `.safetensors` files. Batches use recycled memory (see `buffers`), so keeping a batch is safe and dropping it is free.
@@ -12,8 +13,10 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, NamedTuple, Self, cast
 
 import numpy as np
 import torch
@@ -34,7 +37,14 @@ READERS = 8
 UNITS_PER_WINDOW = 32
 """Runs of neighbouring rows in a window; of the usual window, each is as long as a page of our files."""
 
-Batch = Tensor | dict[str, Tensor | np.ndarray]
+
+class Labelled(NamedTuple):
+    """Vectors with what is known of each of them."""
+
+    x: Tensor
+    """[rows, d]"""
+    labels: Mapping[str, np.ndarray]
+    """[rows] each"""
 
 
 @dataclass
@@ -154,14 +164,10 @@ class ActivationDataset:
                 for source in self.sources:
                     running.merge(cast(RunningStats, source.stats))
             else:
-                at = 0
-                for batch in self.batches(8192, shuffle=False, dtype=torch.float32, _remember=False):
-                    rows = cast(Tensor, batch)
-                    position = np.ones(len(rows))
-                    if "position" in self.label_names:
-                        position = self._labels(["position"], [(at, len(rows))])["position"]
-                    running.see(rows, position)
-                    at += len(rows)
+                known = ["position"] if "position" in self.label_names else []
+                for at in range(0, self.n_rows, 8192):
+                    rows = self.rows(at, 8192, columns=known, dtype=torch.float32)
+                    running.see(rows.x, rows.labels.get("position", np.ones(len(rows.x))))
             self._stats = running.result()
         return self._stats
 
@@ -222,18 +228,37 @@ class ActivationDataset:
         epoch: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        columns: Sequence[str] = (),
         dtype: torch.dtype | None = None,
         drop_last: bool | None = None,
         window_bytes: int = WINDOW_BYTES,
-        _remember: bool = True,
-    ) -> Iterator[Batch]:
-        """One epoch of batches [batch_size, d]; with `columns`, dicts of `vector` and those labels.
+    ) -> Iterator[Tensor]:
+        """One epoch of batches [batch_size, d].
 
         Between ranks rows are disjoint and every rank yields the same number of batches; that drops up to a
         batch per rank (with one rank nothing is dropped unless `drop_last`). After `load_state_dict`
         the first call continues behind the last batch that was yielded before.
         """
+        rows = self.labelled_batches(
+            (), batch_size, shuffle=shuffle, seed=seed, epoch=epoch, rank=rank, world_size=world_size, dtype=dtype,
+            drop_last=drop_last, window_bytes=window_bytes,
+        )  # fmt: skip
+        return map(attrgetter("x"), rows)
+
+    def labelled_batches(
+        self,
+        columns: Sequence[str],
+        batch_size: int = 8192,
+        *,
+        shuffle: bool = True,
+        seed: int = 0,
+        epoch: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        dtype: torch.dtype | None = None,
+        drop_last: bool | None = None,
+        window_bytes: int = WINDOW_BYTES,
+    ) -> Iterator[Labelled]:
+        """The batches of `batches` with the label columns asked for."""
         if batch_size < 1:
             raise ConfigError(f"batch_size {batch_size} is less than 1")
         if not 0 <= rank < world_size:
@@ -253,13 +278,13 @@ class ActivationDataset:
         )
         shape = {"seed": seed, "shuffle": shuffle, "rank": rank, "world_size": world_size, "n_rows": self.n_rows}
         shape["window_rows"] = window_rows
-        window, offset = self._start(epoch, shape) if _remember else (0, 0)
+        window, offset = self._start(epoch, shape)
         drop = world_size > 1 if drop_last is None else drop_last
         seen = sum(n for w in order.windows[:window] for _, n in w) + offset
         rows_left = order.n_rows - seen
         if drop:
             rows_left = ((order.smallest if world_size > 1 else order.n_rows) - seen) // batch_size * batch_size
-        return self._generate(order, batch_size, names, dtype, window, offset, rows_left, epoch, shape, _remember)
+        return self._generate(order, batch_size, names, dtype, window, offset, rows_left, epoch, shape)
 
     def _units(self, window_rows: int) -> list[Unit]:
         """What is read at once. It does not follow the cut into files, so that rows come in the same order after a
@@ -299,8 +324,7 @@ class ActivationDataset:
         rows_left: int,
         epoch: int,
         shape: dict[str, Any],
-        remember: bool,
-    ) -> Iterator[Batch]:
+    ) -> Iterator[Labelled]:
         stored: Tensor | None = None
         parts: dict[str, list[np.ndarray]] = {n: [] for n in names}
         filled, goal = 0, min(batch_size, rows_left)
@@ -326,20 +350,15 @@ class ActivationDataset:
                 at, filled = at + take, filled + take
                 if filled == goal:
                     rows_left -= goal
-                    if remember:
-                        self._place = _Place(epoch, number, at, shape)
+                    self._place = _Place(epoch, number, at, shape)
                     vectors = self._deliver(stored, dtype)
                     stored = target = None  # the caller alone holds the memory while it works on the batch
-                    if names:
-                        yield {"vector": vectors, **{n: _as_tensor(np.concatenate(p)) for n, p in parts.items()}}
-                    else:
-                        yield vectors
+                    yield Labelled(vectors, {n: np.concatenate(p) for n, p in parts.items()})
                     del vectors
                     parts = {n: [] for n in names}
                     filled, goal = 0, min(batch_size, rows_left)
             pool = target = None  # so that the next window is read into the same memory
-        if remember:
-            self._place = _Place(epoch + 1, 0, 0, shape)
+        self._place = _Place(epoch + 1, 0, 0, shape)
 
     def _read_units(self, units: Sequence[Unit], skip: int, rows: int, out: Tensor) -> None:
         """Rows skip to skip + rows of consecutive units, straight into the batch."""
@@ -403,17 +422,15 @@ class ActivationDataset:
             out[first : first + part] = self._deliver(stored, out.dtype)
         return out
 
-    def rows(self, first: int, count: int, *, columns: Sequence[str] = (), dtype: torch.dtype | None = None) -> Batch:
-        """Rows `first` to `first + count` in storage order; with `columns`, as a dict like a batch."""
+    def rows(
+        self, first: int, count: int, *, columns: Sequence[str] = (), dtype: torch.dtype | None = None
+    ) -> Labelled:
+        """Rows `first` to `first + count` in storage order, with the label columns asked for."""
         names = self._check_columns(columns)
         count = max(0, min(count, self.n_rows - first))
         stored = self._buffer(self.stored_dtype, count)
         self._read(first, count, stored)
-        vectors = self._deliver(stored, dtype or self.dtype)
-        if not names:
-            return vectors
-        labels = self._labels(names, [(first, count)])
-        return {"vector": vectors, **{name: _as_tensor(column) for name, column in labels.items()}}
+        return Labelled(self._deliver(stored, dtype or self.dtype), self._labels(names, [(first, count)]))
 
     def take(self, rows: Sequence[int] | np.ndarray, *, dtype: torch.dtype | None = None) -> Tensor:
         """The vectors of the given rows, in the given order."""
@@ -466,10 +483,14 @@ class ActivationDataset:
 
         return ActivationIterable(self.batches, batch_size, options)
 
+    def as_labelled_iterable(
+        self, columns: Sequence[str], batch_size: int = 8192, **options: Any
+    ) -> torch.utils.data.IterableDataset:
+        """`as_iterable` with the label columns asked for; a `DataLoader` makes tensors of them."""
+        from hubsae.activations.torch_iterable import ActivationIterable
+
+        return ActivationIterable(partial(self.labelled_batches, columns), batch_size, options)
+
     def verify(self) -> int:
         """Check header and checksum of every page; returns the number of pages checked."""
         return sum(verify_source(source) for source in self.sources)
-
-
-def _as_tensor(column: np.ndarray) -> Tensor | np.ndarray:
-    return torch.from_numpy(column) if column.dtype.kind in "iufb" else column

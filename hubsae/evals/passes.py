@@ -16,12 +16,13 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hubsae.activations.dataset import Labelled
 from hubsae.activations.ranks import Ranks
 from hubsae.core.codes import SparseCodes
 from hubsae.core.errors import DataError, FormatError
@@ -136,13 +137,6 @@ def encode_block(sae: SAE, x: Tensor) -> SparseCodes:
 # ---- where rows come from ------------------------------------------------------------------------------------
 
 
-class Piece(NamedTuple):
-    """Rows as they were read, of any number."""
-
-    x: Tensor
-    labels: dict[str, np.ndarray]
-
-
 class Rows:
     """Activations of any accepted kind: a tensor, a mapping with `x` and label columns, or an ActivationDataset.
 
@@ -189,37 +183,36 @@ class Rows:
         """Label columns that can be asked for."""
         return tuple(dict.fromkeys([*self.extra, *self.stored, NORM]))
 
-    def pieces(self, first: int, last: int, columns: Sequence[str]) -> Iterator[Piece]:
+    def pieces(self, first: int, last: int, columns: Sequence[str]) -> Iterator[Labelled]:
         """Rows first to last in order, with the label columns asked for."""
         names = [c for c in columns if c in self.stored and c not in self.extra]
         start = first
-        for batch in self._read(first, last, names):
-            x, labels = (batch, {}) if isinstance(batch, Tensor) else (batch["vector"], batch)
-            found = {name: np.asarray(labels[name]) for name in names}
+        for x, labels in self._read(first, last, names):
             rows = slice(start, start + len(x))
-            yield Piece(x, {**found, **{c: self.extra[c][rows] for c in columns if c in self.extra}})
+            yield Labelled(x, {**labels, **{c: self.extra[c][rows] for c in columns if c in self.extra}})
             start += len(x)
 
-    def _read(self, first: int, last: int, names: list[str]) -> Iterator[Any]:
+    def _read(self, first: int, last: int, names: list[str]) -> Iterator[Labelled]:
         if isinstance(self.data, Tensor):
             for start in range(first, last, self.batch_size):
-                yield self.data[start : min(start + self.batch_size, last)]
+                yield Labelled(self.data[start : min(start + self.batch_size, last)], {})
         elif (first, last) == (0, self.n):
-            yield from self.data.batches(self.batch_size, shuffle=False, columns=names)
+            yield from self.data.labelled_batches(names, self.batch_size, shuffle=False)
         else:
             for start in range(first, last, self.batch_size):
                 yield self.data.rows(start, min(self.batch_size, last - start), columns=names)
 
 
 class Stream(Rows):
-    """Activations that come as they are made, with no end known beforehand: an iterable of {vector, labels}."""
+    """Activations that come as they are made, with no end known beforehand."""
 
-    def __init__(self, batches: Iterable[Any], d: int, columns: Sequence[str]):
+    def __init__(self, batches: Iterable[Labelled], d: int, columns: Sequence[str]):
         self.batches, self.n, self.d = batches, None, d
         self.stored, self.extra, self.batch_size = tuple(columns), {}, BLOCK_ROWS
 
-    def _read(self, first: int, last: int, names: list[str]) -> Iterator[Any]:
-        yield from self.batches
+    def _read(self, first: int, last: int, names: list[str]) -> Iterator[Labelled]:
+        for x, labels in self.batches:
+            yield Labelled(x, {name: labels[name] for name in names})
 
 
 def as_column(name: str, value: Any) -> np.ndarray:
@@ -240,33 +233,33 @@ def blocks_of(rows: Rows, first: int, last: int | None, columns: Sequence[str]) 
     """Rows of blocks first to last (in blocks), regrouped to BLOCK_ROWS however they are read."""
     start = first * BLOCK_ROWS
     end = rows.n if rows.n is None or last is None else min(last * BLOCK_ROWS, rows.n)
-    held: list[Piece] = []
+    held: list[Labelled] = []
     count = 0
 
-    def take(n: int) -> Piece:
+    def take(n: int) -> Labelled:
         nonlocal held, count
         whole = held[0]
         if len(held) > 1:
             labels = {name: np.concatenate([p.labels[name] for p in held]) for name in whole.labels}
-            whole = Piece(torch.cat([p.x for p in held]), labels)
-        rest = Piece(whole.x[n:], {name: value[n:] for name, value in whole.labels.items()})
+            whole = Labelled(torch.cat([p.x for p in held]), labels)
+        rest = Labelled(whole.x[n:], {name: value[n:] for name, value in whole.labels.items()})
         held, count = ([rest], len(rest.x)) if len(rest.x) else ([], 0)
-        return Piece(whole.x[:n], {name: value[:n] for name, value in whole.labels.items()})
+        return Labelled(whole.x[:n], {name: value[:n] for name, value in whole.labels.items()})
 
     for piece in rows.pieces(start, end or 0, columns):
         if not len(piece.x):
             continue
         # a reader may reuse its buffer for the next batch; rows that wait for one must be ours
         whole = not held and len(piece.x) % BLOCK_ROWS == 0
-        held.append(piece if whole else Piece(piece.x.clone(), piece.labels))
+        held.append(piece if whole else Labelled(piece.x.clone(), piece.labels))
         count += len(piece.x)
         while count >= BLOCK_ROWS:
             x, labels = take(BLOCK_ROWS)
-            yield PassBlock(x, labels, start)
+            yield PassBlock(x, dict(labels), start)
             start += BLOCK_ROWS
     if count:
         x, labels = take(count)
-        yield PassBlock(x, labels, start)
+        yield PassBlock(x, dict(labels), start)
 
 
 # ---- the pass --------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from hubsae.activations.capture import capture, padded
+from hubsae.activations.dataset import Labelled
 from hubsae.activations.ranks import Ranks
 from hubsae.core.errors import DataError
 from hubsae.core.hooks import HookPoint
@@ -272,7 +273,7 @@ def _stream(model: nn.Module, hook: HookPoint, texts: list[Tokens], first: int) 
     names = set.intersection(*(set(t.labels) for t in texts)) if texts else set()
     width = int(model.get_input_embeddings().weight.shape[1])  # pyright: ignore
 
-    def run() -> Iterator[dict[str, Any]]:
+    def run() -> Iterator[Labelled]:
         done: dict[int, torch.Tensor] = {}
         place = 0
         for batch in batches(texts, 4096):
@@ -286,7 +287,7 @@ def _stream(model: nn.Module, hook: HookPoint, texts: list[Tokens], first: int) 
                 place += 1
                 if rows is not None:
                     sample = np.full(len(rows), first + place - 1)
-                    yield {"vector": rows, **{n: text.labels[n] for n in names}, "sample_id": sample}
+                    yield Labelled(rows, {**{n: text.labels[n] for n in names}, "sample_id": sample})
 
     return Stream(run(), width, [*sorted(names), "sample_id"])
 

@@ -1,7 +1,8 @@
 """Where batches come from: a matrix in memory, or anything that yields batches and can say where it stands.
 
 A source has `d`, `n_rows`, `batches(batch_size, *, seed, epoch, rank, world_size)` and `state_dict` /
-`load_state_dict`; `hubsae.activations.ActivationDataset` is one. A plain tensor [rows, d] becomes a `TensorSource`.
+`load_state_dict`; one with labels has `label_names` and `labelled_batches(columns, batch_size, ...)` too.
+`hubsae.activations.ActivationDataset` is one. A plain tensor [rows, d] becomes a `TensorSource`.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from hubsae.activations.dataset import Labelled
 from hubsae.core.errors import ConfigError, DataError
 from hubsae.core.normalizer import Normalizer
 from hubsae.core.scopes import NORM, Scope, excluding
@@ -21,17 +23,6 @@ from hubsae.train.config import TrainConfig
 
 MASSIVE = 10.0
 """`exclude: massive` leaves out tokens whose norm is above this many times the median, unless max_norm_factor says."""
-
-
-class Rows(NamedTuple):
-    """A batch with its labels."""
-
-    x: Tensor
-    """[rows, d]"""
-    labels: Mapping[str, Any]
-
-    def __len__(self) -> int:
-        return self.x.shape[0]
 
 
 @runtime_checkable
@@ -158,14 +149,13 @@ class TokenSelection:
         """Label columns to read for it."""
         return [column for column in self.scope.columns if column != NORM]
 
-    def batches(self, source: Source, size: int, **options: Any) -> Iterator[Rows]:
+    def batches(self, source: Source, size: int, **options: Any) -> Iterator[Labelled]:
         """Batches of a source with the labels it needs, nothing left out yet."""
         if self.columns:
-            options["columns"] = self.columns
-        for batch in source.batches(size, **options):
-            yield Rows(batch, {}) if isinstance(batch, Tensor) else Rows(batch["vector"], batch)
+            return cast(Any, source).labelled_batches(self.columns, size, **options)
+        return (Labelled(x, {}) for x in source.batches(size, **options))
 
-    def kept(self, batch: Rows) -> Tensor:
+    def kept(self, batch: Labelled) -> Tensor:
         """The rows of a batch that take part."""
         scope = self.scope
         if not scope.terms:
@@ -173,7 +163,7 @@ class TokenSelection:
         labels = dict(batch.labels)
         if NORM in scope.columns:
             labels[NORM] = batch.x.float().norm(dim=1).cpu()
-        chosen = torch.from_numpy(scope.mask(labels, len(batch))).to(batch.x.device)
+        chosen = torch.from_numpy(scope.mask(labels, len(batch.x))).to(batch.x.device)
         return batch.x if bool(chosen.all()) else batch.x[chosen]
 
 
@@ -193,10 +183,10 @@ def sample(source: Source, rows: int, seed: int, selection: TokenSelection | Non
     """
     selection = selection or TokenSelection()
     rows = min(rows, source.n_rows)
-    if (reserve := cast("Rows | None", getattr(source, "reserve", None))) is not None:
-        places = torch.randperm(len(reserve), generator=torch.Generator().manual_seed(seed))[:rows]
+    if (reserve := cast("Labelled | None", getattr(source, "reserve", None))) is not None:
+        places = torch.randperm(len(reserve.x), generator=torch.Generator().manual_seed(seed))[:rows]
         labels = {name: reserve.labels[name][places.numpy()] for name in selection.columns}
-        return selection.kept(Rows(reserve.x[places].float(), labels))
+        return selection.kept(Labelled(reserve.x[places].float(), labels))
     take = getattr(source, "take", None)
     if take is None:
         return head(source, rows, seed, selection)
@@ -213,7 +203,7 @@ def sample(source: Source, rows: int, seed: int, selection: TokenSelection | Non
     if selection.columns:
         columns = cast(Any, source).columns(selection.columns)
         labels = {name: column[chosen.numpy()] for name, column in columns.items()}
-    return selection.kept(Rows(found, labels))
+    return selection.kept(Labelled(found, labels))
 
 
 def head(source: Source, rows: int, seed: int, selection: TokenSelection) -> Tensor:

@@ -12,16 +12,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hubsae.activations.dataset import ActivationDataset
+from hubsae.activations.dataset import ActivationDataset, Labelled
 from hubsae.activations.stream import HarvestBatch, Place, Stream
 from hubsae.core.errors import ConfigError, DataError
-from hubsae.train.data import Rows
 
 CHUNKS = 4
 
@@ -196,9 +196,9 @@ class LiveLayer:
         self.next, self.started = 0, False
 
     @property
-    def reserve(self) -> Rows:
+    def reserve(self) -> Labelled:
         """Rows that stand for all of them, for statistics and starts."""
-        return Rows(self.live.reserve.vectors[self.config], self.live.reserve.labels)
+        return Labelled(self.live.reserve.vectors[self.config], self.live.reserve.labels)
 
     @property
     def validation(self) -> ActivationDataset | None:
@@ -208,16 +208,22 @@ class LiveLayer:
         return None if held is None else ActivationDataset.from_tensor(held.vectors[self.config], **labels)
 
     def batches(
+        self, batch_size: int, *, seed: int = 0, epoch: int = 0, rank: int = 0, world_size: int = 1
+    ) -> Iterator[Tensor]:
+        """The batches of this rank; every rank harvests all rows and takes its part of them."""
+        return map(attrgetter("x"), self.labelled_batches((), batch_size, rank=rank, world_size=world_size))
+
+    def labelled_batches(
         self,
+        columns: Iterable[str],
         batch_size: int,
         *,
         seed: int = 0,
         epoch: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        columns: Iterable[str] = (),
-    ) -> Iterator[Any]:
-        """The batches of this rank; every rank harvests all rows and takes its part of them."""
+    ) -> Iterator[Labelled]:
+        """The batches with the label columns asked for."""
         self.started = True
         if self.state is not None and (int(self.state["batch"]) + 1) * batch_size * world_size > self.n_rows:
             self.state = None  # another run over the same texts
@@ -227,8 +233,7 @@ class LiveLayer:
             rows, self.state = self.live.batch(self.next, batch_size * world_size)
             self.next += 1
             part = slice(rank * batch_size, (rank + 1) * batch_size)
-            x = rows.vectors[self.config][part]
-            yield {"vector": x, **{name: rows.labels[name][part] for name in names}} if names else x
+            yield Labelled(rows.vectors[self.config][part], {name: rows.labels[name][part] for name in names})
 
     def state_dict(self) -> dict[str, Any]:
         """Where the last batch ended."""

@@ -197,7 +197,7 @@ class Run:
         rank, world = (self.comm.rank, self.comm.world) if self.comm.splits_rows else (0, 1)
         options = {"seed": self.first.data_seed, "epoch": self.epoch, "rank": rank, "world_size": world}
         for batch in self.tokens.batches(self.source, self.local_batch, **options):
-            if len(batch) == self.local_batch:
+            if len(batch.x) == self.local_batch:
                 yield self._in_space(self.tokens.kept(batch))
 
     def _in_space(self, rows: Tensor) -> Tensor:

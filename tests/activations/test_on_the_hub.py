@@ -59,14 +59,14 @@ def test_push_fetch_stream_and_push_again(client, written, tmp_path):
     streamed = ActivationDataset.open(f"local/acts@{done.commit}", 6, stream=True)
     assert torch.equal(streamed.read_all(), local.read_all())
     assert streamed.stats.count == 3000 and torch.equal(streamed.stats.mean, local.stats.mean)
-    options = {"window_bytes": 20_000, "columns": ["sample_id", "position"]}
+    columns, options = ["sample_id", "position"], {"window_bytes": 20_000}
     for shuffle in (True, False):
         for a, b in zip(
-            local.batches(333, shuffle=shuffle, **options),
-            streamed.batches(333, shuffle=shuffle, **options),
+            local.labelled_batches(columns, 333, shuffle=shuffle, **options),
+            streamed.labelled_batches(columns, 333, shuffle=shuffle, **options),
             strict=True,
         ):
-            assert torch.equal(a["vector"], b["vector"]) and torch.equal(a["sample_id"], b["sample_id"])
+            assert torch.equal(a.x, b.x) and np.array_equal(a.labels["sample_id"], b.labels["sample_id"])
     # resume in a stream
     got = []
     for number, batch in enumerate(streamed.batches(200, window_bytes=20_000)):

@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
 
 
 def numbers(batches) -> list[int]:
-    return [int(v) for b in batches for v in (b["vector"] if isinstance(b, dict) else b)[:, 0].tolist()]
+    return [int(v) for b in batches for v in (b if isinstance(b, torch.Tensor) else b[0])[:, 0].tolist()]
 
 
 WINDOW = 4000  # bytes: a few files each
@@ -126,7 +126,7 @@ def test_the_end_of_an_epoch_leads_to_the_next(folder):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_torch_dataloader_takes_it(folder, workers):
     loader = torch.utils.data.DataLoader(
-        ActivationDataset.open(folder).as_iterable(128, columns=["sample_id"]), batch_size=None, num_workers=workers
+        ActivationDataset.open(folder).as_labelled_iterable(["sample_id"], 128), batch_size=None, num_workers=workers
     )
     rows = numbers(loader)
     assert sorted(rows) == list(range(4000))

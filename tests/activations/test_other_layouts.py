@@ -97,8 +97,8 @@ def test_saelens_cached_activations(tmp_path):
     assert labels["token_id"].tolist() == list(range(640))
     assert labels["sample_id"].tolist() == (np.arange(640) // 16).tolist()
     assert labels["position"].tolist() == (np.arange(640) % 16).tolist()
-    batch = next(iter(data.batches(50, columns=["token_id"])))
-    assert np.array_equal(batch["vector"].numpy(), x.reshape(-1, 8)[batch["token_id"].numpy()])
+    batch = next(iter(data.labelled_batches(["token_id"], 50)))
+    assert np.array_equal(batch.x.numpy(), x.reshape(-1, 8)[batch.labels["token_id"]])
     again = ActivationDataset.open(convert(tmp_path / "cache", tmp_path / "out"), 5)
     assert np.array_equal(again.read_all().numpy(), x.reshape(-1, 8))
     assert again.columns("token_id")["token_id"].tolist() == list(range(640))
@@ -124,8 +124,8 @@ def test_parquet_of_any_encoding_falls_back_to_pyarrow(tmp_path, layout):
         pq.write_table(table, path, row_group_size=1500)
     data = ActivationDataset.open(path)
     assert np.array_equal(data.read_all().numpy(), x)
-    for batch in data.batches(300, columns=["token_id"]):
-        assert np.array_equal(batch["vector"].numpy(), x[batch["token_id"].numpy()])
+    for batch in data.labelled_batches(["token_id"], 300):
+        assert np.array_equal(batch.x.numpy(), x[batch.labels["token_id"]])
     assert (data.sources[0].pages is not None) == (layout == "v1 pages")
     again = ActivationDataset.open(convert(path, tmp_path / "out"))
     assert np.array_equal(again.read_all().numpy(), x)

@@ -22,16 +22,16 @@ def test_the_target_is_what_the_mlp_makes_of_the_input(pairs, tiny_model, token_
     rows = 0
     for batch in pairs.batches(100, seed=3, columns=["sample_id"], window_bytes=20_000):
         with torch.no_grad():
-            made = mlp(batch["vector"])
-        assert torch.allclose(made, batch["target"], atol=1e-5)
-        rows += len(batch["sample_id"])
+            made = mlp(batch.x)
+        assert torch.allclose(made, batch.target, atol=1e-5)
+        rows += len(batch.labels["sample_id"])
     assert rows == len(pairs) == sum(len(s["input_ids"]) for s in token_data)
 
 
 def test_ranks_share_pairs_and_a_state_goes_on_in_step(pairs):
     options = {"seed": 1, "window_bytes": 20_000}
     shares = [list(pairs.batches(64, rank=rank, world_size=2, **options)) for rank in range(2)]
-    rows = torch.cat([b["vector"] for share in shares for b in share])
+    rows = torch.cat([b.x for share in shares for b in share])
     assert len(torch.unique(rows, dim=0)) > 0.95 * len(rows)
     whole = list(pairs.batches(64, **options))
     walk = pairs.batches(64, **options)
@@ -40,7 +40,7 @@ def test_ranks_share_pairs_and_a_state_goes_on_in_step(pairs):
     pairs.load_state_dict(pairs.state_dict())
     rest = list(pairs.batches(64, **options))
     assert len(rest) == len(whole) - 5
-    assert all(torch.equal(a["target"], b["target"]) for a, b in zip(rest, whole[5:], strict=True))
+    assert all(torch.equal(a.target, b.target) for a, b in zip(rest, whole[5:], strict=True))
 
 
 def test_widths_may_differ_and_the_rows_stay_in_step():
@@ -48,8 +48,8 @@ def test_widths_may_differ_and_the_rows_stay_in_step():
     y = torch.cat([x, x[:, :3] * 2], dim=1).half()
     paired = PairedActivations(ActivationDataset.from_tensor(x), ActivationDataset.from_tensor(y))
     for batch in paired.batches(64, window_bytes=10_000):
-        assert batch["target"].shape[1] == paired.d_out == 9
-        assert torch.equal(batch["target"][:, :6], batch["vector"].half())
+        assert batch.target.shape[1] == paired.d_out == 9
+        assert torch.equal(batch.target[:, :6], batch.x.half())
 
 
 def test_other_tokens_are_no_pair(tmp_path, tiny_model, token_data):

@@ -40,11 +40,11 @@ def test_labels_stay_with_their_rows_when_shuffled(written):
     out, x = written()
     data = ActivationDataset.open(out, "layers.6")
     seen = 0
-    for batch in data.batches(512, columns=["token_id", "position", "sample_id", "is_prompt"], seed=3):
-        rows = batch["sample_id"] * 50 + batch["position"]
-        assert torch.equal(batch["vector"], x.half()[rows])
-        assert torch.equal(batch["is_prompt"], batch["position"] < 10)
-        assert torch.equal(batch["token_id"].long(), rows % 97)
+    for found, labels in data.labelled_batches(["token_id", "position", "sample_id", "is_prompt"], 512, seed=3):
+        rows = labels["sample_id"] * 50 + labels["position"]
+        assert torch.equal(found, x.half()[torch.from_numpy(rows)])
+        assert np.array_equal(labels["is_prompt"], labels["position"] < 10)
+        assert np.array_equal(labels["token_id"], rows % 97)
         seen += len(rows)
     assert seen == len(data) == 3000
 
@@ -143,8 +143,9 @@ def test_extra_columns_of_every_type(tmp_path):
     assert found["name"][9] == "grün 1" and found["step"][-1] == 4 * 10**12 and found["exact"][0] == 1 / 3
     assert found["good"][0] and not found["good"][9]
     assert found["reward"].dtype == np.float32 and found["reward"][8] == 1.0
-    batch = next(iter(data.batches(20, columns=list(kinds))))
-    assert isinstance(batch, dict) and batch["good"].dtype == torch.bool
+    batch = next(data.labelled_batches(list(kinds), 20, shuffle=False))
+    assert list(batch.labels) == list(kinds)
+    assert all(np.array_equal(batch.labels[name], found[name][:20]) for name in kinds)
 
 
 @settings(max_examples=25, deadline=None)
@@ -290,8 +291,8 @@ def test_a_dataset_in_memory_behaves_like_one_on_disk():
     x = torch.randn(5000, 8)
     data = ActivationDataset.from_tensor(x, sample_id=np.arange(5000) // 10)
     assert torch.allclose(data.stats.mean, x.double().mean(0), atol=1e-6)
-    got = [(b["vector"].clone(), b["sample_id"]) for b in data.batches(640, columns=["sample_id"])]
-    assert sorted(torch.cat([s for _, s in got]).tolist()) == (np.arange(5000) // 10).tolist()
+    got = [(x.clone(), labels["sample_id"]) for x, labels in data.labelled_batches(["sample_id"], 640)]
+    assert sorted(np.concatenate([s for _, s in got]).tolist()) == (np.arange(5000) // 10).tolist()
     assert torch.equal(torch.cat([v for v, _ in got]).sum(1).sort().values, x.sum(1).sort().values)
 
 

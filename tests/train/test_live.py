@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from hubsae.activations import ActivationDataset
+from hubsae.activations.dataset import Labelled
 from hubsae.activations.ranks import Ranks
 from hubsae.activations.stream import open_stream
 from hubsae.core.errors import ConfigError
@@ -47,9 +48,9 @@ def live(seed: int = 0, **options) -> LiveActivations:
     )
 
 
-def batches(source: LiveActivations, count: int, layer: str = "layers.1") -> list[dict]:
+def batches(source: LiveActivations, count: int, layer: str = "layers.1") -> list[Labelled]:
     columns = ["sample_id", "position", "token_id"]
-    return list(itertools.islice(source[layer].batches(64, columns=columns), count))
+    return list(itertools.islice(source[layer].labelled_batches(columns, 64), count))
 
 
 def test_batches_hold_each_token_once_per_pass_as_the_model_makes_it_and_mixed():
@@ -57,16 +58,16 @@ def test_batches_hold_each_token_once_per_pass_as_the_model_makes_it_and_mixed()
     assert source.validation is not None
     held = set(zip(*(source.validation.labels[c].tolist() for c in ("sample_id", "position")), strict=True))
     found = batches(source, 20)
-    seen = [pair for b in found for pair in zip(b["sample_id"].tolist(), b["position"].tolist(), strict=True)]
+    seen = [pair for b in found for pair in zip(b.labels["sample_id"], b.labels["position"], strict=True)]
     assert len(set(seen)) == len(seen) == 20 * 64 and not held & set(seen)
     # the vectors are those of the model at that place
     alone, all_texts = model(), texts()
     for b in found[::7]:
-        sample, position = int(b["sample_id"][0]), int(b["position"][0])
+        sample, position = int(b.labels["sample_id"][0]), int(b.labels["position"][0])
         expected = _residual(alone, all_texts[sample])[position]
-        torch.testing.assert_close(b["vector"][0], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(b.x[0], expected, rtol=1e-4, atol=1e-5)
     # a batch of 64 tokens holds few neighbours: texts have about 14 tokens
-    assert min(len(set(b["sample_id"].tolist())) for b in found) > 12
+    assert min(len(set(b.labels["sample_id"])) for b in found) > 12
 
 
 def _residual(alone, ids) -> torch.Tensor:
@@ -82,8 +83,8 @@ def _residual(alone, ids) -> torch.Tensor:
 
 def test_a_seed_gives_the_same_batches_and_another_seed_others():
     one, two, other = (batches(live(seed), 6) for seed in (0, 0, 1))
-    assert all(torch.equal(a["vector"], b["vector"]) for a, b in zip(one, two, strict=True))
-    assert not torch.equal(one[0]["vector"], other[0]["vector"])
+    assert all(torch.equal(a.x, b.x) for a, b in zip(one, two, strict=True))
+    assert not torch.equal(one[0].x, other[0].x)
 
 
 @pytest.mark.parametrize("at", [1, 5, 17, 30])
@@ -94,9 +95,7 @@ def test_a_source_goes_on_where_its_state_stood_also_in_a_later_pass(at):
     again = live(tokens=64 * 80)
     again["layers.1"].load_state_dict(json.loads(json.dumps(source["layers.1"].state_dict())))
     for a, b in zip(everything[at:], batches(again, 45 - at), strict=True):
-        assert torch.equal(a["vector"], b["vector"]) and torch.equal(
-            torch.as_tensor(a["sample_id"]), torch.as_tensor(b["sample_id"])
-        )
+        assert torch.equal(a.x, b.x) and np.array_equal(a.labels["sample_id"], b.labels["sample_id"])
 
 
 def test_all_layers_train_from_one_pass_as_each_would_alone(tmp_path):
@@ -117,7 +116,7 @@ def test_all_layers_train_from_one_pass_as_each_would_alone(tmp_path):
 def test_training_live_and_from_disk_reach_the_same_error():
     source = live(val_rows=512)
     held = source["layers.1"].validation
-    rows = torch.cat([b["vector"] for b in batches(live(val_rows=512), 25)])
+    rows = torch.cat([b.x for b in batches(live(val_rows=512), 25)])
     many = CONFIG.model_copy(update={"tokens": 64 * 200, "checkpoint_every": None})
     (by_live,) = train_live([many], live(val_rows=512, tokens=64 * 200), quiet=True)["layers.1"]
     on_disk = [
