@@ -23,7 +23,7 @@ def command(
     ],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="What to write.")],
     to: Annotated[
-        str, typer.Option("--to", help="native, saelens, sparsify, dictionary_learning, onnx, pt or raw.")
+        str, typer.Option("--to", help="native, saelens, sparsify, dictionary_learning, bundle, onnx, pt or raw.")
     ] = "native",
     format: Annotated[str | None, typer.Option("--format", help="Read IN as this format.")] = None,
     choices: SetOption = None,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from hubsae.cli._common import DryRunOption, JsonOption
-from hubsae.core.text import format_bytes
+from hubsae.core.text import format_bytes, format_time
 
 PANEL = "Recipes and demo"
 
@@ -60,6 +60,9 @@ def run(
     redo: Annotated[
         list[str] | None, typer.Option(help="Run this step again, and what follows from it: its code was edited.")
     ] = None,
+    from_checkpoint: Annotated[
+        str | None, typer.Option(help="Train no further: publish what a halted run kept (best, last or a step).")
+    ] = None,
     dry_run: DryRunOption = False,
     json_: JsonOption = False,
 ) -> None:
@@ -69,9 +72,8 @@ def run(
     from hubsae.recipes.registry import prepare
     from hubsae.recipes.run import say_event
 
-    prepared = prepare(
-        name, profile=profile, variant=config, overrides=overrides or [], out=out, notify=say_event, show=None
-    )
+    given = [*(overrides or []), *([f"from_checkpoint={from_checkpoint}"] if from_checkpoint else [])]
+    prepared = prepare(name, profile=profile, variant=config, overrides=given, out=out, notify=say_event, show=None)
     if redo and not dry_run:
         prepared.run.forget(prepared.steps, redo)
     if dry_run:
@@ -119,20 +121,32 @@ def _show_plan(prepared: Any, json_: bool) -> None:
             "what": step.estimate.what,
             "disk_bytes": step.estimate.disk,
             "memory_bytes": step.estimate.memory,
+            "seconds": step.estimate.seconds,
+            "moved_bytes": step.estimate.moved,
             "state": states[step.name].state,
         }
         for step in prepared.steps
     ]
     disk = sum(row["disk_bytes"] for row in rows)
     memory = max((row["memory_bytes"] for row in rows), default=0)
+    seconds, moved = (sum(row[name] for row in rows) for name in ("seconds", "moved_bytes"))
     if json_:
-        print_json({"run": str(prepared.run.path), "steps": rows, "disk_bytes": disk, "memory_bytes": memory})
+        whole = {"disk_bytes": disk, "memory_bytes": memory, "seconds": seconds, "moved_bytes": moved}
+        print_json({"run": str(prepared.run.path), "steps": rows, **whole})
         return
-    cells = [[r["step"], r["what"], _size(r["disk_bytes"]), _size(r["memory_bytes"]), r["state"]] for r in rows]
-    print_table("", ["step", "what", "disk", "memory", "state"], cells)
+    columns = ["step", "what", "disk", "memory", *["time"] * bool(seconds), *["moved"] * bool(moved), "state"]
+    cells = [
+        {
+            **r, "disk": _size(r["disk_bytes"]), "memory": _size(r["memory_bytes"]), "moved": _size(r["moved_bytes"]),
+            "time": format_time(r["seconds"]) if r["seconds"] else "-",
+        }
+        for r in rows
+    ]  # fmt: skip
+    print_table("", columns, [[row[column] for column in columns] for row in cells])
+    more = f", {format_time(seconds)}" * bool(seconds) + f", {format_bytes(moved)} read and written" * bool(moved)
     console().print(
         f"{len(rows)} steps in {prepared.run.path}: {format_bytes(disk)} on disk, "
-        f"{format_bytes(memory)} of memory at most. Nothing was run.",
+        f"{format_bytes(memory)} of memory at most{more}. Nothing was run.",
         markup=False,
     )
 

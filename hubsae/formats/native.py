@@ -237,6 +237,6 @@ FORMAT = Format(
     read=_read_format,
     write=write,
     files=(Files((WEIGHTS_NAME, METADATA_NAME), (CFG_NAME, NORMALIZER_NAME, SPARSITY_NAME)),),
-    covers=frozenset({"saelens", "sparsify"}),
+    covers=frozenset({"saelens", "sparsify", "bundle"}),
     layout="`sae_weights.safetensors`, `cfg.json`, `metadata.json` (+ `normalizer`, `sparsity`)",
 )

@@ -157,7 +157,7 @@ def convert(
 
 
 def write_also(sae: SAE, folder: str | os.PathLike[str], formats: Iterable[str]) -> list[Path]:
-    """Write further formats beside an SAE's own files: sparsify, onnx, pt, raw. Returns the new files.
+    """Write further formats beside an SAE's own files: sparsify, onnx, pt, raw, bundle. Returns the new files.
 
     sparsify's keys are added to cfg.json, so that the one folder loads in SAELens and in sparsify.
     """

@@ -26,7 +26,10 @@ RESULTS, PLOTS = "results", "plots"
 NOT_LISTED = (MANIFEST_NAME, "README.md", ".gitattributes")
 ROOT_ID = "."
 # What may lie beside an SAE at the root of a release with one SAE.
-ROOT_FILES = (*native.SAE_FILES, "sae.safetensors", "model.onnx", "model.onnx.data", "model.pt")
+BESIDE = (
+    "sae.safetensors", "model.onnx", "model.onnx.data", "model.pt", "model.safetensors", "model.metadata.json",
+)  # fmt: skip
+ROOT_FILES = (*native.SAE_FILES, *BESIDE)
 
 
 class Release:
@@ -151,7 +154,7 @@ class Release:
     def add(self, sae: SAE, id: str, *, also: Iterable[str] = ()) -> SAEEntry:
         """Write an SAE into the release (in place of one with this id) and list it in the manifest.
 
-        `also` names further formats to write beside it: sparsify, onnx, pt, raw.
+        `also` names further formats to write beside it: sparsify, onnx, pt, raw, bundle.
         """
         from hubsae.formats.registry import write_also
 
@@ -228,7 +231,7 @@ class Release:
 
 def _remove_beside(folder: Path) -> None:
     """Other formats beside an SAE that is written anew would be those of the old one."""
-    for name in ("sae.safetensors", "model.onnx", "model.onnx.data", "model.pt"):
+    for name in BESIDE:
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / "raw", ignore_errors=True)
 

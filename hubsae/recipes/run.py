@@ -218,7 +218,7 @@ class RunFolder:
             folder=self.folder(step.name),
             run_folder=self.path,
             results={name: results[name] for name in step.needs},
-            folders={name: self.folder(name) for name in step.needs},
+            folders={name: self.folder(name) for name in (*step.needs, *step.rescues)},
             progress=report,
         )
 
@@ -291,7 +291,9 @@ class RunFolder:
             missing = [name for name in step.needs if name not in prints]
             if missing:
                 raise ConfigError(f"step {step.name!r} needs {missing}, which no earlier step is called")
-            prints[step.name] = fingerprint(step, {name: prints[name] for name in step.needs})
+            needed: dict[str, Any] = {name: prints[name] for name in step.needs}
+            needed |= {f"{name} as it lies": _inventory(self.folder(name)) for name in step.rescues}
+            prints[step.name] = fingerprint(step, needed)
         return prints
 
     def _record_path(self, step: str) -> Path:

@@ -30,6 +30,10 @@ class Estimate:
     """Bytes it leaves on disk."""
     memory: int = 0
     """Bytes of the largest moment, on whichever device does the work."""
+    seconds: float = 0
+    """How long, on the machine that `what` names or the profile is for; 0 where that is not known."""
+    moved: int = 0
+    """Bytes read from and written to disks or hubs, passes counted."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,8 @@ class Step:
     """All that decides the outcome beside `needs`: JSON values or a pydantic model."""
     needs: tuple[str, ...] = ()
     """Names of the steps whose folders or results it reads."""
+    rescues: tuple[str, ...] = ()
+    """Steps whose folders it reads as they lie, finished or not; it runs again when a file there has another size."""
     resumes: bool = False
     """Whether it continues from what a killed run left in its folder; otherwise it starts with an empty one."""
     spreads: bool = False
@@ -120,7 +126,7 @@ def plain(value: Any) -> Any:
     raise TypeError(f"settings and results of a step are plain JSON values, not {type(value).__name__}")
 
 
-def fingerprint(step: Step, needed: dict[str, str]) -> str:
-    """A hash of all that decides what `step` will produce; `needed` are the fingerprints of the steps it needs."""
+def fingerprint(step: Step, needed: dict[str, Any]) -> str:
+    """A hash of all that decides what `step` will produce; `needed` says what the steps it needs are, by name."""
     about = {"name": step.name, "version": step.version, "settings": step.plain_settings(), "needs": needed}
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()

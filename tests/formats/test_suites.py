@@ -8,10 +8,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from hubsae.core.errors import FormatError
-from hubsae.formats import detect, read
+from hubsae import HubSAE, SAEConfig
+from hubsae.core.errors import ConfigError, FormatError
+from hubsae.core.normalizer import Normalizer
+from hubsae.formats import Release, detect, read, write
 from hubsae.formats.base import ReadWarning
 
 from .conftest import D_IN, D_SAE, K
@@ -272,3 +274,47 @@ def test_folded_normaliser_gives_the_same_numbers_in_stock_saelens(rand, same, t
     same(sae, x, lens.encode(x), lens(x))
     again = read(tmp_path / "native")
     assert again.normalizer is not None and torch.equal(again.normalizer.mean, mean)
+
+
+@pytest.mark.parametrize("fields", [
+    {"architecture": "topk", "k": K}, {"architecture": "topk", "k": K, "topk_relu": False}, {"architecture": "relu"},
+    {"architecture": "batch_topk", "k": K, "threshold": 0.7},
+])  # fmt: skip
+@pytest.mark.parametrize("subtract", [True, False])
+def test_a_bundle_is_written_in_training_space_and_comes_back_with_its_normaliser(
+    fields, subtract, rand, same, tmp_path
+):
+    config = SAEConfig(d_in=D_IN, d_sae=D_SAE, apply_b_dec_to_input=subtract, **fields)
+    tensors = {name: rand(*config.tensor_shape(name), scale=0.3) for name in config.tensor_names}
+    mean, std = rand(D_IN) * 3, rand(D_IN).abs() + 0.2
+    sae = HubSAE(config, tensors, normalizer=Normalizer(mean, std, 1234))
+    sae.metadata.base_model.id, sae.metadata.hook.module_path = "Qwen/Qwen3-8B", "model.layers.35"
+    sae.metadata.training.steps = 70000
+    again = read(write(sae, tmp_path / "bundle", "bundle"))
+    x = rand(200, D_IN) * std + mean
+    # folded with its normaliser it may subtract b_dec where the one that was written did not: the same numbers
+    assert again.config == sae.config.model_copy(update={"apply_b_dec_to_input": True})
+    same(again, x, sae.encode(x), sae(x))
+    assert torch.equal(again.normalizer.mean.float(), mean) and torch.equal(again.normalizer.std.float(), std)
+    assert again.metadata.hook.module_path == "model.layers.35" and again.metadata.training.steps == 70000
+    # anyone else: the normaliser, then the tensors as they stand in the file
+    stored = load_file(tmp_path / "bundle/model.safetensors")
+    z = (x - mean) / std - (stored["b_dec"] if subtract else 0)
+    pre = (x - sae.b_dec if subtract else x) @ sae.W_enc + sae.b_enc
+    assert torch.allclose(z @ stored["W_enc"] + stored["b_enc"], pre, atol=1e-4)
+
+
+def test_a_bundle_beside_an_sae_is_no_second_reading_and_goes_when_the_sae_is_written_anew(rand, tmp_path):
+    config = SAEConfig(architecture="topk", k=K, d_in=D_IN, d_sae=D_SAE)
+    sae = HubSAE(config, {name: rand(*config.tensor_shape(name), scale=0.3) for name in config.tensor_names})
+    release = Release.create(tmp_path, name="r", base_model="Qwen/Qwen3-8B")
+    release.add(sae, "layer35", also=["bundle"])
+    assert [r.format for r in detect(tmp_path / "layer35")] == ["native"]
+    assert {"layer35/model.safetensors", "layer35/model.metadata.json"} <= {f.path for f in release.entry().files}
+    release.add(sae, "layer35")
+    assert not (tmp_path / "layer35/model.safetensors").exists()
+
+
+def test_a_bundle_refuses_what_it_cannot_say(rand, tmp_path):
+    with pytest.raises(ConfigError, match="jumprelu"):
+        write(HubSAE.random(SAEConfig(architecture="jumprelu", d_in=D_IN, d_sae=D_SAE)), tmp_path, "bundle")

@@ -185,3 +185,27 @@ def test_two_processes_may_not_run_in_one_folder(tmp_path: Path):
         return "another process is running" in done.stderr
 
     assert RunFolder(tmp_path).execute([Step("outer", rival)])[0].result is True
+
+
+def test_a_rescue_reads_an_unfinished_step_and_runs_again_when_that_has_gone_on(tmp_path: Path):
+    seen: list[str] = []
+
+    def halted(ctx):
+        (ctx.folder / "state").write_text("1")
+        raise HubSAEError("the machine was taken away")
+
+    def rescue(ctx):
+        seen.append((ctx.path("train") / "state").read_text())
+        (ctx.folder / "saved").write_text(seen[-1])
+
+    train, saved = Step("train", halted, resumes=True), Step("saved", rescue, rescues=("train",))
+    run = RunFolder(tmp_path)
+    with pytest.raises(HubSAEError):
+        run.execute([train])
+    run.execute([saved])
+    run.execute([saved])
+    assert seen == ["1"]
+    assert run.states([train])["train"].state == "incomplete", "training may still go on"
+    (tmp_path / "train/state").write_text("12")
+    run.execute([saved])
+    assert seen == ["1", "12"]

@@ -1,11 +1,13 @@
 """A bundle: `model.safetensors` with `model.metadata.json`, which holds per-dimension input_mean and input_std.
 
 Which keys and which orientation such files use is not written down anywhere, so both are taken from what is
-there: several spellings are known, matrices are turned by their shape, and square ones are refused.
+there: several spellings are known, matrices are turned by their shape, and square ones are refused. Written ones say
+all of it: the weights are those of the training space, unfolded from the statistics that stand beside them.
 """
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hubsae.core.errors import FormatError
-from hubsae.core.fold import TrainedTensors
+from hubsae.core.errors import ConfigError, FormatError
+from hubsae.core.files import write_json_atomic
+from hubsae.core.fold import TrainedTensors, unfold
 from hubsae.core.metadata import DecoderFlags
 from hubsae.core.sae import SAE
 from hubsae.formats import tensors as io
@@ -33,7 +36,7 @@ SPELLINGS = {
 }
 MEAN = ("input_mean", "normalizer.mean", "normalization.mean")
 STD = ("input_std", "normalizer.std", "normalization.std")
-ARCHITECTURES = {"topk": "topk", "batchtopk": "batch_topk", "relu": "relu", "standard": "relu"}
+ARCHITECTURES = {"batchtopk": "batch_topk", "topk": "topk", "relu": "relu", "standard": "relu"}
 
 
 def detect(probe: Probe) -> str | None:
@@ -67,6 +70,8 @@ def _read(probe: Probe, choices: Overrides) -> SAE:
             ),
             architecture=architecture,
             k=int(k) if isinstance(k, (int, float)) else None,
+            topk_relu=meta.get("topk_relu") is not False,
+            batch_threshold=_find(meta, ("threshold",)) if architecture == "batch_topk" else None,
             mean=_statistic(file, meta, tensors, "mean", MEAN, d_in),
             std=_statistic(file, meta, tensors, "std", STD, d_in),
             keep_normalizer=True,
@@ -174,11 +179,36 @@ def _training(meta: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in found.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
 
 
+def write(sae: SAE, folder: str | os.PathLike[str]) -> Path:
+    """Write the weights in training space, and the normaliser in full beside them."""
+    if sae.config.architecture not in ARCHITECTURES.values() or sae.config.is_transcoder:
+        raise ConfigError(f"a bundle holds no {sae.config.selection} SAE", hint=f"{', '.join(ARCHITECTURES.values())}")
+    folder, config, record, space = Path(folder), sae.config, sae.metadata, sae.normalizer
+    mean, std = (torch.zeros(sae.d_in), torch.ones(sae.d_in)) if space is None else (space.mean, space.std)
+    t = unfold(sae.tensors(), mean.to(sae.device), std.to(sae.device), apply_b_dec_to_input=config.apply_b_dec_to_input)
+    named = {"W_enc": t.W_enc, "W_dec": t.W_dec, "b_enc": t.encoder_biases["b_enc"], "b_dec": t.b_dec}
+    folder.mkdir(parents=True, exist_ok=True)
+    io.write_safetensors(folder / WEIGHTS_NAME, {name: x.float().contiguous().cpu() for name, x in named.items()})
+    about = {
+        "format": "hubsae-bundle", "sae_type": config.architecture, "k": config.k, "d_in": sae.d_in, "d_sae": sae.d_sae,
+        "topk_relu": config.topk_relu, "threshold": config.threshold,
+        "apply_b_dec_to_input": config.apply_b_dec_to_input, "W_enc": "[d_in, d_sae]", "W_dec": "[d_sae, d_in]",
+        "hookpoint": record.hook.module_path or record.hook.transformer_lens, "base_model": record.base_model.id,
+        "base_model_revision": record.base_model.revision,
+        "training": record.training.model_dump(mode="json", exclude_none=True),
+        "input_count": 0 if space is None else space.count, "input_mean": mean.tolist(), "input_std": std.tolist(),
+    }  # fmt: skip
+    write_json_atomic(folder / METADATA_NAME, {name: value for name, value in about.items() if value is not None})
+    return folder
+
+
 FORMAT = Format(
     name="bundle",
     title="safetensors with model.metadata.json",
     detect=detect,
     read=_read,
+    write=write,
+    write_beside=write,
     files=(Files((WEIGHTS_NAME, METADATA_NAME), ("release_manifest.json",)),),
     covers=frozenset({"raw"}),
     layout="`model.safetensors`, `model.metadata.json` with `input_mean` and `input_std`",
