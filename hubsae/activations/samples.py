@@ -96,6 +96,8 @@ class Preparation:
     special_tokens: bool = True
     """Let the tokenizer add its own (BOS, say) to raw text."""
     template_options: Mapping[str, Any] = field(default_factory=dict)
+    separate: bool = True
+    """packed: put the tokenizer's end of text behind each text."""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -212,7 +212,7 @@ class Stream:
         return found
 
     def _as_text(self) -> Preparation:
-        return Preparation("text", None, text_column=self.how.text_column, special_tokens=self.how.special_tokens)
+        return replace(self.how, mode="text", max_length=None)
 
     def _prepared(
         self,
@@ -269,7 +269,8 @@ class Stream:
                 yield from samples
                 self.counts.passed = first + len(items)
 
-        packed = pack(texts(), self.how.max_length, getattr(self.tokenizer, "eos_token_id", None))
+        separator = getattr(self.tokenizer, "eos_token_id", None) if self.how.separate else None
+        packed = pack(texts(), self.how.max_length, separator)
         if self.max_tokens is not None:
             packed = itertools.islice(packed, -(-self.max_tokens // self.how.max_length))
         numbered = (Sample(number, ids, 0) for number, ids in enumerate(packed))
@@ -338,10 +339,13 @@ def open_stream(
     batch_tokens: int | None = None,
     window: int | None = None,
     strict: bool = False,
+    separate: bool = True,
     ranks: Ranks | None = None,
     needs_tokenizer: bool = True,
 ) -> Stream:
-    """A stream of activations of `model` at `hook_points`; the options are those of `harvest`.
+    """A stream of activations of `model` at `hook_points`; the options are those of `harvest`, and one more:
+
+    `separate=False` packs texts without an end-of-text token between them, as chats in their template are packed.
 
     >>> import transformers
     >>> config = transformers.LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
@@ -363,7 +367,7 @@ def open_stream(
     points = [hook_points] if isinstance(hook_points, (str, int, HookPoint)) else list(hook_points)
     how = Preparation(
         mode, max_length, chat, system, prompt_column, response_column, text_column, special_tokens,
-        template_options or {},
+        template_options or {}, separate,
     )  # fmt: skip
     return Stream(
         live, tokenizer, sorted({HookPoint.parse(point) for point in points}), how, select, excluding(exclude),

@@ -97,6 +97,9 @@ class ScheduleConfig(Settings):
     decay_steps: int | None = Field(
         default=None, ge=1, description="linear: decay over the last this many steps; default: all after the warm-up."
     )
+    cooldown_steps: int = Field(
+        default=0, ge=0, description="The shape ends this many steps before the run does; from there linearly to 0."
+    )
 
 
 class SparsityConfig(Settings):

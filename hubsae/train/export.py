@@ -80,6 +80,8 @@ def record(
     if s.warmup_tokens or s.warmup_steps:
         schedule = f"{s.warmup_tokens} tokens" * bool(s.warmup_tokens) or f"{s.warmup_steps} steps"
         schedule = f"warm-up {schedule}, then " + (s.shape if s.shape == "constant" else f"{s.shape} to {s.floor:g}")
+    if s.cooldown_steps:
+        schedule += f", linear to 0 over the last {s.cooldown_steps} steps"
     dead = config.dead
     rule = (
         f"not fired for {dead.tokens} tokens"

@@ -26,7 +26,7 @@ from hubsae.train import preflight
 from hubsae.train.api import train, train_live, train_many
 from hubsae.train.config import TrainConfig
 from hubsae.train.estimate import Estimate, estimate
-from hubsae.train.live import LiveActivations
+from hubsae.train.live import LiveActivations, Mixing
 from hubsae.train.result import TrainResult
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -66,6 +66,9 @@ class LiveConfig(Settings):
     batch_tokens: int | None = Field(default=None, description="Tokens per forward pass, padding included.")
     window: int | None = Field(default=None, description="Samples sorted by length together.")
     buffer_rows: int = Field(default=65_536, ge=4, description="Tokens that are mixed with each other.")
+    mixing: Mixing = Field(
+        default="even", description="even: a token waits for up to a buffer; half: half of the buffer leaves at a time."
+    )
     val_rows: int = Field(default=8_192, ge=0, description="Tokens held out for validation, from the first texts.")
 
     def open(self, train: TrainConfig, device: torch.device) -> LiveActivations:
@@ -85,7 +88,12 @@ class LiveConfig(Settings):
         about = load_texts(self.texts, config=self.texts_config, split=self.texts_split)[1]
         kept = ("revision", "adapter", "model_dtype", "mode", "max_length")
         about |= {"model": self.model, **{name: getattr(self, name) for name in kept}}
-        buffer = {"buffer_rows": self.buffer_rows, "val_rows": self.val_rows, "seed": train.data_seed}
+        buffer: dict[str, Any] = {
+            "buffer_rows": self.buffer_rows,
+            "mixing": self.mixing,
+            "val_rows": self.val_rows,
+            "seed": train.data_seed,
+        }
         return LiveActivations(stream, texts, tokens=_tokens(train), info=about, **buffer)
 
 

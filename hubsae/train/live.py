@@ -1,11 +1,14 @@
 """Live training: activations go from the model to the trainer through a mixing buffer; none are kept on disk.
 
-    texts -> harvested batches -> chunks -> buffer of four chunks -> mixed rows -> training batches of every layer
+    texts -> harvested batches -> chunks -> buffer -> mixed rows -> training batches of every layer
 
-A row waits between zero and three chunks, by a draw of its own, and what leaves with a chunk is shuffled: neighbours of
-one text end up in different batches. What leaves with chunk r depends on chunks r - 3 to r alone, so a run that goes on
-harvests those four again, from the place in the texts where the first of them began, and continues to the bit. All
-layers see the same tokens in the same order, from one pass of the model. When the texts end they begin again.
+Mixing `even`: a chunk is a quarter of the buffer; a row waits between zero and three chunks, by a draw of its own, and
+what leaves with a chunk is shuffled: neighbours of one text end up in different batches. Mixing `half`: a chunk is half
+the buffer, and whatever is in it leaves with the next chunk with probability one half, as if the buffer were shuffled,
+half of it given out and refilled; no row stays for more than eight chunks. What leaves with chunk r depends on the
+chunks r - 3 (r - 7) to r alone, so a run that goes on harvests those again, from the place in the texts where the first
+of them began, and continues to the bit. All layers see the same tokens in the same order, from one pass of the model.
+When the texts end they begin again.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +26,9 @@ from hubsae.activations.dataset import ActivationDataset, Labelled
 from hubsae.activations.stream import HarvestBatch, Place, Stream
 from hubsae.core.errors import ConfigError, DataError
 
-CHUNKS = 4
+Mixing = Literal["even", "half"]
+CHUNKS: dict[Mixing, tuple[int, int]] = {"even": (4, 4), "half": (2, 8)}
+"""Chunks that make up the buffer, and those whose rows may be in it."""
 
 
 class Mark(NamedTuple):
@@ -70,12 +75,15 @@ class LiveActivations:
         *,
         tokens: int,
         buffer_rows: int = 65_536,
+        mixing: Mixing = "even",
         val_rows: int = 8_192,
         seed: int = 0,
         info: Mapping[str, Any] | None = None,
     ):
         self.stream, self.texts, self.tokens, self.seed = stream, texts, tokens, seed
-        self.chunk_rows = max(1, buffer_rows // CHUNKS)
+        self.mixing: Mixing = mixing
+        parts, self.span = CHUNKS[mixing]
+        self.chunk_rows = max(1, buffer_rows // parts)
         self.names = [hook.name for hook in stream.hooks]
         begin, self.validation = Mark(), None
         if val_rows:
@@ -129,25 +137,35 @@ class LiveActivations:
                 parts, have, begin = [], 0, end
 
     def _rounds(self, number: int, start: Mark) -> Iterator[tuple[int, Mark, Chunk]]:
-        """What leaves with each chunk from `number` on; `start` is where chunk `number` - 3 begins."""
-        held: deque[tuple[int, Chunk, np.ndarray]] = deque(maxlen=CHUNKS)
-        for index, chunk in enumerate(self._chunks(start, self.chunk_rows), number - CHUNKS + 1):
-            held.append((index, chunk, self._generator(index, 0).integers(0, CHUNKS, chunk.rows)))
+        """What leaves with each chunk from `number` on; `start` is where the first chunk it depends on begins."""
+        held: deque[tuple[int, Chunk, np.ndarray]] = deque(maxlen=self.span)
+        for index, chunk in enumerate(self._chunks(start, self.chunk_rows), number - self.span + 1):
+            held.append((index, chunk, self._waits(index, chunk.rows)))
             if index < number:
                 continue
-            if index == CHUNKS - 1:  # the buffer is full for the first time: what would have left before goes now
+            if index == self.span - 1:  # the buffer is full for the first time: what would have left before goes now
                 leaving = [c.take(np.flatnonzero(waits <= index - i)) for i, c, waits in held]
             else:
                 leaving = [c.take(np.flatnonzero(waits == index - i)) for i, c, waits in held]
             whole = _joined(leaving)
             yield index, held[0][1].begin, whole.take(self._generator(index, 1).permutation(whole.rows))
+            for place, (i, chunk_, waits) in enumerate(held):
+                stay = np.flatnonzero(waits > index - i)
+                held[place] = i, chunk_.take(stay), waits[stay]
+
+    def _waits(self, index: int, rows: int) -> np.ndarray:
+        """With how many later chunks each row of a chunk leaves [rows]."""
+        draw = self._generator(index, 0)
+        if self.mixing == "half":
+            return np.minimum(draw.geometric(0.5, rows) - 1, self.span - 1)
+        return draw.integers(0, self.span, rows)
 
     def _generator(self, *key: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, *key])
 
     def _cut(self, batch: int, state: Mapping[str, Any] | None) -> Iterator[tuple[Chunk, dict[str, Any]]]:
         """Mixed rows in batches, each with the state behind it."""
-        number, start, skip = CHUNKS - 1, self.begin, 0
+        number, start, skip = self.span - 1, self.begin, 0
         if state is not None:
             number, start, skip = int(state["round"]), Mark(*state["begin"]), int(state["offset"])
         done, rest = 0 if state is None else int(state["batch"]), None

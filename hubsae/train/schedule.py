@@ -24,6 +24,10 @@ def learning_rate(config: TrainConfig, step: int, total: int) -> float:
     warm = warmup_steps(s.warmup_steps, s.warmup_tokens, config.batch_size)
     if step < warm:
         return config.lr * (step + 1) / warm
+    total -= s.cooldown_steps
+    if s.cooldown_steps and step >= total:
+        last = 1.0 if s.shape == "constant" else s.floor
+        return config.lr * last * (1 - (step - total) / s.cooldown_steps)
     if s.shape == "constant":
         return config.lr
     start = warm if s.decay_steps is None else max(warm, total - s.decay_steps)

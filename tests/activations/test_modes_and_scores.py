@@ -11,6 +11,7 @@ import torch
 from hubsae.activations import ActivationDataset, harvest
 from hubsae.activations.rewards import ModelScorer, StepScores, step_ends
 from hubsae.activations.samples import Preparation, prepare
+from hubsae.activations.stream import open_stream
 from hubsae.core.errors import ConfigError, DataError
 
 PAIR = {"question": "Ann has 12 apples", "answer": "She eats 3 of them"}
@@ -156,6 +157,22 @@ def test_packed_blocks(tmp_path, tiny_model, tokenizer):
     stream = [i for t in texts for i in [*tokenizer(t)["input_ids"], tokenizer.eos_token_id]]
     assert labels["token_id"].tolist() == stream
     assert np.bincount(labels["sample_id"])[:-1].tolist() == [32] * (len(stream) // 32)
+
+
+@pytest.mark.parametrize("separate", [True, False])
+def test_packed_blocks_hold_every_token_of_the_texts_once_and_in_order(tiny_model, tokenizer, separate):
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(0, len(tokenizer), rng.integers(1, 90)).tolist() for _ in range(200)]
+    options = {"tokenizer": tokenizer, "mode": "packed", "max_length": 48, "batch_tokens": 480, "window": 7}
+    stream = open_stream(tiny_model, [1], separate=separate, **options)
+    parts = [batch.labels for batch in stream.batches(texts)]
+    labels = {name: np.concatenate([part[name] for part in parts]) for name in ("token_id", "sample_id", "position")}
+    order = np.lexsort([labels["position"], labels["sample_id"]])
+    between = [tokenizer.eos_token_id] if separate else []
+    assert labels["token_id"][order].tolist() == [i for text in texts for i in [*text, *between]]
+    assert set(np.bincount(labels["sample_id"])[:-1].tolist()) == {48}
+    # each token once: no (block, position) comes twice
+    assert len(np.unique(np.stack([labels["sample_id"], labels["position"]]), axis=1)[0]) == len(order)
 
 
 def test_generated_responses_end_at_the_first_end_token(tmp_path, tiny_model, tokenizer):

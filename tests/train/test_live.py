@@ -87,15 +87,37 @@ def test_a_seed_gives_the_same_batches_and_another_seed_others():
     assert not torch.equal(one[0].x, other[0].x)
 
 
-@pytest.mark.parametrize("at", [1, 5, 17, 30])
-def test_a_source_goes_on_where_its_state_stood_also_in_a_later_pass(at):
-    everything = batches(live(tokens=64 * 80), 45)
-    source = live(tokens=64 * 80)
+@pytest.mark.parametrize(("at", "mixing"), [(1, "even"), (5, "even"), (17, "even"), (30, "even"), (7, "half")])
+def test_a_source_goes_on_where_its_state_stood_also_in_a_later_pass(at, mixing):
+    everything = batches(live(tokens=64 * 80, mixing=mixing), 45)
+    source = live(tokens=64 * 80, mixing=mixing)
     batches(source, at)
-    again = live(tokens=64 * 80)
+    again = live(tokens=64 * 80, mixing=mixing)
     again["layers.1"].load_state_dict(json.loads(json.dumps(source["layers.1"].state_dict())))
     for a, b in zip(everything[at:], batches(again, 45 - at), strict=True):
         assert torch.equal(a.x, b.x) and np.array_equal(a.labels["sample_id"], b.labels["sample_id"])
+
+
+def test_a_buffer_that_gives_out_half_holds_each_token_once_and_half_of_a_chunk_leaves_with_each():
+    source = live(tokens=64 * 120, mixing="half", val_rows=0)
+    assert (source.chunk_rows, source.span) == (128, 8)
+    chunk_of = {}
+    for index, chunk in enumerate(itertools.islice(source._chunks(source.begin, source.chunk_rows), 14)):
+        chunk_of |= dict.fromkeys(
+            zip(*(chunk.labels[c].tolist() for c in ("sample_id", "position")), strict=True), index
+        )
+    rounds = itertools.islice(source._rounds(7, source.begin), 5)
+    left: dict[tuple, int] = {}
+    for index, _, rows in rounds:
+        pairs = list(zip(*(rows.labels[c].tolist() for c in ("sample_id", "position")), strict=True))
+        assert len(set(pairs)) == len(pairs) and not left.keys() & set(pairs)
+        left |= dict.fromkeys(pairs, index)
+    waits = [index - chunk_of[pair] for pair, index in left.items() if index > 7]
+    assert min(waits) >= 0 and max(waits) <= 7
+    # half of those that wait leave with each chunk
+    for wait in (0, 1, 2):
+        share = waits.count(wait) / sum(w >= wait for w in waits)
+        assert abs(share - 0.5) < 0.1, (wait, share)
 
 
 def test_all_layers_train_from_one_pass_as_each_would_alone(tmp_path):

@@ -257,8 +257,28 @@ def test_schedules():
     assert rates(shape="cosine", floor=0.1, warmup_steps=10)[3:5] == [1.0, 0.55]
     assert rates(shape="linear")[-1] == 0.01
     assert rates(shape="linear", decay_steps=10)[4] == 1
+    assert rates(shape="cosine", floor=0.1, warmup_steps=10, cooldown_steps=20)[3:] == [1.0, 0.3548, 0.005]
+    assert rates(cooldown_steps=20)[4:] == [1, 0.05]
     c = config("relu", sparsity=SparsityConfig(l1=1.0, warmup_tokens=1280))
     assert [sparsity_scale(c, s) for s in (0, 5, 10, 11)] == [0, 0.5, 1, 1]
+
+
+def test_a_cosine_with_warm_up_and_cool_down_is_what_saelens_puts_together_of_torchs():
+    from torch.optim import lr_scheduler as of_torch
+
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=7e-5)
+    parts = [
+        of_torch.LinearLR(optimizer, 1 / 16, 1.0, total_iters=15),
+        of_torch.CosineAnnealingLR(optimizer, T_max=240, eta_min=7e-6),
+        of_torch.LinearLR(optimizer, 0.1, 0.0, total_iters=64),
+    ]
+    theirs = of_torch.SequentialLR(optimizer, parts, milestones=[16, 256])
+    schedule = ScheduleConfig(shape="cosine", floor=0.1, warmup_steps=16, cooldown_steps=64)
+    c = config(lr=7e-5, schedule=schedule)
+    for at in range(320):
+        assert learning_rate(c, at, 320) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6), at
+        optimizer.step()
+        theirs.step()
 
 
 def test_geometric_median_ignores_outliers():
