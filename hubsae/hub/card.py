@@ -26,7 +26,7 @@ from hubsae.hub import cardtext
 from hubsae.hub.cardtext import unique
 from hubsae.hub.examples import Example, example_features
 
-KINDS = ("single", "chain", "grid", "release")
+KINDS = ("single", "chain", "grid", "instruct", "release")
 HEADLINES = (
     "fvu", "l0", "dead_fraction", "frac_recovered_mean", "kl", "delta_ce", "nmse_pooled", "mse", "fve", "ce_sae",
 )  # fmt: skip
@@ -324,7 +324,7 @@ def card_of(
     card = Card(
         repo_id=repo_id,
         records=records,
-        kind=kind or guess_kind(records),
+        kind=kind or manifest.card or guess_kind(records),
         title=title or extra.get("title"),
         description=manifest.description,
         license=manifest.license,

@@ -93,14 +93,19 @@ def package(
     sparsity: Mapping[str, Tensor] | None = None,
     tables: Mapping[str, Sequence[dict[str, Any]]] | None = None,
     plots: Sequence[Path] = (),
+    card: str | None = None,
     progress: Callable[..., None] | None = None,
 ) -> Release:
-    """A release in `folder`, verified, with its card; SAEs are given as functions that load them."""
+    """A release in `folder`, verified, with its card; SAEs are given as functions that load them.
+
+    `card` names its template; the release remembers it, so that a push renders the same.
+    """
     from hubsae.hub.card import card_of_release, render_card
 
     made = Release.create(
-        folder, name=name, base_model=base_model, license=license, datasets=list(datasets), description=description
-    )
+        folder, name=name, base_model=base_model, license=license, datasets=list(datasets), description=description,
+        card=card,
+    )  # fmt: skip
     for number, (sae_id, load) in enumerate(saes.items()):
         if progress is not None:
             progress(number, len(saes), sae_id)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -132,38 +133,60 @@ def fetch_subject(
                 f"model.id is {model.id} and data.id is {data.id}: model and texts of a world belong together",
                 hint="set both to the same world, or neither to one",
             )
-        made = world(model.id, size=model.size, seed=seed, progress=progress)
+        found, made = _world_model(folder, model, seed, progress)
         train, test = (getattr(made, f"{split}_{data.kind}") for split in ("train", "test"))
         train, test = ([row if isinstance(row, dict) else row.record() for row in rows] for rows in (train, test))
-        found: dict[str, Any] = {"model": str(made.model_path), "revision": None, "world": made.folder.name}
-        if sum(path.stat().st_size for path in made.model_path.iterdir()) < COPIED_BELOW:
-            # so that the run stays whole when the cache is emptied
-            shutil.copytree(made.model_path, folder / "model")
-            found["model"] = "model"
         label, dataset = model.name or made.model_id, f"{made.folder.name.partition('-')[0]}-{data.kind}"
     else:
         commit = _pinned(data.id, data.revision, "dataset")
         train, test = (_rows(data, split, commit) for split in (data.train_split, data.test_split))
-        here = Path(model.id).is_dir()
-        pinned = _pinned(model.id, model.revision, "model")
-        found = {"model": str(Path(model.id).resolve()) if here else model.id, "revision": pinned}
-        found["data_revision"] = commit
+        found = _hub_model(model) | {"data_revision": commit}
         label, dataset = model.label, data.id
     train, test = train[: data.rows], test[: data.rows]
     for split, rows in (("train", train), ("test", test)):
-        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-        write_text_atomic(folder / f"{split}.jsonl", "\n".join(lines) + "\n")
+        write_jsonl(folder / f"{split}.jsonl", rows)
     return {**found, "label": label, "dataset": dataset, "train": len(train), "test": len(test)}
+
+
+def fetch_model(folder: Path, model: ModelSettings, seed: int, progress: Any = None) -> tuple[dict[str, Any], Any]:
+    """Make or pin a model alone, for a recipe that gathers its texts itself; and the world it is of, if any."""
+    if model.id in WORLDS:
+        found, made = _world_model(folder, model, seed, progress)
+        return found | {"label": model.name or made.model_id}, made
+    return _hub_model(model) | {"label": model.label}, None
+
+
+def _world_model(folder: Path, model: ModelSettings, seed: int, progress: Any) -> tuple[dict[str, Any], World]:
+    made = world(model.id, size=model.size, seed=seed, progress=progress)
+    found: dict[str, Any] = {"model": str(made.model_path), "revision": None, "world": made.folder.name}
+    if sum(path.stat().st_size for path in made.model_path.iterdir()) < COPIED_BELOW:
+        # so that the run stays whole when the cache is emptied
+        shutil.copytree(made.model_path, folder / "model", dirs_exist_ok=True)
+        found["model"] = "model"
+    return found, made
+
+
+def _hub_model(model: ModelSettings) -> dict[str, Any]:
+    here = Path(model.id).is_dir()
+    pinned = _pinned(model.id, model.revision, "model")
+    return {"model": str(Path(model.id).resolve()) if here else model.id, "revision": pinned}
+
+
+def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:
+    """Rows as JSON, one a line."""
+    return write_text_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_jsonl(path: Path) -> list[Any]:
+    """The inverse of `write_jsonl`."""
+    # not splitlines: real texts hold other separators of lines, which JSON leaves as they are
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def open_subject(folder: Path, result: dict[str, Any]) -> Subject:
     """What `fetch_subject` left in `folder`."""
     inside = folder / result["model"]
-    train, test = (
-        # not splitlines: real texts hold other separators of lines, which JSON leaves as they are
-        [json.loads(line) for line in (folder / f"{split}.jsonl").read_text(encoding="utf-8").split("\n") if line]
-        for split in ("train", "test")
-    )
+    train, test = (read_jsonl(folder / f"{split}.jsonl") for split in ("train", "test"))
     model = str(inside) if inside.is_dir() else result["model"]
     return Subject(model, result["revision"], result["label"], result["dataset"], train, test)
 
