@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -47,15 +47,40 @@ class ActivationSet(Mapping[str, ActivationDataset]):
         return cast(Any, self[self.configs[0]]).push_to_hub(repo_id, **options)
 
 
-class Pair(NamedTuple):
-    """A batch of two hook points."""
+class Batch(NamedTuple):
+    """Rows of one hook point, or of two: what is read, its labels, and what is to be predicted from it."""
 
     x: Tensor
     """[rows, d]"""
-    target: Tensor
-    """[rows, d_out]"""
     labels: Mapping[str, np.ndarray]
     """[rows] each"""
+    target: Tensor | None = None
+    """[rows, d_out]; None for activations of one hook point"""
+
+    def __len__(self) -> int:
+        return self.x.shape[0]
+
+    @property
+    def expected(self) -> Tensor:
+        """What an SAE is to give back: the target, or the rows themselves."""
+        return self.x if self.target is None else self.target
+
+    def part(self, rows: slice | Tensor) -> Batch:
+        """Some of the rows."""
+        places = rows if isinstance(rows, slice) else rows.cpu().numpy()
+        labels = {name: value[places] for name, value in self.labels.items()}
+        return Batch(self.x[rows], labels, None if self.target is None else self.target[rows])
+
+    def mapped(self, x: Callable[[Tensor], Tensor], target: Callable[[Tensor], Tensor] | None = None) -> Batch:
+        """The rows with a function on them; the same on the target where there is no other for it."""
+        return Batch(x(self.x), self.labels, None if self.target is None else (target or x)(self.target))
+
+    @staticmethod
+    def joined(parts: Sequence[Batch]) -> Batch:
+        """Rows one behind another."""
+        labels = {name: np.concatenate([part.labels[name] for part in parts]) for name in parts[0].labels}
+        targets = [part.target for part in parts if part.target is not None]
+        return Batch(torch.cat([part.x for part in parts]), labels, torch.cat(targets) if targets else None)
 
 
 class PairedActivations:
@@ -69,6 +94,7 @@ class PairedActivations:
     """
 
     def __init__(self, source: ActivationDataset, target: ActivationDataset):
+        """`source` is what is read, `target` what is to be predicted: the same tokens at another hook point."""
         self.source, self.target = source, target
         labels = [n for n in ("sample_id", "position") if n in source.label_names and n in target.label_names]
         same = len(source) == len(target) and all(
@@ -79,11 +105,18 @@ class PairedActivations:
                 f"{source.config} and {target.config} do not hold the same tokens in the same order",
                 hint="harvest both hook points in one run: harvest(model, data, ['3.mlp_in', '3.mlp_out'], ...)",
             )
-        self.d, self.d_out = source.d, target.d
-        self.label_names = source.label_names
+        self.d, self.d_out, self.n_rows = source.d, target.d, source.n_rows
+        self.label_names, self.info, self.split = source.label_names, source.info, source.split
+        self.path, self.config = source.path, f"{source.config} -> {target.config}"
+
+    @classmethod
+    def from_tensors(cls, x: Tensor, target: Tensor, **labels: Any) -> PairedActivations:
+        """Pairs of rows in memory, with label columns if given."""
+        one = ActivationDataset.from_tensor(x, name="input", **labels)
+        return cls(one, ActivationDataset.from_tensor(target, name="target"))
 
     def __len__(self) -> int:
-        return len(self.source)
+        return self.n_rows
 
     def __repr__(self) -> str:
         return f"PairedActivations({self.source!r} -> {self.target!r})"
@@ -101,7 +134,7 @@ class PairedActivations:
         dtype: torch.dtype | None = None,
         drop_last: bool | None = None,
         window_bytes: int = WINDOW_BYTES,
-    ) -> Iterator[Pair]:
+    ) -> Iterator[Batch]:
         """One epoch of batches with the labels asked for, rows in step."""
         row, other = (data.d * data.stored_dtype.itemsize for data in (self.source, self.target))
         # windows of as many rows on both sides, so that both are permuted alike
@@ -113,7 +146,23 @@ class PairedActivations:
         left = self.source.labelled_batches(columns, batch_size, dtype=dtype, window_bytes=window_rows * row, **options)
         right = self.target.batches(batch_size, dtype=dtype, window_bytes=window_rows * other, **options)
         for (x, labels), target in zip(left, right, strict=True):
-            yield Pair(x, target, labels)
+            yield Batch(x, labels, target)
+
+    def labelled_batches(self, columns: Sequence[str], batch_size: int = 8192, **options: Any) -> Iterator[Batch]:
+        """As `batches`, called as other data are."""
+        return self.batches(batch_size, columns=columns, **options)
+
+    def rows(self, first: int, count: int, *, columns: Sequence[str] = ()) -> Batch:
+        """Consecutive rows of both, with the labels asked for."""
+        return Batch(*self.source.rows(first, count, columns=columns), self.target.rows(first, count).x)
+
+    def take(self, rows: Sequence[int] | np.ndarray) -> Batch:
+        """The given rows of both, without labels."""
+        return Batch(self.source.take(rows), {}, self.target.take(rows))
+
+    def columns(self, names: Sequence[str] | str | None = None) -> dict[str, np.ndarray]:
+        """Label columns."""
+        return self.source.columns(names)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the last `batches` stands."""

@@ -136,13 +136,13 @@ def _together(
     saes: dict[str, HubSAE], path: str, config: str | None, split: str | None
 ) -> list[tuple[Any, dict[str, HubSAE]]]:
     """SAEs by the activations they are measured on."""
-    from hubsae.evals.record import activation_reader, stage_and_layer
+    from hubsae.evals.record import activation_reader, activations_of
 
     read = activation_reader(path, config=config, split=split)
-    together: dict[int, tuple[Any, dict[str, HubSAE]]] = {}
+    together: dict[tuple[str, str], tuple[Any, dict[str, HubSAE]]] = {}
     for name, sae in saes.items():
-        data = read(*stage_and_layer(sae))
-        together.setdefault(id(data), (data, {}))[1][name] = sae
+        data = activations_of(sae, read)
+        together.setdefault((data.config, data.split), (data, {}))[1][name] = sae
     return list(together.values())
 
 

@@ -129,14 +129,6 @@ class SAEConfig(BaseModel):
             return f"batch_topk(k={self.k}), stored threshold {self.threshold:.6g}"
         return self.architecture
 
-    def check_autoencoder(self, what: str) -> None:
-        """Raise if this is a transcoder: `what` compares an SAE's output with its input."""
-        if self.is_transcoder:
-            raise ConfigError(
-                f"{what} compares with the input, and this is a transcoder, which predicts another hook point",
-                hint="compare sae(x) with the activations at sae.metadata.hook_out yourself",
-            )
-
     def check_feature_subset(self) -> None:
         """Raise if latents of a subset of features cannot be told without the others."""
         needs_all = self.architecture == "topk" or (self.architecture == "batch_topk" and self.threshold is None)

@@ -102,16 +102,25 @@ def fold(
     return {name: tensor.contiguous() for name, tensor in out.items()}, apply_b_dec_to_input
 
 
-def unfold(tensors: dict[str, Tensor], mean: Tensor, std: Tensor, *, apply_b_dec_to_input: bool) -> TrainedTensors:
+def unfold(
+    tensors: dict[str, Tensor],
+    mean: Tensor,
+    std: Tensor,
+    *,
+    apply_b_dec_to_input: bool,
+    output: tuple[Tensor, Tensor] | None = None,
+) -> TrainedTensors:
     """The inverse of `fold`, in float64: the same SAE on inputs z = (x - mean) / std, for warm starts.
 
-    With b_dec subtracted before encoding the result has p = b_dec (tied); otherwise it has no pre-bias.
+    With b_dec subtracted before encoding the result has p = b_dec (tied); otherwise it has no pre-bias. `output` is
+    the mean and std of what a transcoder predicts.
     """
     wide = {name: tensor.double() for name, tensor in tensors.items()}
-    b_dec = wide["b_dec"]
-    mu, sigma = mean.double().expand_as(b_dec), std.double().expand_as(b_dec)
+    mu, sigma = mean.double(), std.double()
+    mu_out, sigma_out = (mu, sigma) if output is None else (output[0].double(), output[1].double())
     W_enc = wide["W_enc"] * sigma[:, None]
-    b_d = (b_dec - mu) / sigma
+    skip = wide.get("W_skip")
+    b_d = (wide["b_dec"] - mu_out + (0 if skip is None else skip @ mu)) / sigma_out
     r_mag = wide.get("r_mag")
     biases = {name: wide[name] for name in ("b_enc", "b_gate", "b_mag") if name in wide}
     if not apply_b_dec_to_input:
@@ -122,11 +131,12 @@ def unfold(tensors: dict[str, Tensor], mean: Tensor, std: Tensor, *, apply_b_dec
             biases[name] = biases[name] + (shift * r_mag.exp() if scaled and r_mag is not None else shift)
     return TrainedTensors(
         W_enc=W_enc,
-        W_dec=wide["W_dec"] / sigma,
+        W_dec=wide["W_dec"] / sigma_out,
         b_dec=b_d,
         pre_bias=b_d if apply_b_dec_to_input else None,
         encoder_biases=biases,
         r_mag=r_mag,
+        W_skip=None if skip is None else skip * sigma / sigma_out[:, None],
     )
 
 

@@ -155,7 +155,7 @@ class Sums:
             raise DataError(f"{len(self.scopes)} scopes at once are too many", hint="measure them in several passes")
         self.names = [scope.name for scope in self.scopes]
         self.models = dict(saes)
-        self.d = next(iter(saes.values())).d_in
+        self.d = next(iter(saes.values())).config.width_out
         self.inputs = InputSums(self.d)
         self.saes = {name: SAESums(self.d, sae.d_sae) for name, sae in saes.items()}
         self.cells, self.bins, self.samples = Places(), Places(), Places()
@@ -178,7 +178,7 @@ class Sums:
         group = runs if sample is None else np.where(sample >= 0, mix(sample), runs)
         key = cell * GROUPS + torch.from_numpy(group % GROUPS)
         keys, where = torch.unique(key, return_inverse=True)
-        norm2 = block.on(next(iter(self.models.values())).device)[2].cpu()
+        norm2 = block.expected(next(iter(self.models.values())).device)[2].cpu()
         # floor of BINS·log2‖x‖; an all-zero token has a bin of its own far below
         log = torch.log2(norm2.clamp_min(1e-60)).mul(BINS_PER_OCTAVE / 2).floor().long()
         first = torch.zeros(n, dtype=torch.int64) if position is None else torch.from_numpy(position == 0).long()
@@ -196,7 +196,7 @@ class Sums:
         for name, column in (("position", position), ("sample_id", sample)):
             inputs.known[name] += 0 if column is None else int((column >= 0).sum())
         for number, (name, sae) in enumerate(self.models.items()):
-            source, wide, squares = block.on(sae.device)
+            source, wide, squares = block.expected(sae.device)
             here, bin_here = where.to(sae.device), in_bin.to(sae.device)
             if number == 0:
                 inputs.sum_x.add(sum_rows(wide, here, len(keys)), keys)

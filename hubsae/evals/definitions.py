@@ -1,6 +1,7 @@
 """Every metric's one name and one definition; nothing computes a number under a name that is not here.
 
-x is the raw activation of a token, x̂ its reconstruction, n the tokens of the scope, d the width.
+x is the raw activation of a token, x̂ its reconstruction, n the tokens of the scope, d the width. Of a transcoder x is
+the activation at its output hook point and x̂ what it predicts there.
 """
 
 from __future__ import annotations

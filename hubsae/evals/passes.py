@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hubsae.activations.activation_set import Batch
 from hubsae.activations.dataset import Labelled
 from hubsae.activations.ranks import Ranks
 from hubsae.core.codes import SparseCodes
@@ -52,19 +53,28 @@ class PassBlock:
     """By name of the SAE, on its device."""
     halo: bool = False
     """Rows beside the part of this rank, shown as context only."""
-    _held: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    target: Tensor | None = None
+    """[rows, d_out], what transcoders predict, where the data are pairs"""
+    _held: dict[Any, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return self.x.shape[0]
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """The rows on a device: as an SAE takes them, in float64, and their squared norms."""
-        if device not in self._held:
-            x = self.x.to(device)
+        return self._on(device, "x", self.x)
+
+    def expected(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of what SAEs are to give back: the rows themselves, or of pairs the target."""
+        return self.on(device) if self.target is None else self._on(device, "target", self.target)
+
+    def _on(self, device: torch.device, name: str, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if (name, device) not in self._held:
+            x = rows.to(device)
             x = x if x.dtype in (torch.float32, torch.float64) else x.float()
             wide = x.double()
-            self._held[device] = x, wide, squared_norms(wide)
-        return self._held[device]
+            self._held[name, device] = x, wide, squared_norms(wide)
+        return self._held[name, device]
 
 
 @runtime_checkable
@@ -140,6 +150,8 @@ def encode_block(sae: SAE, x: Tensor) -> SparseCodes:
 class Rows:
     """Activations of any accepted kind: a tensor, a mapping with `x` and label columns, or an ActivationDataset.
 
+    With `d_out` they are pairs of hook points (`PairedActivations`), for transcoders.
+
     >>> rows = Rows(torch.randn(10, 4), {"position": torch.arange(10)})
     >>> rows.n, rows.d, rows.columns
     (10, 4, ('position', 'norm'))
@@ -173,6 +185,7 @@ class Rows:
                 hint="pass a tensor [tokens, d], a mapping with 'x' and label columns, or an ActivationDataset",
             )
         self.data, self.stored, self.batch_size = data, stored, batch_size or BLOCK_ROWS
+        self.d_out: int | None = getattr(data, "d_out", None)
         self.extra = {name: as_column(name, value) for name, value in extra.items()}
         for name, value in self.extra.items():
             if value.shape != (self.n,):
@@ -183,16 +196,17 @@ class Rows:
         """Label columns that can be asked for."""
         return tuple(dict.fromkeys([*self.extra, *self.stored, NORM]))
 
-    def pieces(self, first: int, last: int, columns: Sequence[str]) -> Iterator[Labelled]:
+    def pieces(self, first: int, last: int, columns: Sequence[str]) -> Iterator[Batch]:
         """Rows first to last in order, with the label columns asked for."""
         names = [c for c in columns if c in self.stored and c not in self.extra]
         start = first
-        for x, labels in self._read(first, last, names):
-            rows = slice(start, start + len(x))
-            yield Labelled(x, {**labels, **{c: self.extra[c][rows] for c in columns if c in self.extra}})
-            start += len(x)
+        for batch in (Batch(*read) for read in self._read(first, last, names)):
+            rows = slice(start, start + len(batch))
+            labels = {**batch.labels, **{c: self.extra[c][rows] for c in columns if c in self.extra}}
+            yield Batch(batch.x, labels, batch.target)
+            start += len(batch)
 
-    def _read(self, first: int, last: int, names: list[str]) -> Iterator[Labelled]:
+    def _read(self, first: int, last: int, names: list[str]) -> Iterator[Labelled | Batch]:
         if isinstance(self.data, Tensor):
             for start in range(first, last, self.batch_size):
                 yield Labelled(self.data[start : min(start + self.batch_size, last)], {})
@@ -207,7 +221,7 @@ class Stream(Rows):
     """Activations that come as they are made, with no end known beforehand."""
 
     def __init__(self, batches: Iterable[Labelled], d: int, columns: Sequence[str]):
-        self.batches, self.n, self.d = batches, None, d
+        self.batches, self.n, self.d, self.d_out = batches, None, d, None
         self.stored, self.extra, self.batch_size = tuple(columns), {}, BLOCK_ROWS
 
     def _read(self, first: int, last: int, names: list[str]) -> Iterator[Labelled]:
@@ -233,33 +247,32 @@ def blocks_of(rows: Rows, first: int, last: int | None, columns: Sequence[str]) 
     """Rows of blocks first to last (in blocks), regrouped to BLOCK_ROWS however they are read."""
     start = first * BLOCK_ROWS
     end = rows.n if rows.n is None or last is None else min(last * BLOCK_ROWS, rows.n)
-    held: list[Labelled] = []
+    held: list[Batch] = []
     count = 0
 
-    def take(n: int) -> Labelled:
+    def take(n: int) -> Batch:
         nonlocal held, count
         whole = held[0]
         if len(held) > 1:
-            labels = {name: np.concatenate([p.labels[name] for p in held]) for name in whole.labels}
-            whole = Labelled(torch.cat([p.x for p in held]), labels)
-        rest = Labelled(whole.x[n:], {name: value[n:] for name, value in whole.labels.items()})
-        held, count = ([rest], len(rest.x)) if len(rest.x) else ([], 0)
-        return Labelled(whole.x[:n], {name: value[:n] for name, value in whole.labels.items()})
+            whole = Batch.joined(held)
+        rest = whole.part(slice(n, None))
+        held, count = ([rest], len(rest)) if len(rest) else ([], 0)
+        return whole.part(slice(n))
 
     for piece in rows.pieces(start, end or 0, columns):
-        if not len(piece.x):
+        if not len(piece):
             continue
         # a reader may reuse its buffer for the next batch; rows that wait for one must be ours
-        whole = not held and len(piece.x) % BLOCK_ROWS == 0
-        held.append(piece if whole else Labelled(piece.x.clone(), piece.labels))
-        count += len(piece.x)
+        whole = not held and len(piece) % BLOCK_ROWS == 0
+        held.append(piece if whole else piece.mapped(Tensor.clone))
+        count += len(piece)
         while count >= BLOCK_ROWS:
-            x, labels = take(BLOCK_ROWS)
-            yield PassBlock(x, dict(labels), start)
+            x, labels, target = take(BLOCK_ROWS)
+            yield PassBlock(x, dict(labels), start, target=target)
             start += BLOCK_ROWS
     if count:
-        x, labels = take(count)
-        yield PassBlock(x, dict(labels), start)
+        x, labels, target = take(count)
+        yield PassBlock(x, dict(labels), start, target=target)
 
 
 # ---- the pass --------------------------------------------------------------------------------------------------
@@ -356,7 +369,7 @@ def _share(n: int | None, ranks: Ranks) -> tuple[int, int | None]:
 
 
 def _check_finite(block: PassBlock, device: torch.device) -> None:
-    bad = ~torch.isfinite(block.on(device)[2])
+    bad = ~torch.isfinite(block.on(device)[2] + block.expected(device)[2])
     if bool(bad.any()):
         raise DataError(
             f"activations hold NaN or infinity: row {block.start + int(bad.nonzero()[0])} is the first, "

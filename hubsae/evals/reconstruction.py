@@ -18,7 +18,7 @@ from hubsae.core.errors import DataError
 from hubsae.core.sae import SAE
 from hubsae.core.scopes import Scope, parse
 from hubsae.evals.passes import Rows, name_saes, run_pass
-from hubsae.evals.places import check_place, place_of
+from hubsae.evals.places import check_place, check_target, place_of
 from hubsae.evals.read_off import Reconstruction
 from hubsae.evals.results import ReconstructionResult
 
@@ -60,10 +60,13 @@ def prepare(
     """
     named = name_saes(saes)
     rows = activations if isinstance(activations, Rows) else Rows(activations, columns, batch_size=batch_size)
+    for label, sae in named.items():
+        check_target(label, sae, rows.d_out)
     if not force:
         hook, model = place_of(rows.data)
+        hook_out = place_of(rows.data.target)[0] if rows.d_out is not None else None
         for label, sae in named.items():
-            check_place(label, sae, hook, model)
+            check_place(label, sae, hook, model, hook_out)
     own = own_scopes(named, rows.columns)
     bound = next((s.metadata.training.massive_above for s in named.values() if s.metadata.training.massive_above), None)
     asked = [scope if isinstance(scope, Scope) else parse(scope, bound) for scope in scopes]
@@ -94,7 +97,8 @@ def reconstruction(
 ) -> ReconstructionResult:
     """Evaluate SAEs on the same activations in one pass.
 
-    `activations` is a tensor [tokens, d], a mapping with `x` and label columns, or an ActivationDataset. Labels
+    `activations` is a tensor [tokens, d], a mapping with `x` and label columns, or an ActivationDataset; for
+    transcoders, PairedActivations: they are measured against the output, in its space. Labels
     (`position` of the token in its sequence, `is_prompt`, `sample_id`, and any others in `columns`) open the scopes and
     make the intervals those of whole samples. The usual scopes and each SAE's own are measured, and those in `scopes`,
     such as "role=user & not position_0". `batch_size` only says how to read; it changes no number. Under torchrun ranks
@@ -111,6 +115,4 @@ def reconstruction(
     """
     labels = {"position": position, "is_prompt": is_prompt, "sample_id": sample_id, **(columns or {})}
     rows, named, sums = prepare(saes, activations, scopes=scopes, columns=labels, batch_size=batch_size, force=force)
-    for sae in named.values():
-        sae.config.check_autoencoder("reconstruction")
     return run_pass(rows, named, [sums], ranks=ranks, show=show, name=name)[0]

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from hubsae.activations import ActivationDataset
+from hubsae.activations import ActivationDataset, PairedActivations
 from hubsae.core.errors import NotFoundError
-from hubsae.core.hooks import HookKind, HookPoint
-from hubsae.core.metadata import Metadata, Metric
+from hubsae.core.hooks import KINDS, HookKind, HookPoint
+from hubsae.core.metadata import Metric
 from hubsae.core.sae import SAE
 from hubsae.evals.comparison import Comparison
 from hubsae.evals.drift import DriftReport
@@ -117,13 +117,22 @@ def activation_reader(
 
 def _belongs(config: str, stage: str | None, hook: str | None) -> bool:
     """Whether a config's name allows it to be this stage and hook; a name that says nothing does."""
-    match = re.fullmatch(r"(?:(.+)\.)?(layers\.\d+(?:\.(?:resid_pre|mlp_out|attn_out))?)", config)
+    match = re.fullmatch(rf"(?:(.+)\.)?(layers\.\d+(?:\.(?:{'|'.join(KINDS)}))?)", config)
     if match is None:
         return True
     return hook in (None, match[2]) and (match[1] is None or stage in (None, match[1]))
 
 
-def stage_and_layer(sae: SAE) -> tuple[str | None, int | None, str]:
-    """What chooses an SAE's activations."""
-    metadata: Metadata = sae.metadata
-    return metadata.base_model.stage, metadata.hook.layer, metadata.hook.kind
+def activations_of(sae: SAE, read: Callable[[str | None, int | None, str], ActivationDataset]) -> Any:
+    """What an SAE is measured on, from an `activation_reader`; of a transcoder, both of its hook points."""
+    stage, hook = sae.metadata.base_model.stage, sae.metadata.hook
+    source = read(stage, hook.layer, hook.kind)
+    if not sae.config.is_transcoder:
+        return source
+    out = sae.metadata.hook_out
+    if out is None or out.layer is None:
+        raise NotFoundError(
+            f"the record of {sae.metadata.id or 'this transcoder'} does not say what it predicts (hook_out)",
+            hint="pair the activations yourself: reconstruction(sae, harvested.pair(input, output))",
+        )
+    return PairedActivations(source, read(stage, out.layer, out.kind))

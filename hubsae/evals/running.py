@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,14 +18,27 @@ from hubsae.core.sae import SAE
 from hubsae.core.scopes import NORM, Scope
 from hubsae.evals.texts import Batch
 
-Edit = Callable[[Tensor, Tensor], Tensor]
-"""(hidden [batch, seq, d], which positions to replace [batch, seq]) -> hidden"""
+Edit = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(hidden [batch, seq, d], which positions to replace [batch, seq], what the SAE reads [batch, seq, d_in]) -> hidden"""
 # Log-probabilities are computed for this many logits at a time.
 LOGITS_AT_ONCE = 1 << 22
 
 
 class _Stop(Exception):
     """Raised inside a forward once the activations have been seen; the rest of the model is not needed."""
+
+
+class Spot(NamedTuple):
+    """A hook point, the tokens that are replaced there, and where what replaces them is read: there, or elsewhere."""
+
+    hook: HookPoint
+    scope: Scope
+    read: HookPoint
+
+    @property
+    def name(self) -> str:
+        """The hook point in words, of a transcoder both."""
+        return self.hook.name if self.read == self.hook else f"{self.read.name} -> {self.hook.name}"
 
 
 class Runner:
@@ -39,12 +53,13 @@ class Runner:
         self.device = next(embeddings.parameters()).device
 
     def logits(
-        self, batch: Batch, hook: HookPoint | None = None, edit: Edit | None = None, where: Tensor | None = None
+        self, batch: Batch, spot: Spot | None = None, edit: Edit | None = None, where: Tensor | None = None
     ) -> Tensor:
-        """Logits [texts, longest, vocabulary] with `edit` applied at the hook point to the positions `where`."""
-        if hook is None or edit is None or where is None:
+        """Logits [texts, longest, vocabulary] with `edit` applied at the spot to the positions `where`."""
+        if spot is None or edit is None or where is None:
             return self._forward(batch, lambda start, end: None)
         span = slice(0, 0)
+        given: list[Tensor] = []
 
         def move(start: int, end: int) -> None:
             nonlocal span
@@ -54,11 +69,18 @@ class Runner:
             here = where[:, span].to(hidden.device)
             if hidden.shape[:2] != here.shape:
                 raise HookError(
-                    f"activations at {hook.name} are {tuple(hidden.shape[:2])}, the batch is {tuple(here.shape)}"
+                    f"activations at {spot.hook.name} are {tuple(hidden.shape[:2])}, the batch is {tuple(here.shape)}"
                 )
-            return edit(hidden, here)
+            if spot.read == spot.hook:
+                return edit(hidden, here, hidden)
+            if not given:
+                raise HookError(f"{spot.hook.name} came before {spot.read.name}, which it is predicted from")
+            return edit(hidden, here, given.pop())
 
-        with edit_hook(self.model, hook, change):
+        with ExitStack() as stack:
+            if spot.read != spot.hook:
+                stack.enter_context(read_hook(self.model, spot.read, given.append))
+            stack.enter_context(edit_hook(self.model, spot.hook, change))
             return self._forward(batch, move)
 
     def _forward(self, batch: Batch, move: Callable[[int, int], None]) -> Tensor:
@@ -91,24 +113,28 @@ class Runner:
             logits = self.logits(batch)
         return logits, {hook: torch.cat(parts, dim=1).numpy() for hook, parts in seen.items()}
 
-    def hidden(self, batch: Batch, hook: HookPoint) -> Tensor:
-        """Activations [texts, longest, d] at a hook point; the model stops there."""
-        seen: list[Tensor] = []
+    def hidden(self, batch: Batch, hooks: Iterable[HookPoint]) -> dict[HookPoint, Tensor]:
+        """Activations [texts, longest, d] at hook points; the model stops behind the last."""
+        wanted = set(hooks)
+        seen: dict[HookPoint, Tensor] = {}
 
-        def see(hidden: Tensor) -> None:
-            seen.append(hidden)
-            raise _Stop
+        def see(hidden: Tensor, hook: HookPoint) -> None:
+            seen[hook] = hidden
+            if len(seen) == len(wanted):
+                raise _Stop
 
         try:
-            with read_hook(self.model, hook, see):
+            with ExitStack() as stack:
+                for hook in wanted:
+                    stack.enter_context(read_hook(self.model, hook, partial(see, hook=hook)))
                 self.model(
                     input_ids=batch.ids.to(self.device),
                     attention_mask=batch.mask.to(self.device).long(),
                     use_cache=False,
                 )
         except _Stop:
-            return seen[0]
-        raise HookError(f"the model never reached {hook.name}")
+            return seen
+        raise HookError(f"the model never reached {', '.join(h.name for h in wanted - set(seen))}")
 
 
 @contextmanager
@@ -120,13 +146,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(training)
-
-
-class Spot(NamedTuple):
-    """A hook point, and the tokens that are replaced there."""
-
-    hook: HookPoint
-    scope: Scope
 
 
 def mask_of(scope: Scope, batch: Batch, norms: np.ndarray | None = None) -> Tensor:
@@ -142,18 +161,18 @@ def means_at(
 ) -> dict[Spot, Tensor]:
     """The vector of the mean ablation at each spot: as given, or the mean over the replaced positions of the texts."""
     out: dict[Spot, Tensor] = {}
-    by_hook: dict[HookPoint, list[Spot]] = {}
-    for spot in sorted(spots, key=lambda spot: (spot.hook, spot.scope.name)):
-        by_hook.setdefault(spot.hook, []).append(spot)
-    for hook, here in by_hook.items():
+    by_hook: dict[tuple[HookPoint, HookPoint], list[Spot]] = {}
+    for spot in sorted(spots, key=lambda spot: (spot.hook, spot.read, spot.scope.name)):
+        by_hook.setdefault((spot.hook, spot.read), []).append(spot)
+    for (hook, read), here in by_hook.items():
         vector = given.get(hook.name) if isinstance(given, Mapping) else given
         if vector is not None:
             out.update(dict.fromkeys(here, vector))
         else:
             total, n = [torch.zeros(()) for _ in here], [0] * len(here)
             for batch in work:
-                hidden = runner.hidden(batch, hook)
-                norms = hidden.float().norm(dim=-1).cpu().numpy()
+                found = runner.hidden(batch, (hook, read))
+                hidden, norms = found[hook], found[read].float().norm(dim=-1).cpu().numpy()
                 for index, spot in enumerate(here):
                     chosen = hidden[mask_of(spot.scope, batch, norms).to(hidden.device)]
                     total[index] = total[index].to(hidden.device) + chosen.double().sum(0)
@@ -167,18 +186,17 @@ def means_at(
 
 
 def _replace_by_sae(sae: SAE) -> Edit:
-    def edit(hidden: Tensor, where: Tensor) -> Tensor:
-        real = hidden[where]
+    def edit(hidden: Tensor, where: Tensor, given: Tensor) -> Tensor:
         out = hidden.clone()
         # only real tokens reach the SAE: a batch rule must not rank padding
-        out[where] = sae(real.to(sae.device)).to(hidden)
+        out[where] = sae(given[where].to(sae.device)).to(hidden)
         return out
 
     return edit
 
 
 def _replace_by_vector(vector: Tensor) -> Edit:
-    def edit(hidden: Tensor, where: Tensor) -> Tensor:
+    def edit(hidden: Tensor, where: Tensor, _: Tensor) -> Tensor:
         return torch.where(where[..., None], vector.to(hidden), hidden)
 
     return edit
@@ -217,7 +235,7 @@ def run_all(
         edits["zero", spot] = (spot, _replace_by_vector(torch.zeros_like(vector)))
     for label, (sae, spot) in pairs.items():
         edits["sae", label] = (spot, _replace_by_sae(sae))
-    hooks = dict.fromkeys(spot.hook for spot in means)
+    hooks = dict.fromkeys(spot.read for spot in means)
     for batch in work:
         text, place = batch.mask[:, 1:].nonzero(as_tuple=True)
         which = batch.which[text].numpy()
@@ -225,7 +243,7 @@ def run_all(
         logits, norms = runner.norms(batch, hooks)
         clean = logits[text.to(logits.device), place.to(logits.device)]
         del logits
-        # a token belongs to the scope of the token that is predicted; norms are those at the hook point in question
+        # a token belongs to the scope of the token that is predicted; norms are those where the SAE reads
         inside = {
             (hook, scope.name): mask_of(scope, batch, norms[hook])[text, place + 1].numpy()
             for hook in hooks
@@ -245,16 +263,16 @@ def run_all(
             put(("n", hook), hook, 1.0)
             put(("clean", hook), hook, nll)
         for key, (spot, edit) in edits.items():
-            logits = runner.logits(batch, spot.hook, edit, mask_of(spot.scope, batch, norms[spot.hook]))
+            logits = runner.logits(batch, spot, edit, mask_of(spot.scope, batch, norms[spot.read]))
             nll, kl = _losses(logits[text.to(logits.device), place.to(logits.device)], clean, targets)
             del logits
             if not (np.isfinite(nll).all() and np.isfinite(kl).all()):
                 raise DataError(
-                    f"the loss is NaN or infinite in the {key[0]} run at {spot.hook.name}",
+                    f"the loss is NaN or infinite in the {key[0]} run at {spot.name}",
                     hint="check the SAE's weights, and the model's dtype: float16 overflows where bfloat16 does not",
                 )
-            put((*key, "ce"), spot.hook, nll)
-            put((*key, "kl"), spot.hook, kl)
+            put((*key, "ce"), spot.read, nll)
+            put((*key, "kl"), spot.read, kl)
         task.advance(len(batch.which))
     return sums
 

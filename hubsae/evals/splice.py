@@ -1,5 +1,7 @@
 """What a model loses when its activations at a hook point are replaced by an SAE's reconstruction.
 
+A transcoder reads at its input and replaces at its output; the ablations are those of the output.
+
 Every text runs clean, with the SAE, with one mean vector, and with zeros. Losses are summed over predicted
 tokens (never averaged over batches), a token belongs to the scope of the token that is predicted, padding is
 neither replaced nor counted nor shown to the SAE, tokens that the SAE's training left out are left alone, and the
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from hubsae.core.errors import ConfigError, DataError, HookError
 from hubsae.core.files import write_csv_atomic
 from hubsae.core.hooks import HookPoint
-from hubsae.core.intervene import hook_of
+from hubsae.core.intervene import hook_of, hook_out_of
 from hubsae.core.metadata import Metric
 from hubsae.core.progress import progress
 from hubsae.core.sae import SAE
@@ -101,7 +103,8 @@ def splice(
 ) -> SpliceResult:
     """Evaluate one SAE inside a transformers decoder model; `splice_many` has the options.
 
-    `tokenizer` may be None where texts are token ids; `hook_point` None takes the one in the SAE's metadata.
+    `tokenizer` may be None where texts are token ids; `hook_point` None takes the one in the SAE's metadata. A
+    transcoder's is a pair, of its input and of its output.
 
     >>> import torch
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -149,21 +152,18 @@ def splice_many(
       text in one go. Both give the same numbers up to rounding.
     - `force`: run an SAE at another layer, or in another model, than its record names.
     """
-    pairs = {
-        label: (item, hook_of(item, None)) if isinstance(item, SAE) else (item[0], hook_of(item[0], item[1]))
-        for label, item in saes.items()
-    }
+    pairs = {label: _placed(*((item, None) if isinstance(item, SAE) else item)) for label, item in saes.items()}
     if not pairs:
         raise DataError("no SAEs to evaluate")
     encoded, cut = encode_texts(texts, tokenizer, max_length=max_length)
     _check(model, pairs, encoded, force)
     spots, shown = {}, {}
-    for label, (sae, hook) in pairs.items():
+    for label, (sae, read, hook) in pairs.items():
         bound = sae.metadata.training.massive_above
         own = parse(sae.metadata.own_scope, bound)
-        spots[label] = Spot(hook, own if replace is None else parse(replace, bound))
+        spots[label] = Spot(hook, own if replace is None else parse(replace, bound), read)
         shown[label] = own if scope is None else parse(scope, bound)
-    bounds = {sae.metadata.training.massive_above for sae, _ in pairs.values()}
+    bounds = {sae.metadata.training.massive_above for sae, *_ in pairs.values()}
     known = set.intersection(*(set(t.labels) for t in encoded)) | {NORM}
     usual = [s for s in (parse("all"), parse("prompt"), parse("response")) if set(s.columns) <= known]
     asked = [*shown.values(), *(spot.scope for spot in spots.values()), *(parse(s, next(iter(bounds))) for s in scopes)]
@@ -187,7 +187,7 @@ def splice_many(
         if not work:
             raise DataError("no text has a real token", hint="every row is empty or padding")
         means = means_at(runner, set(spots.values()), work, mean)
-        placed = {label: (sae, spots[label]) for label, (sae, _) in pairs.items()}
+        placed = {label: (sae, spots[label]) for label, (sae, *_) in pairs.items()}
         sums = run_all(runner, placed, means, work, len(encoded), wanted, task)
     return {
         label: _result(label, spot, shown[label].name, [w.name for w in wanted], sums, cut, resamples, seed)
@@ -205,7 +205,17 @@ def _vocabulary(model: nn.Module) -> int | None:
     return None if weight is None else int(weight.shape[0])
 
 
-def _check(model: nn.Module, pairs: Mapping[str, tuple[SAE, HookPoint]], texts: list[Tokens], force: bool) -> None:
+def _placed(sae: SAE, hook: Any) -> tuple[SAE, HookPoint, HookPoint]:
+    """An SAE, where it reads, and where its reconstruction goes."""
+    if not sae.config.is_transcoder:
+        return sae, hook_of(sae, hook), hook_of(sae, hook)
+    read, out = hook if isinstance(hook, (tuple, list)) else (hook, None)
+    return sae, hook_of(sae, read), hook_out_of(sae, out)
+
+
+def _check(
+    model: nn.Module, pairs: Mapping[str, tuple[SAE, HookPoint, HookPoint]], texts: list[Tokens], force: bool
+) -> None:
     if not hasattr(model, "get_input_embeddings"):
         raise ConfigError(
             f"{type(model).__name__} is not a transformers model", hint="load it with AutoModelForCausalLM"
@@ -220,12 +230,13 @@ def _check(model: nn.Module, pairs: Mapping[str, tuple[SAE, HookPoint]], texts: 
     config = getattr(model, "config", None)
     width = getattr(config, "hidden_size", None)
     model_id = getattr(config, "_name_or_path", "") or ""
-    for label, (sae, hook) in pairs.items():
-        hook.module_path(model)
-        sae.config.check_autoencoder("this measure")
-        if isinstance(width, int) and width != sae.d_in:
+    for label, (sae, read, hook) in pairs.items():
+        for point in (read, hook):
+            point.module_path(model)
+        wrong = next((d for d in (sae.d_in, sae.config.width_out) if d != width), None)
+        if isinstance(width, int) and wrong is not None:
             raise HookError(
-                f"the model's activations have width {width}, SAE {label!r} takes {sae.d_in}",
+                f"the model's activations have width {width}, SAE {label!r} takes {wrong}",
                 hint=f"its metadata says it was trained on {sae.metadata.base_model.id or 'an unknown model'}",
             )
         info = sae.metadata.base_model
@@ -236,7 +247,7 @@ def _check(model: nn.Module, pairs: Mapping[str, tuple[SAE, HookPoint]], texts: 
                 hint=f"its metadata names {info.id or 'no model'}; load that model and its tokenizer",
             )
         if not force:
-            check_place(label, sae, hook, model_id)
+            check_place(label, sae, read, model_id, hook if sae.config.is_transcoder else None)
 
 
 # ---- reading the sums off ----------------------------------------------------------------------------------
@@ -245,8 +256,7 @@ def _check(model: nn.Module, pairs: Mapping[str, tuple[SAE, HookPoint]], texts: 
 def _result(
     label: str, spot: Spot, scope: str, names: Sequence[str], sums: SumsByText, cut: int, resamples: int, seed: int
 ) -> SpliceResult:
-    hook = spot.hook
-    keys = {"n": ("n", hook), "ce_clean": ("clean", hook)}
+    keys = {"n": ("n", spot.read), "ce_clean": ("clean", spot.read)}
     for run in ("mean", "zero"):
         keys |= {f"ce_{run}": (run, spot, "ce"), f"kl_{run}": (run, spot, "kl")}
     keys |= {"ce_sae": ("sae", label, "ce"), "kl": ("sae", label, "kl")}
@@ -265,10 +275,10 @@ def _result(
         per_text += [
             {"text": int(i), "scope": name, **{key: float(values[i]) for key, values in table.items()}} for i in used
         ]
-    total = sums.of((("n", hook), "all"))
+    total = sums.of((("n", spot.read), "all"))
     return SpliceResult(
         name=label,
-        hook=hook.name,
+        hook=spot.name,
         scope=scope,
         measures=measures,
         per_text=per_text,

@@ -30,7 +30,7 @@ def train(
     space: Normalizer | None = None,
     quiet: bool = False,
 ) -> TrainResult:
-    """Train one SAE on a tensor [tokens, d] or on an `ActivationDataset`.
+    """Train one SAE on a tensor [tokens, d] or on an `ActivationDataset`; on pairs of hook points, a transcoder.
 
     With `out` the run keeps its state there and a second call goes on where the first was stopped. `init` is an SAE,
     or the path of one in any known format, to start from. `space` fixes the input statistics.
@@ -129,12 +129,13 @@ def _startable(
 
     good = []
     for i in members:
-        d, config = as_source(sources[i]).d, configs[i]
+        source, config = as_source(sources[i]), configs[i]
+        d, d_out = source.d, getattr(source, "d_out", None)
         try:
-            config.check(d)
+            config.for_target(d_out).check(d)
             starts[i] = resolve(starts[i])
             if starts[i] is not None:
-                check_warm(config, d, config.width(d), starts[i])
+                check_warm(config, d, config.width(d), starts[i], d_out)
             good.append(i)
         except HubSAEError as error:
             results[i] = TrainResult(config.name, config, None, error=error)

@@ -40,31 +40,26 @@ def dead_ids(cell: Cell, comm: Solo) -> Tensor | None:
 
 
 def gradient(
-    cell: Cell, pre: Tensor, xc: Tensor, residual: Tensor, comm: Solo, rows_in_all: int
+    cell: Cell, pre: Tensor, xc: Tensor, target: Tensor, comm: Solo, rows_in_all: int
 ) -> tuple[Tensor, AuxGradient | None]:
     """The auxiliary loss and its gradients, from the dead latents' pre-activations [B, n_dead].
 
-    `residual` is x - x̂; no gradient flows through it.
+    `target` is what they are to give, as the settings say: what is left over, or the whole; no gradient flows through.
     """
     settings = cell.config.aux
     assert settings is not None
     ids = dead_ids(cell, comm)
     assert ids is not None
-    d = xc.shape[1]
-    wanted = settings.k if settings.k is not None else d // 2
+    wanted = settings.k if settings.k is not None else xc.shape[1] // 2
     n_dead = int(comm.sum_latents(torch.tensor(ids.numel(), device=ids.device)))
     z = _largest(pre, min(wanted, n_dead), comm)  # [B, n_dead], zero where not chosen
     W = cell.W_dec.index_select(0, ids)  # [n_dead, d]
     full = settings.target == "full"
-    target = residual
     out = comm.sum_latents(linear(z, W.t()))
     if full:
-        center = cell.center
-        x = xc if center is None else xc + center
-        target = x
         out = out + cell.vectors["b_dec"]
     error = out - target
-    elements = rows_in_all * (d if cell.config.loss == "mean" else 1)
+    elements = rows_in_all * (target.shape[1] if cell.config.loss == "mean" else 1)
     scale: float | Tensor = settings.coefficient / elements
     if cell.config.loss == "fvu" or settings.normalize:
         mean = comm.sum(target.sum(0)) / rows_in_all

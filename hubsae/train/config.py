@@ -21,7 +21,8 @@ class InitConfig(Settings):
 
     encoder: Literal["tied", "torch", "kaiming"] = Field(
         default="tied",
-        description="tied: the decoder's transpose; torch: nn.Linear's default; kaiming: kaiming-uniform.",
+        description="tied: the decoder's transpose (of a transcoder, unit directions of its own); torch: nn.Linear's "
+        "default; kaiming: kaiming-uniform.",
     )
     encoder_scale: float | None = Field(
         default=None,
@@ -144,7 +145,11 @@ class TrainConfig(Settings):
     topk_relu: bool = Field(default=True, description="topk: whether a ReLU follows the selection.")
     pre_bias: Literal["tied", "untied", "none"] = Field(
         default="tied",
-        description="What is subtracted before encoding: b_dec, a bias of its own (seed release 000), or nothing.",
+        description="What is subtracted before encoding: b_dec, a bias of its own (seed release 000), or nothing. A "
+        "transcoder's b_dec lies at its output, so there the default is untied; it folds into b_enc.",
+    )
+    skip: bool = Field(
+        default=False, description="Transcoders (pairs of hook points): a matrix from the input to the output as well."
     )
     matryoshka: tuple[int | float, ...] = Field(
         default=(), description="Prefixes (widths, or shares below 1) that must reconstruct alone; d_sae is added."
@@ -267,6 +272,26 @@ class TrainConfig(Settings):
         width = self.width(d_in)
         if self.k is not None and self.k > width:
             raise ConfigError(f"{self.name}: k={self.k} is larger than d_sae={width}", "lower k or raise the expansion")
+
+    def for_target(self, d_out: int | None) -> TrainConfig:
+        """The settings on activations with a target of width d_out, or without; raises what cannot be done there."""
+        if d_out is None:
+            if self.skip:
+                raise ConfigError(
+                    f"{self.name}: skip is for transcoders, and these activations are of one hook point",
+                    hint="train on a pair of them: data.target (hubsae train), or harvested.pair(input, output)",
+                )
+            return self
+        if self.architecture == "gated":
+            raise ConfigError(f"{self.name}: there is no gated transcoder", hint="use topk, batch_topk, jumprelu, relu")
+        if self.pre_bias != "tied":
+            return self
+        if "pre_bias" in self.model_fields_set:
+            raise ConfigError(
+                f"{self.name}: a transcoder's b_dec lies at its output, so it cannot be subtracted from the input",
+                hint="pre_bias: untied, or none",
+            )
+        return self.model_copy(update={"pre_bias": "untied"})
 
     def steps(self, rows: int) -> tuple[int, int]:
         """Steps of an epoch over `rows` tokens, and of the whole run."""

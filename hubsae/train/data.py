@@ -2,7 +2,8 @@
 
 A source has `d`, `n_rows`, `batches(batch_size, *, seed, epoch, rank, world_size)` and `state_dict` /
 `load_state_dict`; one with labels has `label_names` and `labelled_batches(columns, batch_size, ...)` too.
-`hubsae.activations.ActivationDataset` is one. A plain tensor [rows, d] becomes a `TensorSource`.
+`hubsae.activations.ActivationDataset` is one. A plain tensor [rows, d] becomes a `TensorSource`. One that has `d_out`
+gives pairs (`hubsae.activations.PairedActivations`): a transcoder is trained on it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor
 
-from hubsae.activations.dataset import Labelled
+from hubsae.activations.activation_set import Batch
 from hubsae.core.errors import ConfigError, DataError
 from hubsae.core.normalizer import Normalizer
 from hubsae.core.scopes import NORM, Scope, excluding
@@ -149,22 +150,22 @@ class TokenSelection:
         """Label columns to read for it."""
         return [column for column in self.scope.columns if column != NORM]
 
-    def batches(self, source: Source, size: int, **options: Any) -> Iterator[Labelled]:
+    def batches(self, source: Source, size: int, **options: Any) -> Iterator[Batch]:
         """Batches of a source with the labels it needs, nothing left out yet."""
         if self.columns:
-            return cast(Any, source).labelled_batches(self.columns, size, **options)
-        return (Labelled(x, {}) for x in source.batches(size, **options))
+            return (Batch(*found) for found in cast(Any, source).labelled_batches(self.columns, size, **options))
+        return (x if isinstance(x, Batch) else Batch(x, {}) for x in source.batches(size, **options))
 
-    def kept(self, batch: Labelled) -> Tensor:
+    def kept(self, batch: Batch) -> Batch:
         """The rows of a batch that take part."""
         scope = self.scope
         if not scope.terms:
-            return batch.x
+            return batch
         labels = dict(batch.labels)
         if NORM in scope.columns:
             labels[NORM] = batch.x.float().norm(dim=1).cpu()
-        chosen = torch.from_numpy(scope.mask(labels, len(batch.x))).to(batch.x.device)
-        return batch.x if bool(chosen.all()) else batch.x[chosen]
+        chosen = torch.from_numpy(scope.mask(labels, len(batch))).to(batch.x.device)
+        return batch if bool(chosen.all()) else batch.part(chosen)
 
 
 def select_tokens(config: TrainConfig, source: Source) -> TokenSelection:
@@ -172,21 +173,21 @@ def select_tokens(config: TrainConfig, source: Source) -> TokenSelection:
     selection = TokenSelection.of(config, None)
     if "massive" not in selection.exclude:
         return selection
-    median = float(sample(source, 65_536, 0).norm(dim=1).median())
+    median = float(sample(source, 65_536, 0).x.norm(dim=1).median())
     return TokenSelection(selection.exclude, (config.max_norm_factor or MASSIVE) * median)
 
 
-def sample(source: Source, rows: int, seed: int, selection: TokenSelection | None = None) -> Tensor:
+def sample(source: Source, rows: int, seed: int, selection: TokenSelection | None = None) -> Batch:
     """Random rows in float32, the same for the same seed; all rows where there are no more.
 
     With a selection, those of them that take part.
     """
     selection = selection or TokenSelection()
     rows = min(rows, source.n_rows)
-    if (reserve := cast("Labelled | None", getattr(source, "reserve", None))) is not None:
+    if (reserve := getattr(source, "reserve", None)) is not None:
         places = torch.randperm(len(reserve.x), generator=torch.Generator().manual_seed(seed))[:rows]
         labels = {name: reserve.labels[name][places.numpy()] for name in selection.columns}
-        return selection.kept(Labelled(reserve.x[places].float(), labels))
+        return selection.kept(Batch(reserve.x[places].float(), labels))
     take = getattr(source, "take", None)
     if take is None:
         return head(source, rows, seed, selection)
@@ -198,60 +199,71 @@ def sample(source: Source, rows: int, seed: int, selection: TokenSelection | Non
     else:
         # with replacement beyond a million rows: no permutation of the whole data set for a small sample
         chosen = torch.randint(source.n_rows, (rows,), generator=generator)
-    found = take(chosen if isinstance(source, TensorSource) else chosen.numpy()).float()
+    found = take(chosen if isinstance(source, TensorSource) else chosen.numpy())
+    found = found if isinstance(found, Batch) else Batch(found, {})
     labels = {}
     if selection.columns:
         columns = cast(Any, source).columns(selection.columns)
         labels = {name: column[chosen.numpy()] for name, column in columns.items()}
-    return selection.kept(Labelled(found, labels))
+    return selection.kept(Batch(found.x, labels, found.target).mapped(Tensor.float))
 
 
-def head(source: Source, rows: int, seed: int, selection: TokenSelection) -> Tensor:
+def head(source: Source, rows: int, seed: int, selection: TokenSelection) -> Batch:
     """The first rows of an epoch, without moving the source's place."""
     state = source.state_dict()
-    parts, have = [], 0
+    parts: list[Batch] = []
+    have = 0
     for batch in selection.batches(source, min(rows, 8192), seed=seed, epoch=0):
-        parts.append(selection.kept(batch)[: rows - have].float())
-        have += parts[-1].shape[0]
+        parts.append(selection.kept(batch).part(slice(rows - have)).mapped(Tensor.float))
+        have += len(parts[-1])
         if have >= rows:
             break
     if state:
         source.load_state_dict(state)
     if not parts:
         raise DataError("the source gave no batch")
-    return torch.cat(parts)
+    return Batch.joined(parts)
 
 
-def normalizer(config: TrainConfig, source: Source, selection: TokenSelection | None = None) -> Normalizer | None:
-    """Statistics of the input space the config asks for, over the tokens that take part (of at most 2^20)."""
+def spaces(config: TrainConfig, source: Any, selection: TokenSelection) -> tuple[Normalizer | None, Normalizer | None]:
+    """Statistics of the space the config asks for, and of pairs that of what is predicted.
+
+    Over the tokens that take part (at most 2^20), or as the source knows them of all.
+    """
     if config.normalize == "none":
-        return None
-    selection = selection or TokenSelection()
+        return None, None
     stats = getattr(source, "stats", None)
-    if stats is not None and hasattr(stats, "mean") and hasattr(stats, "std") and not selection.exclude:
-        mean = torch.as_tensor(stats.mean, dtype=torch.float64)
-        std = torch.as_tensor(stats.std, dtype=torch.float64)
-        count = int(getattr(stats, "count", source.n_rows))
+    if hasattr(stats, "mean") and hasattr(stats, "std") and not selection.exclude:
+        mean, std = (torch.as_tensor(t, dtype=torch.float64) for t in (stats.mean, stats.std))
         second = float((std.square() + mean.square()).sum())
         mean_norm = float(getattr(stats, "mean_norm", second**0.5))
-    else:
-        x = sample(source, 1 << 20, 0, selection)
-        check_finite(x, "the activations")
-        total, squares, norms = torch.zeros(source.d).double(), torch.zeros(source.d).double(), 0.0
-        for part in x.split(8192):
-            total += part.double().sum(0)
-            norms += float(part.norm(dim=1).double().sum())
-        mean = total / x.shape[0]
-        for part in x.split(8192):
-            squares += (part.double() - mean).square().sum(0)
-        std = (squares / x.shape[0]).sqrt()
-        mean_norm, count = norms / x.shape[0], x.shape[0]
+        return normalizer(config, mean, std, mean_norm, int(getattr(stats, "count", source.n_rows))), None
+    rows = sample(source, 1 << 20, 0, selection)
+    return _of_rows(config, rows.x), None if rows.target is None else _of_rows(config, rows.target)
+
+
+def _of_rows(config: TrainConfig, x: Tensor) -> Normalizer:
+    check_finite(x, "the activations")
+    d = x.shape[1]
+    total, squares, norms = torch.zeros(d).double(), torch.zeros(d).double(), 0.0
+    for part in x.split(8192):
+        total += part.double().sum(0)
+        norms += float(part.norm(dim=1).double().sum())
+    mean = total / x.shape[0]
+    for part in x.split(8192):
+        squares += (part.double() - mean).square().sum(0)
+    return normalizer(config, mean, (squares / x.shape[0]).sqrt(), norms / x.shape[0], x.shape[0])
+
+
+def normalizer(config: TrainConfig, mean: Tensor, std: Tensor, mean_norm: float, count: int) -> Normalizer:
+    """The normaliser that a config asks for, from what is known of the activations."""
+    d = len(mean)
     if config.normalize == "mean_std":
         std = torch.where(std > 0, std, 1.0)
     elif config.normalize == "center_scalar":
-        std = std.square().mean().sqrt().clamp_min(1e-12).expand(source.d).clone()
+        std = std.square().mean().sqrt().clamp_min(1e-12).expand(d).clone()
     else:
-        mean, std = torch.zeros_like(mean), torch.full_like(std, mean_norm / source.d**0.5)
+        mean, std = torch.zeros_like(mean), torch.full_like(std, mean_norm / d**0.5)
     return Normalizer(mean.float(), std.float(), count)
 
 

@@ -51,16 +51,19 @@ class Estimate:
         return self.state_bytes + self.gradient_bytes + self.step_bytes
 
 
-def estimate(config: TrainConfig, d_in: int, rows: int, device: torch.device, ranks: int = 1) -> Estimate:
-    """Estimate one run.
+def estimate(
+    config: TrainConfig, d_in: int, rows: int, device: torch.device, ranks: int = 1, d_out: int | None = None
+) -> Estimate:
+    """Estimate one run; `d_out` is the width of a transcoder's output.
 
     >>> e = estimate(TrainConfig(d_sae=256, k=8, batch_size=128), 64, 12_800, torch.device("cpu"))
     >>> e.steps, e.state_bytes
     (100, 397824)
     """
     n, B = config.width(d_in), config.batch_size // ranks
-    vectors = 2 * n + 2 * d_in if config.architecture in ("jumprelu", "gated") else n + 2 * d_in
-    parameters = 2 * n * d_in + vectors
+    wide = d_in if d_out is None else d_out
+    vectors = (2 * n if config.architecture in ("jumprelu", "gated") else n) + d_in + wide
+    parameters = n * (d_in + wide) + vectors + (wide * d_in if config.skip else 0)
     steps = config.steps(rows)[1]
     state = 12 * parameters
     stored = config.clip is not None or config.accumulate > 1 or (ranks > 1 and config.parallel == "data")
@@ -69,7 +72,7 @@ def estimate(config: TrainConfig, d_in: int, rows: int, device: torch.device, ra
     density = min(1.0, (config.k or max(1, n // 20)) / n)
     entries = int(part * n * density)
     prefixes = len(config.prefixes(n))
-    block = 4 * (rows_at_once * n * 2 + part * d_in * (3 + prefixes)) + 40 * entries + 8 * TILE_ELEMENTS
+    block = 4 * (rows_at_once * n * 2 + part * (d_in + wide * (2 + prefixes))) + 40 * entries + 8 * TILE_ELEMENTS
     if config.architecture == "gated" or (config.k is None and density > 0.1):
         block += 4 * part * n * 3
     if config.precision == "bf16":
@@ -91,7 +94,7 @@ def estimate(config: TrainConfig, d_in: int, rows: int, device: torch.device, ra
         steps * config.batch_size,
         steps,
         state,
-        8 * n * d_in if stored else 0,
+        4 * n * (d_in + wide) if stored else 0,
         block,
         state,
         seconds,

@@ -18,10 +18,19 @@ from hubsae.train.state import Cell
 from hubsae.version import __version__
 
 
-def to_sae(cell: Cell, space: Normalizer | None, t: dict[str, Tensor], **facts: Any) -> SAE:
+def to_sae(
+    cell: Cell,
+    space: Normalizer | None,
+    t: dict[str, Tensor],
+    *,
+    space_out: Normalizer | None = None,
+    transcoder: bool = False,
+    **facts: Any,
+) -> SAE:
     """The SAE of a cell with weights `t` (as `current` gives them) on raw activations.
 
-    The normaliser and an untied pre-bias fold into the weights exactly; the statistics are kept beside them.
+    The normaliser and an untied pre-bias fold into the weights exactly; the statistics are kept beside them. So does
+    `space_out`, the normaliser of what a transcoder predicts.
     """
     config = cell.config
     center = {"tied": t["b_dec"], "untied": t.get("b_pre"), "none": None}[config.pre_bias]
@@ -34,9 +43,11 @@ def to_sae(cell: Cell, space: Normalizer | None, t: dict[str, Tensor], **facts: 
         pre_bias=None if center is None else center.float().cpu(),
         encoder_biases={name: bias.float().clone().cpu() for name, bias in biases.items()},
         r_mag=t["r_mag"].float().cpu().clone() if gated else None,
+        W_skip=t["W_skip"].float().cpu().clone() if config.skip else None,
     )
     mean, std = (None, None) if space is None else (space.mean, space.std)
-    tensors, subtract = fold(trained, mean, std)
+    output = None if space_out is None else (space_out.mean, space_out.std)
+    tensors, subtract = fold(trained, mean, std, output=output, transcoder=transcoder)
     if config.architecture == "jumprelu":
         tensors["threshold"] = t["theta"].float().clone().cpu()
     threshold = facts.pop("threshold")
@@ -48,6 +59,8 @@ def to_sae(cell: Cell, space: Normalizer | None, t: dict[str, Tensor], **facts: 
         topk_relu=config.topk_relu,
         threshold=threshold if config.architecture == "batch_topk" else None,
         apply_b_dec_to_input=subtract,
+        d_out=t["W_dec"].shape[1] if transcoder else None,
+        skip=config.skip or None,
     )
     return SAE.build(sae_config, tensors, metadata=record(config, sae_config, space, **facts), normalizer=space)
 

@@ -1,6 +1,7 @@
 """A training run as a file: where the data is, what to train, where it goes. What `hubsae train` runs.
 
 data: {path: DIR or owner/name, config: layers.18, split: train, val_split: validation}
+      # {path: DIR, config: layers.18.mlp_in, target: layers.18.mlp_out} trains transcoders
 live: {model: owner/name, texts: owner/name or FILE, layers: [8, 15]}      # in place of data: harvested while training
 out: runs/layer18
 init: owner/name or a path        # optional: start from this SAE
@@ -37,12 +38,16 @@ class DataConfig(Settings):
 
     path: str = Field(description="Folder, file, or dataset repo that ActivationDataset.open takes.")
     config: str | int | None = Field(default=None, description="Hook point, where there are several.")
+    target: str | int | None = Field(
+        default=None, description="Hook point to predict from `config`, same tokens: the SAEs are transcoders."
+    )
     split: str = "train"
     val: str | None = Field(default=None, description="Another path for validation.")
     val_split: str | None = Field(default=None, description="Validation split of the same dataset.")
     revision: str | None = None
     stream: bool = False
     d_in: int | None = Field(default=None, description="Width, for a dry run without the data.")
+    d_out: int | None = Field(default=None, description="Width of the target, for a dry run without the data.")
     rows: int | None = Field(default=None, description="Tokens, for a dry run without the data.")
 
 
@@ -145,18 +150,20 @@ class Job(Settings):
 
     def open(self) -> tuple[Any, Any]:
         """The training and validation data."""
-        from hubsae.activations import ActivationDataset
+        from hubsae.activations import ActivationDataset, PairedActivations
 
         d = self.data
         assert d is not None
-        options = {"revision": d.revision, "stream": d.stream}
-        rows = ActivationDataset.open(d.path, d.config, d.split, **options)
-        val = None
-        if d.val is not None:
-            val = ActivationDataset.open(d.val, d.config, d.val_split or d.split, **options)
-        elif d.val_split is not None:
-            val = ActivationDataset.open(d.path, d.config, d.val_split, **options)
-        return rows, val
+
+        def opened(path: str, split: str) -> Any:
+            options = {"revision": d.revision, "stream": d.stream}
+            source = ActivationDataset.open(path, d.config, split, **options)
+            if d.target is None:
+                return source
+            return PairedActivations(source, ActivationDataset.open(path, d.target, split, **options))
+
+        val = opened(d.val or d.path, d.val_split or d.split) if d.val is not None or d.val_split is not None else None
+        return opened(d.path, d.split), val
 
     def plan(self, *, resume: bool = True) -> list[Estimate]:
         """Memory and time of every cell, without training; raises what the run would.
@@ -167,10 +174,11 @@ class Job(Settings):
         if self.live is not None:
             return self._plan_live(self.live, cells)
         assert self.data is not None
-        d, rows = self.data.d_in, self.data.rows
+        d, d_out, rows = self.data.d_in, self.data.d_out, self.data.rows
         if Path(self.data.path).exists() or d is None or rows is None:
             source, val = self.open()
-            d, rows = source.d, source.n_rows
+            d, d_out, rows = source.d, getattr(source, "d_out", None), source.n_rows
+        cells = [cell.for_target(d_out) for cell in cells]
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
         for cell in cells:
             preflight.check_settings([cell], d, rows, ranks=ranks if cell.parallel == "data" else 1)
@@ -178,7 +186,7 @@ class Job(Settings):
             preflight.check_data(cells, source, val)
             if self.out is not None and resume:
                 preflight.check_folder(Path(self.out), preflight.settings_of(cells, source))
-        return [estimate(cell, d, rows, self.chosen_device(), ranks) for cell in cells]
+        return [estimate(cell, d, rows, self.chosen_device(), ranks, d_out) for cell in cells]
 
     def _plan_live(self, live: LiveConfig, cells: list[TrainConfig]) -> list[Estimate]:
         config = require("transformers", extra="train").AutoConfig.from_pretrained(live.model, revision=live.revision)

@@ -19,14 +19,19 @@ from hubsae.train.state import Bank, Cell
 EXPLODED = 1e4
 
 
-def learn(bank: Bank, x: Tensor, comm: Solo, rows: int, *, number: int, accumulate: int = 1) -> None:
-    """Take step `number` on a batch x [tokens, d] in training space; `rows` counts the tokens of all ranks."""
+def learn(
+    bank: Bank, x: Tensor, comm: Solo, rows: int, *, number: int, accumulate: int = 1, target: Tensor | None = None
+) -> None:
+    """Take step `number` on a batch x [tokens, d] in training space; `rows` counts the tokens of all ranks.
+
+    `target` [tokens, d_out] is what transcoders predict.
+    """
     for cell in bank.live:
         cell.now = {}
     if accumulate > 1 or comm.splits_rows or any(cell.config.clip is not None for cell in bank.live):
-        fired, last = _with_stored_gradients(bank, x, comm, rows, number, accumulate)
+        fired, last = _with_stored_gradients(bank, x, target, comm, rows, number, accumulate)
     else:
-        f = _forward(bank, x, comm, rows, number)
+        f = _forward(bank, x, target, comm, rows, number)
         if f is None:
             return
         s = step.signals(bank, f, comm, rows)
@@ -41,15 +46,17 @@ def learn(bank: Bank, x: Tensor, comm: Solo, rows: int, *, number: int, accumula
 
 
 def _with_stored_gradients(
-    bank: Bank, x: Tensor, comm: Solo, rows: int, number: int, accumulate: int
+    bank: Bank, x: Tensor, target: Tensor | None, comm: Solo, rows: int, number: int, accumulate: int
 ) -> tuple[Tensor, step.Signals | None]:
     """A step that needs whole gradients: clipping, accumulation, data-parallel ranks."""
     vectors: dict[int, dict[str, Tensor]] = {}
     fired = torch.zeros_like(bank.since_fired)
     moved = torch.zeros(bank.n, dtype=torch.bool, device=x.device)
     s = None
-    for part in x.split(math.ceil(x.shape[0] / accumulate)):
-        f = _forward(bank, part, comm, rows, number)
+    size = math.ceil(x.shape[0] / accumulate)
+    for i, part in enumerate(x.split(size)):
+        wanted = None if target is None else target[i * size : (i + 1) * size]
+        f = _forward(bank, part, wanted, comm, rows, number)
         if f is None:
             return fired, None
         s = step.signals(bank, f, comm, rows)
@@ -69,9 +76,9 @@ def _with_stored_gradients(
     return fired, s
 
 
-def _forward(bank: Bank, x: Tensor, comm: Solo, rows: int, number: int) -> step.Forward | None:
+def _forward(bank: Bank, x: Tensor, target: Tensor | None, comm: Solo, rows: int, number: int) -> step.Forward | None:
     while bank.live:
-        f = step.forward(bank, x, comm, rows)
+        f = step.forward(bank, x, comm, rows, target)
         losses = (comm.sum(f.losses.clone()) if comm.splits_rows else f.losses).tolist()
         bad = [(cell, loss) for cell, loss in zip(bank.live, losses, strict=True) if not _sane(cell, loss)]
         if not bad:
@@ -79,7 +86,7 @@ def _forward(bank: Bank, x: Tensor, comm: Solo, rows: int, number: int) -> step.
                 _add(cell, loss=loss, mse=mse)
             return f
         for cell, loss in bad:
-            _fail(cell, x, loss, number)
+            _fail(cell, x if target is None else torch.cat([x, target], 1), loss, number)
     return None
 
 

@@ -30,8 +30,10 @@ def check_settings(configs: Sequence[TrainConfig], d: int, rows: int, *, ranks: 
 
 def check_data(configs: Sequence[TrainConfig], source: Any, val: Any) -> None:
     """Raise where the data lack what the settings ask of them."""
-    if val is not None and val.d != source.d:
-        raise DataError(f"validation activations have width {val.d}, training ones {source.d}")
+    widths = [(d.d, getattr(d, "d_out", None)) for d in (source, val) if d is not None]
+    if len(set(widths)) > 1:
+        text = ["{} -> {}".format(*w) if w[1] is not None else str(w[0]) for w in widths]
+        raise DataError(f"validation activations have width {text[1]}, training ones {text[0]}")
     for config in configs:
         if val is None and (config.metric or "").startswith("val_"):
             raise ConfigError(f"metric {config.metric} needs validation data", hint="pass val=, or set val_fraction")

@@ -35,6 +35,10 @@ def recorded(source: Any) -> dict[str, dict[str, Any]]:
     for (section, field), key in KNOWN.items():
         if info.get(key) is not None:
             out.setdefault(section, {})[field] = _public(info[key]) if field in ("id", "adapter") else info[key]
+    if (target := getattr(source, "target", None)) is not None:
+        said = target.info
+        fields = {field: said.get(key) for (section, field), key in KNOWN.items() if section == "hook"}
+        out["hook_out"] = {field: value for field, value in fields.items() if value is not None}
     about = out.setdefault("activations", {})
     about["tokens"] = source.n_rows
     about |= {"id": _public(source.path), "config": source.config} if hasattr(source, "config") else {}

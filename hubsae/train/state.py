@@ -22,6 +22,8 @@ from hubsae.train.best import Best
 from hubsae.train.config import TrainConfig
 
 MATRICES = ("W_enc", "W_dec", "m_enc", "v_enc", "m_dec", "v_dec")
+SHARED = ("b_dec", "b_pre", "W_skip")
+"""Parameters that do not belong to one latent."""
 SCALARS = ("keeps_norms", "threshold", "tokens", "tokens_in_epoch", "first_loss", "sums", "resampled", "measured")
 
 
@@ -39,6 +41,8 @@ class Cell:
         self.vectors: dict[str, Tensor] = {"b_enc": torch.zeros(n, **options), "b_dec": bank.b_dec[index]}
         if config.pre_bias == "untied":
             self.vectors["b_pre"] = torch.zeros(d, **options)
+        if config.skip:
+            self.vectors["W_skip"] = torch.zeros(bank.d_out, d, **options)
         if config.architecture == "jumprelu":
             self.vectors["theta"] = torch.zeros(n, **options)
         if config.architecture == "gated":
@@ -137,7 +141,7 @@ class Cell:
 
 
 class Bank:
-    """Cells of one width d_in, on one device, fed the same batches.
+    """Cells of one width d_in, on one device, fed the same batches. Transcoders have another width at the output.
 
     >>> bank = Bank([TrainConfig(d_sae=8, k=2), TrainConfig(d_sae=16, k=2)], d_in=4)
     >>> bank.W_enc.shape, bank.cells[1].W_enc.shape
@@ -149,17 +153,20 @@ class Bank:
         configs: Sequence[TrainConfig],
         d_in: int,
         *,
+        d_out: int | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         shares: Sequence[tuple[int, int]] | None = None,
     ):
         self.d_in, self.device, self.dtype = d_in, torch.device(device), dtype
+        self.d_out = d_in if d_out is None else d_out
         widths = [config.width(d_in) for config in configs]
         held = [(0, width) for width in widths] if shares is None else list(shares)
         total = sum(high - low for low, high in held)
         for name in MATRICES:
-            setattr(self, name, torch.zeros(total, d_in, device=self.device, dtype=dtype))
-        self.b_dec = torch.zeros(len(configs), d_in, device=self.device, dtype=dtype)
+            width = self.d_out if name.endswith("_dec") else d_in
+            setattr(self, name, torch.zeros(total, width, device=self.device, dtype=dtype))
+        self.b_dec = torch.zeros(len(configs), self.d_out, device=self.device, dtype=dtype)
         self.since_fired = torch.zeros(total, dtype=torch.int64, device=self.device)
         self.fired_in_epoch = torch.zeros_like(self.since_fired)
         self.row_norms = torch.ones(total, 1, device=self.device, dtype=dtype)

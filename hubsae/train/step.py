@@ -26,6 +26,7 @@ from torch import Tensor
 
 from hubsae.kernels import cpu
 from hubsae.kernels.active import ActiveSet, LatentOrder
+from hubsae.kernels.linear import linear
 from hubsae.train import aux
 from hubsae.train.dense import DenseCodes
 from hubsae.train.parallel import Solo
@@ -50,15 +51,17 @@ class Forward(NamedTuple):
     """[live cells] reconstruction loss, in units of the config's `loss`."""
     mse: Tensor
     """[live cells]"""
-    batch: Tensor | list[Tensor]
+    batch: Tensor
+    target: Tensor
+    """[B, d_out] what is to be reconstructed: the batch itself, or a transcoder's output."""
 
 
-def forward(bank: Bank, batch: Tensor | list[Tensor], comm: Solo, rows_in_all: int) -> Forward:
-    """Encode, select, decode. `batch` [B, d], or one per live cell; `rows_in_all` counts all ranks and parts."""
+def forward(bank: Bank, batch: Tensor, comm: Solo, rows_in_all: int, target: Tensor | None = None) -> Forward:
+    """Encode, select, decode. `batch` [B, d]; `rows_in_all` counts all ranks and parts; `target` is a transcoder's."""
     cells = bank.live
-    batches = batch if isinstance(batch, list) else [batch] * len(cells)
-    B = batches[0].shape[0]
-    inputs = _centred(bank, batches)
+    B = batch.shape[0]
+    target = batch if target is None else target
+    inputs = _centred(bank, batch)
     parts = inputs.split(B)
     selected = [select(cell, xc, comm, rows_in_all) for cell, xc in zip(cells, parts, strict=True)]
 
@@ -91,30 +94,36 @@ def forward(bank: Bank, batch: Tensor | list[Tensor], comm: Solo, rows_in_all: i
         losses, mse = _residuals_of_all(cells, out, inputs, rows_in_all)
     else:
         found = []
-        for i, (cell, s, start, x) in enumerate(zip(cells, selected, base, batches, strict=True)):
-            mine = out[start : start + B * len(cell.prefixes)].view(len(cell.prefixes), B, bank.d_in)
+        for i, (cell, s, start) in enumerate(zip(cells, selected, base, strict=True)):
+            mine = out[start : start + B * len(cell.prefixes)].view(len(cell.prefixes), B, bank.d_out)
             if s.dense is not None:
                 mine[0] += comm.sum_latents(s.dense.decode())
-            target = parts[i] if cell.config.pre_bias == "tied" else x - cell.vectors["b_dec"]
-            found.append(_residuals(cell, mine, x, target, rows_in_all, comm))
+            rest = parts[i] if cell.config.pre_bias == "tied" else target - cell.vectors["b_dec"]
+            if cell.config.skip:
+                rest -= skipped(cell, batch)
+            found.append(_residuals(cell, mine, target, rest, rows_in_all, comm))
         losses, mse = (torch.stack(column) for column in zip(*found, strict=True))
     ordered = active.by_latent()
     order = ordered.rows
     if by_group:
         x_rows = torch.cat([s.rows + i * B for i, s in enumerate(selected)])
         order = x_rows.int()[ordered.order]
-    return Forward(inputs, out, selected, ordered, base, order, losses, mse, batch)
+    return Forward(inputs, out, selected, ordered, base, order, losses, mse, batch, target)
 
 
-def _centred(bank: Bank, batches: list[Tensor]) -> Tensor:
+def skipped(cell: Cell, x: Tensor) -> Tensor:
+    """What a transcoder's skip matrix adds [rows, d_out]."""
+    return linear(x, cell.vectors["W_skip"])
+
+
+def _centred(bank: Bank, x: Tensor) -> Tensor:
     """x - c of every live cell, one under another. [cells * B, d]"""
-    cells, (B, d) = bank.live, batches[0].shape
+    cells, (B, d) = bank.live, x.shape
     inputs = torch.empty(len(cells), B, d, device=bank.device, dtype=bank.dtype)
-    shared = all(x is batches[0] for x in batches) and len(cells) == len(bank.cells)
-    if shared and all(cell.config.pre_bias == "tied" for cell in cells):
-        torch.sub(batches[0], bank.b_dec.unsqueeze(1), out=inputs)
+    if len(cells) == len(bank.cells) and all(cell.config.pre_bias == "tied" for cell in cells):
+        torch.sub(x, bank.b_dec.unsqueeze(1), out=inputs)
     else:
-        for xc, x, cell in zip(inputs, batches, cells, strict=True):
+        for xc, cell in zip(inputs, cells, strict=True):
             if cell.center is None:
                 xc.copy_(x)
             else:
@@ -134,20 +143,20 @@ def _residuals_of_all(cells: list[Cell], out: Tensor, inputs: Tensor, rows_in_al
 
 
 def _residuals(
-    cell: Cell, out: Tensor, x: Tensor, target: Tensor, rows_in_all: int, comm: Solo
+    cell: Cell, out: Tensor, target: Tensor, rest: Tensor, rows_in_all: int, comm: Solo
 ) -> tuple[Tensor, Tensor]:
     """Turn partial reconstructions [prefixes, B, d] into loss gradients, in place; the loss and the mse.
 
-    `target` is x without the decoder's bias.
+    `rest` is the target without the decoder's bias (and what a skip matrix gives).
     """
     prefixes, _, d = out.shape
     for p in range(prefixes):
         if p:
             out[p] += out[p - 1]
-    out -= target
+    out -= rest
     elements = rows_in_all * d
     squares = [torch.linalg.vector_norm(out[p]).square() for p in range(prefixes)]
-    scale = loss_scale(cell, x, elements, comm)
+    scale = loss_scale(cell, target, elements, comm)
     loss = sum(squares[1:], squares[0]) * (scale / prefixes)
     mse = squares[-1] / elements
     out *= 2 * scale / prefixes
@@ -156,15 +165,15 @@ def _residuals(
     return loss, mse
 
 
-def loss_scale(cell: Cell, x: Tensor, elements: int, comm: Solo) -> float | Tensor:
+def loss_scale(cell: Cell, target: Tensor, elements: int, comm: Solo) -> float | Tensor:
     """What the summed squared error is multiplied by to give the loss."""
     if cell.config.loss == "mean":
         return 1 / elements
     if cell.config.loss == "sum":
-        return x.shape[1] / elements
-    rows = elements / x.shape[1]
-    mean = comm.sum(x.sum(0)) / rows
-    return 1 / comm.sum((x - mean).square().sum()).clamp_min(1e-12)
+        return target.shape[1] / elements
+    rows = elements / target.shape[1]
+    mean = comm.sum(target.sum(0)) / rows
+    return 1 / comm.sum((target - mean).square().sum()).clamp_min(1e-12)
 
 
 class Signals(NamedTuple):
@@ -235,10 +244,15 @@ def signals(bank: Bank, f: Forward, comm: Solo, rows_in_all: int) -> Signals:
         if "b_enc" not in grads:
             grads["b_enc"] = b_enc[latents]
         grads["b_dec"] = residual.sum(0) if sums is None else sums[i]
+        if cell.config.skip:
+            grads["W_skip"] = linear(residual.t(), f.batch.t())
         aux_loss = gradient = None
         if s.dead_pre is not None:
-            target = _plain_residual(cell, f, i, B, rows_in_all, comm)
-            aux_loss, gradient = aux.gradient(cell, s.dead_pre, xc, target, comm, rows_in_all)
+            if cell.config.aux is not None and cell.config.aux.target == "full":
+                wanted = f.target - skipped(cell, f.batch) if cell.config.skip else f.target
+            else:
+                wanted = _plain_residual(cell, f, i, B, rows_in_all, comm)
+            aux_loss, gradient = aux.gradient(cell, s.dead_pre, xc, wanted, comm, rows_in_all)
             if gradient is not None:
                 grads["b_enc"].index_add_(0, gradient.ids, gradient.b_enc)
                 if gradient.b_dec is not None:
@@ -287,9 +301,8 @@ def l0_penalty(cell: Cell, count: Tensor, rows_in_all: int) -> tuple[Tensor, Ten
 
 
 def _plain_residual(cell: Cell, f: Forward, i: int, B: int, rows_in_all: int, comm: Solo) -> Tensor:
-    """x - x̂ of the whole dictionary, recovered from the loss gradient of the last prefix."""
-    x = f.batch[i] if isinstance(f.batch, list) else f.batch
+    """target - x̂ of the whole dictionary, recovered from the loss gradient of the last prefix."""
     prefixes = len(cell.prefixes)
     last = f.residuals[f.base[i] + (prefixes - 1) * B : f.base[i] + prefixes * B]
-    scale = loss_scale(cell, x, rows_in_all * x.shape[1], comm)
+    scale = loss_scale(cell, f.target, rows_in_all * f.target.shape[1], comm)
     return last * (-prefixes / (2 * scale))

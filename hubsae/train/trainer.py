@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hubsae import kernels
+from hubsae.activations.activation_set import Batch, PairedActivations
 from hubsae.core.errors import ConfigError, DataError, HubSAEError, TrainingInterrupted
 from hubsae.core.extras import require
 from hubsae.core.files import read_json, write_json_atomic
@@ -33,7 +35,7 @@ from hubsae.train.log import Log
 from hubsae.train.parallel import Solo, connect
 from hubsae.train.result import TrainResult, as_metadata
 from hubsae.train.schedule import learning_rate, sparsity_scale
-from hubsae.train.state import Bank, Cell
+from hubsae.train.state import SHARED, Bank, Cell
 
 # rows of training data that a batch_topk SAE's inference threshold is taken from, before every evaluation
 CALIBRATION_ROWS = 16_384
@@ -55,12 +57,15 @@ class Run:
         space: Normalizer | None = None,
         quiet: bool = False,
     ):
-        first = self.first = configs[0]
         self.out, self.device, self.quiet = out, torch.device(device), quiet
+        source = data.as_source(activations)
+        self.d_out: int | None = getattr(source, "d_out", None)  # of pairs of hook points: these are transcoders
+        configs = [config.for_target(self.d_out) for config in configs]
+        first = self.first = configs[0]
         self.comm: Solo = connect(first.parallel)
         # for passes in which every rank sees every row: calibration, resampling
         self.same_rows = self.comm if self.comm.splits_latents else Solo()
-        self.source, self.val = data.split(data.as_source(activations), val, first.val_fraction)
+        self.source, self.val = data.split(source, val, first.val_fraction)
         d = self.source.d
         ranks = self.comm.world if self.comm.splits_rows else 1
         preflight.check_settings(configs, d, self.source.n_rows, ranks=ranks)
@@ -74,7 +79,7 @@ class Run:
                 preflight.check_folder(out, settings, suffix=self.suffix)
             if self.comm.rank == 0:
                 write_json_atomic(out / "config.json", {**settings, "sha256": checkpoint.digest(settings)})
-        self.bank = Bank(configs, d, device=self.device, shares=self._shares(configs, d))
+        self.bank = Bank(configs, d, d_out=self.d_out, device=self.device, shares=self._shares(configs, d))
         self.cells = self.bank.cells
         for cell, start in zip(self.cells, starts if starts is not None else [None] * len(configs), strict=True):
             cell.parent = init.resolve(start)
@@ -113,21 +118,24 @@ class Run:
         self.log.fresh()
         self.tokens = data.select_tokens(self.first, self.source)
         parents = [c.parent.normalizer for c in self.cells if c.parent is not None and c.parent.normalizer is not None]
-        if self.first.normalize == "none":
-            self.space = None
-        elif space is not None or parents:
+        given = space if space is not None else parents[0] if parents else None
+        if self.first.normalize != "none" and given is not None and self.d_out is None:
             # latents of a warm start mean the same only in the space they were trained in
-            self.space = space if space is not None else parents[0]
+            self.space, self.space_out = given, None
         else:
-            self.space = data.normalizer(self.first, self.source, self.tokens)
-        rows: Tensor | None = None
+            self.space, self.space_out = data.spaces(self.first, self.source, self.tokens)
+            if self.space is not None and given is not None:
+                self.space = given
+        rows: Batch | None = None
         for cell in self.cells:
             if cell.parent is not None:
-                init.warm(cell, cell.parent, self.space)
+                init.check_warm(cell.config, self.source.d, cell.total, cell.parent, self.d_out)
+                init.warm(cell, cell.parent, self.space, self.space_out)
             else:
                 if rows is None:
                     rows = self._sample(cell.config.init.rows, self.first.data_seed)
-                    data.check_finite(rows, "the activations")
+                    for part in (rows.x, *([rows.target] if rows.target is not None else [])):
+                        data.check_finite(part, "the activations")
                 init.fresh(cell, rows)
 
     def _whole_state(self) -> tuple[Path, dict[str, Any]] | None:
@@ -153,10 +161,7 @@ class Run:
     def _restore(self, path: Path, state: dict[str, Any]) -> None:
         checkpoint.load(path, self.cells, state)
         self.step, self.epoch, self.finished = state["step"], state["epoch"], state["finished"]
-        space = state["space"]
-        self.space = None
-        if space is not None:
-            self.space = Normalizer(torch.tensor(space["mean"]), torch.tensor(space["std"]), space["count"])
+        self.space, self.space_out = (_normalizer(state.get(name)) for name in ("space", "space_out"))
         self.tokens = data.TokenSelection.of(self.first, state["massive_above"])
         linear.adopt(state["linear"])
         if state["source"] is not None:
@@ -172,11 +177,11 @@ class Run:
     def steps(self) -> Iterator[int]:
         """The loop: a step, and what is due between steps; for `fit_together`, which sets the stage."""
         while self.step < self.total and self.bank.live and not self.finished:
-            for x in self._batches():
-                self._train(x)
+            for batch in self._batches():
+                self._train(batch)
                 self.task.update(self.step * self.first.batch_size)
                 if self.step % self.first.log_every == 0 or self.step == self.total:
-                    self._report(x)
+                    self._report(batch.x if batch.target is None else batch.target)
                 self._between(epoch_ended=self.step % self.steps_per_epoch == 0)
                 yield self.step
                 if self.step >= self.total or not self.bank.live:
@@ -193,35 +198,40 @@ class Run:
             kept, how = f"state of step {self.step} is in {self.out}", "start the same command again to go on"
         return TrainingInterrupted(f"interrupted after step {self.step} of {self.total}: {kept}", hint=how)
 
-    def _batches(self) -> Iterator[Tensor]:
+    def _batches(self) -> Iterator[Batch]:
         rank, world = (self.comm.rank, self.comm.world) if self.comm.splits_rows else (0, 1)
         options = {"seed": self.first.data_seed, "epoch": self.epoch, "rank": rank, "world_size": world}
         for batch in self.tokens.batches(self.source, self.local_batch, **options):
             if len(batch.x) == self.local_batch:
                 yield self._in_space(self.tokens.kept(batch))
 
-    def _in_space(self, rows: Tensor) -> Tensor:
+    def _in_space(self, rows: Batch) -> Batch:
         """Raw activations in training space, float32, on the device."""
-        x = rows.to(self.device, torch.float32)
-        return x if self.space is None else self.space.apply(x)
 
-    def _sample(self, rows: int, seed: int) -> Tensor:
+        def placed(x: Tensor, space: Normalizer | None) -> Tensor:
+            x = x.to(self.device, torch.float32)
+            return x if space is None else space.apply(x)
+
+        return rows.mapped(partial(placed, space=self.space), partial(placed, space=self.space_out))
+
+    def _sample(self, rows: int, seed: int) -> Batch:
         """Random training tokens in training space."""
         return self._in_space(data.sample(self.source, rows, seed, self.tokens))
 
-    def _train(self, x: Tensor) -> None:
+    def _train(self, batch: Batch) -> None:
         """One optimiser step of every living cell."""
         for cell in self.bank.live:
             cell.lr = learning_rate(cell.config, self.step, self.total)
             cell.sparsity = sparsity_scale(cell.config, self.step)
-        rows = x.shape[0]
+        x, rows = batch.x, len(batch)
         if self.comm.splits_rows:
             rows = int(self.comm.sum(torch.tensor(rows, device=x.device)))
         if rows == 0:
             raise DataError("every token of a batch is left out", hint="leave out fewer (exclude, max_norm_factor)")
         before = self.bank.live
         try:
-            learn(self.bank, x, self.comm, rows, number=self.step, accumulate=self.first.accumulate)
+            options: dict[str, Any] = {"accumulate": self.first.accumulate, "target": batch.target}
+            learn(self.bank, x, self.comm, rows, number=self.step, **options)
         except DataError as error:
             raise self._with_last_good(error) from None
         for cell in before:
@@ -238,15 +248,15 @@ class Run:
 
     # ---- between steps ----------------------------------------------------------------------------------
 
-    def _report(self, x: Tensor) -> None:
+    def _report(self, target: Tensor) -> None:
         then, at = self._timed
         clock = time.perf_counter()
         speed = (self.step - at) * self.first.batch_size / max(clock - then, 1e-9)
         self._timed = (clock, self.step)
         if not self.bank.live:
             return
-        rows = int(self.comm.sum(torch.tensor(x.shape[0], device=x.device)))
-        variance = float(self.comm.sum((x - self.comm.sum(x.sum(0)) / rows).square().sum()))
+        rows = int(self.comm.sum(torch.tensor(target.shape[0], device=target.device)))
+        variance = float(self.comm.sum((target - self.comm.sum(target.sum(0)) / rows).square().sum()))
         text = []
         for cell in self.bank.live:
             now = cell.now
@@ -255,7 +265,7 @@ class Run:
                 "tokens": cell.tokens,
                 "loss": float(now["loss"]),
                 "mse": mse,
-                "fvu": mse * rows * self.source.d / max(variance, 1e-12),
+                "fvu": mse * rows * target.shape[1] / max(variance, 1e-12),
                 "l0": float(now["l0"]),
                 "dead": float(self.comm.sum_latents(cell.dead().double().sum())) / cell.total,
                 "lr": cell.lr,
@@ -311,13 +321,15 @@ class Run:
         if cells:
             rows = self._sample(max(CALIBRATION_ROWS, self.first.batch_size), self.first.data_seed)
             for cell in cells:
-                cell.threshold = select.inference_threshold(cell, rows, self.same_rows)
+                cell.threshold = select.inference_threshold(cell, rows.x, self.same_rows)
 
     def validate_now(self) -> dict[str, float]:
         """Metrics of the first cell as it stands, on the validation data, or on training rows where there is none."""
         val = self.val
         if val is None:
-            val = data.TensorSource(data.sample(self.source, self.first.eval_rows, self.first.data_seed, self.tokens))
+            rows = data.sample(self.source, self.first.eval_rows, self.first.data_seed, self.tokens)
+            paired = rows.target is not None
+            val = PairedActivations.from_tensors(rows.x, rows.target) if paired else data.TensorSource(rows.x)
         cell = self.cells[0]
         if cell.threshold is None:
             self._calibrate()
@@ -337,19 +349,18 @@ class Run:
         weights = export.current(cell)
         if not self.comm.splits_latents:
             return weights
-        shared = ("b_dec", "b_pre")
-        return {n: t if n in shared else torch.cat(self.comm.gather(t)) for n, t in weights.items()}
+        return {n: t if n in SHARED else torch.cat(self.comm.gather(t)) for n, t in weights.items()}
 
     def _save(self) -> None:
         if self.comm.rank == 0:
             self.log.add("checkpoint", self.step, "")
         if self.out is not None and (self.comm.rank == 0 or self.comm.splits_latents):
             at_end_of_epoch = self.step % self.steps_per_epoch == 0
-            space = self.space
             state = {
                 "epoch": self.epoch + (1 if at_end_of_epoch else 0),
                 "finished": self.finished,
-                "space": space and {"mean": space.mean.tolist(), "std": space.std.tolist(), "count": space.count},
+                "space": _facts(self.space),
+                "space_out": _facts(self.space_out),
                 "massive_above": self.tokens.massive_above,
                 "log": self.log.mark(),
                 "linear": linear.decisions(),
@@ -421,6 +432,8 @@ class Run:
             cell,
             self.space,
             weights,
+            space_out=self.space_out,
+            transcoder=self.d_out is not None,
             threshold=now["threshold"],
             tokens=now["tokens"],
             steps=now["step"],
@@ -461,6 +474,14 @@ def fit_together(runs: Sequence[Run]) -> list[list[TrainResult]]:
         where = f"everything is in {out}" if out else "its result is lost, there is no run folder (out=)"
         raise TrainingInterrupted(f"interrupted when training was done: {where}")
     return results
+
+
+def _facts(space: Normalizer | None) -> dict[str, Any] | None:
+    return space and {"mean": space.mean.tolist(), "std": space.std.tolist(), "count": space.count}
+
+
+def _normalizer(facts: dict[str, Any] | None) -> Normalizer | None:
+    return facts and Normalizer(torch.tensor(facts["mean"]), torch.tensor(facts["std"]), facts["count"])
 
 
 class _Signals:

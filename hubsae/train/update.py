@@ -16,7 +16,7 @@ from torch import Tensor
 from hubsae.kernels import cpu
 from hubsae.train.config import TrainConfig
 from hubsae.train.parallel import Solo
-from hubsae.train.state import Bank, Cell
+from hubsae.train.state import SHARED, Bank, Cell
 from hubsae.train.step import Forward, Signals
 
 # elements of one matrix in a tile: with two matrices, their moments and gradients about 8 x 1 MB (measured: flat
@@ -66,8 +66,8 @@ def apply_stored(bank: Bank, vectors: list[dict[str, Tensor]], fired: Tensor, co
         rows = slice(cell.low, cell.high)
         norm = None
         if cell.config.clip is not None:
-            shared = sum(g.double().square().sum() for name, g in grads.items() if name in ("b_dec", "b_pre"))
-            own = sum(g.double().square().sum() for name, g in grads.items() if name not in ("b_dec", "b_pre"))
+            shared = sum(g.double().square().sum() for name, g in grads.items() if name in SHARED)
+            own = sum(g.double().square().sum() for name, g in grads.items() if name not in SHARED)
             own = own + _square(g_enc[rows]) + _square(g_dec[rows])
             norm = float((comm.sum_latents(own) + shared).sqrt())
             factor = cell.config.clip / (norm + 1e-6)

@@ -23,7 +23,7 @@ def measure(
     """Metrics by name of the SAE, of raw activations and the tokens that take part; of about `limit` rows."""
     rows: Any = val.rows if isinstance(val, data.TensorSource) else val
     if not hasattr(rows, "label_names") and not isinstance(rows, Tensor):
-        rows = data.head(val, min(limit, val.n_rows), 0, selection)  # a source that only knows how to shuffle
+        rows = data.head(val, min(limit, val.n_rows), 0, selection).x  # a source that only knows how to shuffle
     table, named, sums = prepare(saes, rows, scopes=[selection.scope], force=True)
     blocks = (0, -(-min(limit, val.n_rows) // BLOCK_ROWS))
     # every rank reads all rows: ranks that train apart come here at different times

@@ -22,7 +22,7 @@ class DenseTrainer:
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Pre-activations, codes, and the sparsity penalty of a batch."""
         c, P = self.config, self.params
-        center = {"tied": P["b_dec"], "untied": P.get("b_pre"), "none": torch.zeros_like(P["b_dec"])}[c.pre_bias]
+        center = {"tied": P["b_dec"], "untied": P.get("b_pre"), "none": torch.zeros_like(x[0])}[c.pre_bias]
         product = (x - center) @ P["W_enc"].t()
         pre = product + P["b_enc"]
         penalty = pre.new_zeros(())
@@ -47,20 +47,23 @@ class DenseTrainer:
             penalty = c.sparsity.l1 * pre.relu().sum(1).mean() + (via_gate - x).square().sum() * scale
         return pre, z, penalty
 
-    def loss(self, x: Tensor, dead: Tensor | None = None) -> Tensor:
-        """The whole training loss."""
+    def loss(self, x: Tensor, dead: Tensor | None = None, target: Tensor | None = None) -> Tensor:
+        """The whole training loss; `target` is what a transcoder predicts."""
         c, P = self.config, self.params
         pre, z, penalty = self.codes(x)
+        width = x.shape[1]
+        skip = x @ P["W_skip"].t() if "W_skip" in P else 0
+        x = x if target is None else target
         spread = (x - x.mean(0)).square().sum()
         scale = {"mean": 1 / x.numel(), "sum": 1 / x.shape[0], "fvu": 1 / spread}[c.loss]
         prefixes = c.prefixes(pre.shape[1])
         total, out = penalty, x
         for prefix in prefixes:
-            out = z[:, :prefix] @ P["W_dec"][:prefix] + P["b_dec"]
+            out = z[:, :prefix] @ P["W_dec"][:prefix] + P["b_dec"] + skip
             total = total + (out - x).square().sum() * scale / len(prefixes)
         if c.aux is not None and dead is not None and bool(dead.any()):
-            k = c.aux.k or x.shape[1] // 2
-            target = (x - out).detach() if c.aux.target == "residual" else x
+            k = c.aux.k or width // 2
+            target = (x - (out if c.aux.target == "residual" else skip)).detach()
             again = reference.aux_codes(pre, dead, k) @ P["W_dec"]
             again = again if c.aux.target == "residual" else again + P["b_dec"]
             squares = (again - target).square().sum()
@@ -72,11 +75,11 @@ class DenseTrainer:
             total = total + c.aux.coefficient * share * squares
         return total
 
-    def step(self, x: Tensor, dead: Tensor | None = None) -> float:
+    def step(self, x: Tensor, dead: Tensor | None = None, target: Tensor | None = None) -> float:
         """One step; the loss before it."""
         c, W = self.config, self.params["W_dec"]
         self.optimiser.zero_grad()
-        loss = self.loss(x, dead)
+        loss = self.loss(x, dead, target)
         loss.backward()
         with torch.no_grad():
             if c.clip is not None:

@@ -25,17 +25,19 @@ def start(bank: Bank, seed: int = 0) -> None:
     g = torch.Generator().manual_seed(seed)
     for cell in bank.cells:
         W = torch.randn(cell.n, D, generator=g, dtype=torch.float64)
+        cell.W_enc.copy_(W / W.norm(dim=1, keepdim=True))
+        if bank.d_out != D:
+            W = torch.randn(cell.n, bank.d_out, generator=g, dtype=torch.float64)
         cell.W_dec.copy_(W / W.norm(dim=1, keepdim=True))
-        cell.W_enc.copy_(cell.W_dec)
         for vector in cell.vectors.values():
             vector.copy_(torch.randn(vector.shape, generator=g, dtype=torch.float64) * 0.1)
         if "theta" in cell.vectors:
             cell.vectors["theta"].fill_(0.6)
 
 
-def one_step(bank: Bank, x: torch.Tensor) -> tuple[step.Forward, step.Signals]:
+def one_step(bank: Bank, x: torch.Tensor, target=None) -> tuple[step.Forward, step.Signals]:
     with torch.no_grad():
-        f = step.forward(bank, x, SOLO, x.shape[0])
+        f = step.forward(bank, x, SOLO, x.shape[0], target)
         s = step.signals(bank, f, SOLO, x.shape[0])
         if bank.cells[0].config.clip is None:
             update.apply(bank, f, s)
@@ -46,10 +48,16 @@ def one_step(bank: Bank, x: torch.Tensor) -> tuple[step.Forward, step.Signals]:
 
 
 def compare(
-    c: TrainConfig, *, steps: int = 6, tolerance: float = 1e-7, dead: bool = False, norm: float = 1.0
+    c: TrainConfig,
+    *,
+    steps: int = 6,
+    tolerance: float = 1e-7,
+    dead: bool = False,
+    norm: float = 1.0,
+    d_out: int | None = None,
 ) -> step.Signals:
     """Take steps both ways in float64; the last signals."""
-    bank = Bank([c], D, dtype=torch.float64)
+    bank = Bank([c], D, d_out=d_out, dtype=torch.float64)
     start(bank)
     bank.W_dec *= norm
     cell = bank.cells[0]
@@ -61,12 +69,13 @@ def compare(
         x = torch.randn(ROWS, D, generator=g, dtype=torch.float64) + 0.3
         mask = cell.dead() if dead else None
         expected_l0 = (other.codes(x)[1] != 0).sum(1).double().mean()
-        f, s = one_step(bank, x)
+        target = None if d_out is None else torch.randn(ROWS, d_out, generator=g, dtype=torch.float64) + x[:, :d_out]
+        f, s = one_step(bank, x, target)
         mine = sum(float(v[0]) for v in (f.losses, s.penalty, s.aux_loss) if v[0] is not None)
-        assert mine == pytest.approx(other.step(x, mask), rel=1e-6)
+        assert mine == pytest.approx(other.step(x, mask, target), rel=1e-6)
         assert float(s.l0[0]) == pytest.approx(float(expected_l0), abs=1e-9)
     for name, theirs in other.params.items():
-        ours = getattr(cell, name) if name.startswith("W_") else cell.vectors[name]
+        ours = cell.vectors[name] if name in cell.vectors else getattr(cell, name)
         assert float((ours - theirs.detach()).abs().max()) < tolerance, name
     return s
 
@@ -134,6 +143,24 @@ def test_auxk_with_fewer_dead_latents_than_k_and_with_jumprelu():
     compare(config(aux=AuxConfig(k=100, scale_by_dead=True)), dead=True)
     sparsity = SparsityConfig(l0=0.01, bandwidth=0.1)
     compare(config(architecture="jumprelu", loss="sum", sparsity=sparsity, aux=AuxConfig(k=12)), dead=True)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pre_bias": "untied", "loss": "fvu"},
+        {"clip": 1e-3},
+        {"matryoshka": (16, 0.5), "loss": "sum"},
+        {"architecture": "batch_topk", "aux": AuxConfig(k=60)},
+        {"aux": AuxConfig(k=60, target="full")},
+        {"architecture": "relu", "sparsity": SparsityConfig(l1=0.01)},
+        {"architecture": "jumprelu", "sparsity": SparsityConfig(l0=0.01, bandwidth=0.1), "loss": "sum"},
+    ],
+    ids=["topk", "clipped", "matryoshka", "batch_topk", "full", "relu", "jumprelu"],
+)
+def test_transcoders_take_the_steps_of_the_textbook(options, skip):
+    compare(config(**{"pre_bias": "none", **options}, skip=skip), dead="aux" in options, d_out=20)
 
 
 def test_row_chunks_change_nothing(monkeypatch):

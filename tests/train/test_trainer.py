@@ -9,6 +9,7 @@ import torch
 
 import hubsae.train.checkpoint as checkpoint
 from hubsae.activations import ActivationDataset
+from hubsae.activations.activation_set import Batch
 from hubsae.core.config import SAEConfig
 from hubsae.core.errors import ConfigError, DataError, TrainingError, WriteError
 from hubsae.hub.sae import HubSAE
@@ -214,7 +215,7 @@ def test_resampling_does_what_its_description_says(method, tokens):
         for matrix in (cell.m_enc, cell.v_dec):
             matrix.fill_(1.0)
         before = cell.W_enc.clone()
-        assert dead_latents.resample(cell, tokens[:256], Solo()) == 10
+        assert dead_latents.resample(cell, Batch(tokens[:256], {}), Solo()) == 10
     torch.testing.assert_close(cell.W_dec[:10].norm(dim=1), torch.ones(10))
     assert (cell.vectors["b_enc"][:10] == 0).all() and (cell.vectors["b_enc"][10:] == 0.3).all()
     assert torch.equal(cell.W_enc[10:], before[10:]) and not cell.dead().any()
