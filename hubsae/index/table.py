@@ -20,15 +20,13 @@ from hubsae.core.errors import DataError
 from hubsae.core.scopes import ALL, Scope
 from hubsae.evals.accumulate import mix
 from hubsae.evals.passes import PassBlock, load_state, save_state
-from hubsae.index.best import Kept, Records, find_in_run, keep, rank_in_group, rows_that_fit
-from hubsae.index.tally import BINS, Cofiring, Tally
+from hubsae.index.best import Kept, Records, keep, order_by, rank_in_group
+from hubsae.index.tally import Cofiring, Tally
 
 KIND = "feature table"
 ROWS = 8192
 """Rows taken in at once: half a million records at k 64, so that what the first firings displace is looked up once."""
 NO_VALUE, NO_HASH, NO_SAMPLE = np.float32(-np.inf), 2**63 - 1, -(2**63)
-POOL = 1 << 16
-"""Records held before the first cut."""
 
 
 class FeatureTable:
@@ -63,21 +61,19 @@ class FeatureTable:
             raise DataError(f"top {top}, random {random}, window {window}: at least 1, 0 and 0 are needed")
         self.name, self.d_sae, self.top, self.random, self.window = name, d_sae, top, random, window
         self.scope, self.identity = scope, dict(identity or {})
-        self.rows = max(1, min(rows, rows_that_fit(d_sae) - 2 * window - 1))
+        self.rows = max(1, rows)
         self.columns = tuple(dict.fromkeys([*FeatureTable.columns, *scope.columns]))
         self.context = window
         self.n_tokens, self.n_rows = 0, 0
         self.spans: list[list[int]] = []
         """Runs of rows that were taken in."""
-        self.histogram = np.zeros((d_sae, BINS), np.int64)
-        self.sum = np.zeros(d_sae)
         self.first, self.special = np.zeros(d_sae, np.int64), np.zeros(d_sae, np.int64)
         self.known: dict[str, bool] = {}
         self.roles: list[str] = []
         self.records = Records.none(2 * window + 1)
+        """Sorted after `result`; before, in any order and with places between them that are free."""
+        self._free = np.zeros(0, np.int64)
         self._tally, self._cofiring = Tally(d_sae), Cofiring()
-        self._fresh: list[Records] = []
-        self._pool, self._limit = 0, POOL
         # of the strongest samples of each feature so far: value of the strongest token, and which sample
         self._best = np.full((d_sae, top), NO_VALUE)
         self._best_sample = np.full((d_sae, top), NO_SAMPLE, np.int64)
@@ -94,9 +90,19 @@ class FeatureTable:
     @property
     def count(self) -> np.ndarray:
         """Firings of each feature. [d_sae]"""
-        self.settle()
-        self._tally.move_to(self.histogram, self.sum)
         return self.histogram.sum(1)
+
+    @property
+    def histogram(self) -> np.ndarray:
+        """Firings of each feature by size. [d_sae, BINS]"""
+        self.settle()
+        return self._tally.histogram
+
+    @property
+    def sum(self) -> np.ndarray:
+        """Sum of each feature's values, in integers of 2^-20. [d_sae]"""
+        self.settle()
+        return self._tally.sum
 
     @property
     def pairs(self) -> tuple[np.ndarray, np.ndarray]:
@@ -184,7 +190,7 @@ class FeatureTable:
         if len(here):
             self._count(rows, here)
         kept = max(0, n - 2 * self.window)
-        self._waiting = [{name: column[kept:] for name, column in rows.items()}]
+        self._waiting = [{name: column[kept:].copy() for name, column in rows.items()}]
         self._behind = n - self.window - kept
 
     def _count(self, rows: dict[str, np.ndarray], here: np.ndarray) -> None:
@@ -197,30 +203,26 @@ class FeatureTable:
                 table += np.bincount(chosen, minlength=self.d_sae)
         hashes = mix(rows["index"][part])
         self._cofiring.add(hashes, feature, value)
-        if self._tally.full:
-            self._tally.move_to(self.histogram, self.sum)
         near: Any = {"hashes": _upper(hashes), "bound_hash": self._near} if self.random else {}
         # while rows come in order a tie always loses to the token before it; otherwise it may win
         found = self._tally.count(feature, value, self._bound, strict=self._rising, **near)
         if not len(found):
             return
         row = found // feature.shape[1]
-        flat, size = feature.reshape(-1)[found], value.reshape(-1)[found]
-        _, samples = np.unique(rows["sample"][part], return_inverse=True)
+        candidate, size = feature.reshape(-1)[found], value.reshape(-1)[found]
         ranks = np.empty(len(hashes), np.int64)
         ranks[np.argsort(hashes)] = np.arange(len(hashes))
-        best = find_in_run(flat, size, row, samples.reshape(-1), ranks, self.top, self.random)
-        of_row = here[0] + best.row if every else here[best.row]
-        hashed = hashes[best.row]
-        self._raise_bounds(best.feature, best.value, rows["sample"][of_row], hashed, best.leads, best.drawn)
-        still = best.value >= self._bound[best.feature]
-        if self.random:
-            still |= hashed <= self._bound_hash[best.feature]
-        feature, value, of_row = best.feature[still].astype(np.int32), best.value[still], of_row[still]
-        self._fresh.append(self._with_context(rows, feature, value, of_row))
-        self._pool += len(feature)
-        if self._pool > self._limit:
-            self._thin()
+        sample = rows["sample"][part]
+        best = keep(candidate, size, row, sample[row], self.top, self.random, ranks[row])
+        candidate, size, row = candidate[best.rows], size[best.rows], row[best.rows]
+        hashed = hashes[row]
+        self._raise_bounds(candidate, size, sample[row], hashed, best.prompt_rank >= 0, best.random_rank >= 0)
+        still = np.flatnonzero(self._passes(candidate, size, hashed))
+        self._put(self._with_context(rows, candidate[still], size[still], here[row[still]]))
+
+    def _passes(self, feature: np.ndarray, value: np.ndarray, hashed: np.ndarray) -> np.ndarray:
+        """Which records the bounds have not risen above. bool"""
+        return (value >= self._bound[feature]) | (hashed <= self._bound_hash[feature])
 
     def _raise_bounds(
         self, feature: np.ndarray, value: np.ndarray, sample: np.ndarray, hashed: np.ndarray, leads: np.ndarray,
@@ -278,29 +280,13 @@ class FeatureTable:
         """Write what each feature does within the window of its record into `around`; the middle is there already."""
         n, k = rows["feature"].shape
         sample, window = rows["sample"], self.window
-        if len(feature) * 32 * window < n * k:
-            # few records: look through the codes of the rows around each, a slice at a time, which stays in cache
-            for start in range(0, len(feature), 1024):
-                part = slice(start, start + 1024)
-                for away in (*range(-window, 0), *range(1, window + 1)):
-                    other = row[part] + away
-                    near = np.flatnonzero((other >= 0) & (other < n))
-                    near = near[sample[other[near]] == sample[row[part][near]]]
-                    at = other[near]
-                    found, place = np.nonzero(rows["feature"][at] == feature[part][near, None])
-                    value = rows["value"][at[found], place]
-                    # a padded place has the value 0 at index 0, and is no firing
-                    fires = value != 0
-                    around[start + near[found[fires]], window + away] = value[fires]
-            return
-        # many: all firings sorted by feature and row, where what fires near a record stands beside it
+        # the firings of these features sorted by feature and row: what fires near a record stands beside it
         wanted = np.zeros(self.d_sae, bool)
         wanted[feature] = True
         hit = np.flatnonzero(wanted[rows["feature"].reshape(-1)] & (rows["value"].reshape(-1) != 0))
-        bits = max(1, int(n * k).bit_length())
-        packed = ((rows["feature"].reshape(-1)[hit].astype(np.int64) * n + hit // k) << bits) | hit
-        packed.sort()
-        key, values = packed >> bits, rows["value"].reshape(-1)[packed & ((1 << bits) - 1)]
+        hit = hit[order_by(rows["feature"].reshape(-1)[hit])]
+        key = rows["feature"].reshape(-1)[hit].astype(np.int64) * n + hit // k
+        values = rows["value"].reshape(-1)[hit]
         mine = feature.astype(np.int64) * n + row
         at = np.searchsorted(key, mine)
         for side in (-1, 1):
@@ -318,36 +304,38 @@ class FeatureTable:
                 around[to, window + other[inside] - row[to]] = values[near[inside]]
                 step += 1
 
-    def _thin(self) -> None:
-        """Leave out what the bounds have risen above; where that is little, cut."""
-        waiting, before = [self.records, *self._fresh], self._pool + len(self.records.feature)
-        self.records, self._fresh = Records.none(2 * self.window + 1), []
-        waiting.reverse()
-        while waiting:  # one after the other, so that what is left out is freed
-            part = waiting.pop()
-            still = part.value >= self._bound[part.feature]
-            if self.random:
-                still |= mix(part.index) <= self._bound_hash[part.feature]
-            self._fresh.append(part.take(np.flatnonzero(still)))
-        held = sum(len(part.feature) for part in self._fresh)
-        if 2 * held > before:
-            self._cut()
+    def _used(self) -> np.ndarray:
+        """Places of records. bool"""
+        used = np.ones(len(self.records.feature), bool)
+        used[self._free] = False
+        return used
+
+    def _put(self, new: Records) -> None:
+        """Hold further records, in the places of those that the bounds have risen above."""
+        if len(new.feature) > len(self._free):
             held = len(self.records.feature)
-        self._pool = sum(len(part.feature) for part in self._fresh)
-        self._limit = self._pool + max(POOL, held // 2)
+            still = self._passes(self.records.feature, self.records.value, mix(self.records.index))
+            self._free = np.flatnonzero(~(still & self._used()))
+            if len(self._free) < max(len(new.feature), held // 8):
+                more = max(len(new.feature) - len(self._free), held // 8)
+                for column in self.records:
+                    column.resize((held + more, *column.shape[1:]), refcheck=False)
+                self._free = np.append(self._free, np.arange(held, held + more))
+        places, self._free = np.split(self._free, [len(new.feature)])
+        for column, values in zip(self.records, new, strict=True):
+            column[places] = values
 
     def _cut(self) -> Kept:
-        """Join what came with what is held, and cut to what is kept."""
-        parts = [self.records, *self._fresh]
-        self._fresh, self._pool = [], 0
-        keys = (np.concatenate([getattr(p, name) for p in parts]) for name in ("feature", "value", "index", "sample"))
-        kept = keep(*keys, self.top, self.random)
-        # column by column, the windows first: they are the most of it, and need not be held twice over
-        held = [list(part) for part in parts]
-        self.records = Records.none(0)
-        del parts
-        columns = [_gathered(held, column, kept.rows) for column in reversed(range(len(Records._fields)))]
-        self.records = Records(*reversed(columns))
+        """Cut the records to what is kept, sorted."""
+        held = np.flatnonzero(self._used())
+        feature, value, index, sample = (column[held] for column in self.records[:4])
+        kept = keep(feature, value, index, sample, self.top, self.random)
+        # column by column, so that what is left out is freed
+        columns, self.records, self._free = list(self.records), Records.none(0), np.zeros(0, np.int64)
+        rows = held[kept.rows]
+        for number, column in enumerate(columns):
+            columns[number] = column[rows]
+        self.records = Records(*columns)
         return kept
 
     def _read_bounds(self, kept: Kept) -> None:
@@ -383,19 +371,17 @@ class FeatureTable:
             raise DataError(f"one table is about {self.scope.name!r}, the other about {other.scope.name!r}")
         self.settle()
         other.settle()
-        for table in (self, other):
-            table._tally.move_to(table.histogram, table.sum)
         for low, high in other.spans:
             self._cover(low, high)
         self.n_rows, self.n_tokens = self.n_rows + other.n_rows, self.n_tokens + other.n_tokens
-        self.histogram, self.sum = self.histogram + other.histogram, self.sum + other.sum
+        self._tally.merge(other._tally)
         self.first, self.special = self.first + other.first, self.special + other.special
         self.known = {name: self.known.get(name, False) or held for name, held in {**self.known, **other.known}.items()}
         roles = [*self.roles, *(role for role in other.roles if role not in self.roles)]
         self.roles = roles
         moved = np.array([*(roles.index(role) for role in other.roles), -1], np.int16)
-        for part in [other.records, *other._fresh]:
-            self._fresh.append(part._replace(role=moved[part.role]))
+        theirs = other.records.take(other._used())
+        self._put(theirs._replace(role=moved[theirs.role]))
         self._read_bounds(self._cut())
         self._cofiring.merge(other._cofiring)
 
@@ -403,7 +389,6 @@ class FeatureTable:
         """This table, cut and in the one order that its contents have."""
         self.settle()
         self._cut()
-        self._tally.move_to(self.histogram, self.sum)
         roles = sorted(self.roles)
         moved = np.array([*(roles.index(role) for role in self.roles), -1], np.int16)
         self.records = self.records._replace(role=moved[self.records.role])
@@ -438,9 +423,9 @@ class FeatureTable:
         table = FeatureTable(facts["name"], facts["d_sae"], scope=scope, **settings)
         for name in ("n_tokens", "n_rows", "spans", "known", "roles"):
             setattr(table, name, facts[name])
-        for name in ("histogram", "sum", "first", "special"):
-            setattr(table, name, arrays[name])
-        table.records = Records(*(arrays[f"records/{name}"] for name in Records._fields))
+        table.first, table.special = arrays["first"], arrays["special"]
+        table._tally = Tally(table.d_sae, arrays["histogram"], arrays["sum"])
+        table._put(Records(*(arrays[f"records/{name}"] for name in Records._fields)))
         table._cofiring = Cofiring.of(arrays["pairs/token"], arrays["pairs/feature"])
         table._read_bounds(table._cut())
         return table
@@ -477,19 +462,6 @@ def _by_feature(
         table[row, place] = column
         tables.append(table)
     return of, tables
-
-
-def _gathered(parts: list[list[np.ndarray]], column: int, rows: np.ndarray) -> np.ndarray:
-    """These rows of a column of all parts, which is taken out of them."""
-    whole = [part[column] for part in parts]
-    out = np.empty((len(rows), *whole[0].shape[1:]), whole[0].dtype)
-    start = 0
-    for part, values in zip(parts, whole, strict=True):
-        here = np.flatnonzero((rows >= start) & (rows < start + len(values)))
-        out[here] = values[rows[here] - start]
-        start += len(values)
-        part[column] = values[:0].copy()
-    return out
 
 
 def _upper(hashes: np.ndarray) -> np.ndarray:
