@@ -20,7 +20,6 @@ from hubsae.core.progress import progress
 from hubsae.core.text import natural_key
 from hubsae.hub.client import LIBRARY, HubClient, RemoteFile, split_repo
 from hubsae.hub.datasets import REPO_TYPE, push_activations
-from hubsae.hub.explain import explained
 from hubsae.hub.upload import Published
 from hubsae.version import __version__
 
@@ -235,8 +234,11 @@ class RangeFile:
         """The bytes [start, start + length)."""
         if length == 0:
             return b""
-        with explained(self.client, self.repo_id, revision=self.revision, path=self.path, repo_type=REPO_TYPE):
-            data = self.client.retry(lambda: self._ask(start, length), f"reading {self.path}")
+        data = self.client.ask(
+            f"reading {self.path}",
+            lambda: self._ask(start, length),
+            self.repo_id, revision=self.revision, path=self.path, repo_type=REPO_TYPE,
+        )  # fmt: skip
         if len(data) != length:
             raise HubRequestError(
                 f"{self.name}: expected {length} bytes at {start}, found {len(data)}",

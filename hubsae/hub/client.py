@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -148,6 +148,21 @@ class HubClient:
         """Run one request, again after transient failures."""
         return retrying(call, policy=self.policy, what=what, notify=self.say)
 
+    def ask(
+        self,
+        what: str,
+        call: Callable[[], T],
+        repo_id: str | None = None,
+        *,
+        revision: str | None = None,
+        path: str | None = None,
+        repo_type: str = "model",
+        writing: bool = False,
+    ) -> T:
+        """Make one request, again after transient failures; what fails for good says what to do next."""
+        with explained(self, repo_id, revision=revision, path=path, repo_type=repo_type, writing=writing):
+            return self.retry(call, what)
+
     # -- asking ------------------------------------------------------------------------------------------------
 
     def whoami(self) -> str:
@@ -155,46 +170,45 @@ class HubClient:
         return self._whoami()["name"]
 
     def _whoami(self) -> dict[str, Any]:
-        with explained(self):
-            from huggingface_hub.errors import LocalTokenNotFoundError
+        from huggingface_hub.errors import LocalTokenNotFoundError
 
-            try:
-                return self.retry(self.api.whoami, "asking who you are")
-            except LocalTokenNotFoundError:
-                raise AccessError(
-                    f"no token for {self.address}", hint="log in with `hf auth login`, or set HF_TOKEN"
-                ) from None
+        try:
+            return self.ask("asking who you are", self.api.whoami)
+        except LocalTokenNotFoundError:
+            raise AccessError(
+                f"no token for {self.address}", hint="log in with `hf auth login`, or set HF_TOKEN"
+            ) from None
 
     def namespaces(self) -> list[str]:
         """The name behind the token, and the organisations it belongs to."""
         me = self._whoami()
         return [me["name"], *(org["name"] for org in me.get("orgs", []))]
 
-    def info(self, repo_id: str, *, repo_type: str = "model") -> Any:
-        """What the Hub says about a repo: its present id (after a rename), whether it is private."""
-        with explained(self, repo_id, repo_type=repo_type):
-            return self.retry(lambda: self.api.repo_info(repo_id, repo_type=repo_type), f"looking up {repo_id}")
+    def info(self, repo_id: str, revision: str | None = None, *, repo_type: str = "model") -> Any:
+        """What the Hub says about a repo: its present id (after a rename), whether it is private, its commit."""
+        return self.ask(
+            f"looking up {repo_id}",
+            lambda: self.api.repo_info(repo_id, repo_type=repo_type, revision=revision),
+            repo_id, revision=revision, repo_type=repo_type,
+        )  # fmt: skip
 
-    def find(self, repo_id: str, *, repo_type: str = "model") -> Any:
+    def find(self, repo_id: str) -> Any:
         """Like `info`, or None where there is no such repo."""
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-        with explained(self, repo_id, repo_type=repo_type):
+        def look() -> Any:
             try:
-                return self.retry(lambda: self.api.repo_info(repo_id, repo_type=repo_type), f"looking up {repo_id}")
+                return self.api.repo_info(repo_id)
             except GatedRepoError:
                 raise
             except RepositoryNotFoundError:
                 return None
 
+        return self.ask(f"looking up {repo_id}", look, repo_id)
+
     def head(self, repo_id: str, revision: str | None = None, *, repo_type: str = "model") -> str:
         """The commit that a branch, tag or pull request points at."""
-        with explained(self, repo_id, revision=revision, repo_type=repo_type):
-            info = self.retry(
-                lambda: self.api.repo_info(repo_id, repo_type=repo_type, revision=revision),
-                f"looking up {repo_id}",
-            )
-        return str(info.sha)
+        return str(self.info(repo_id, revision, repo_type=repo_type).sha)
 
     def resolve(self, repo_id: str, revision: str | None = None, *, repo_type: str = "model") -> str:
         """Like `head`, and from the cache when the Hub cannot be asked."""
@@ -202,17 +216,12 @@ class HubClient:
             return revision
         if not hasattr(self.api, "resolve_revision"):  # huggingface_hub before 2
             return self._resolve_by_hand(repo_id, revision, repo_type)
-        with explained(self, repo_id, revision=revision, repo_type=repo_type):
-            found = self.retry(
-                lambda: self.api.resolve_revision(
-                    repo_id,
-                    repo_type=repo_type,
-                    revision=revision,
-                    cache_dir=str(self.cache_dir),
-                    local_files_only=self.local_files_only,
-                ),
-                f"looking up {repo_id}",
-            )
+        cache = {"cache_dir": str(self.cache_dir), "local_files_only": self.local_files_only}
+        found = self.ask(
+            f"looking up {repo_id}",
+            lambda: self.api.resolve_revision(repo_id, repo_type=repo_type, revision=revision, **cache),
+            repo_id, revision=revision, repo_type=repo_type,
+        )  # fmt: skip
         return found.resolved  # as a string it would be the name that was asked for
 
     def _resolve_by_hand(self, repo_id: str, revision: str | None, repo_type: str) -> str:
@@ -232,7 +241,7 @@ class HubClient:
         """Every file of a revision by its path."""
         from huggingface_hub.hf_api import RepoFile
 
-        def ask() -> dict[str, RemoteFile]:
+        def look() -> dict[str, RemoteFile]:
             entries = self.api.list_repo_tree(repo_id, repo_type=repo_type, revision=revision, recursive=True)
             return {
                 e.path: RemoteFile(e.path, e.size, e.blob_id, e.lfs.sha256 if e.lfs else None)
@@ -240,8 +249,7 @@ class HubClient:
                 if isinstance(e, RepoFile)
             }
 
-        with explained(self, repo_id, revision=revision, repo_type=repo_type):
-            return self.retry(ask, f"listing {repo_id}")
+        return self.ask(f"listing {repo_id}", look, repo_id, revision=revision, repo_type=repo_type)
 
     # -- fetching ----------------------------------------------------------------------------------------------
 
@@ -259,25 +267,24 @@ class HubClient:
 
         if force and self.offline:
             raise OfflineError(f"force_download of {path} needs the Hub, which is not asked (offline)")
-        with explained(self, repo_id, revision=revision, path=path, repo_type=repo_type):
-            return Path(
-                self.retry(
-                    lambda: hf_hub_download(
-                        repo_id,
-                        path,
-                        repo_type=repo_type,
-                        revision=revision,
-                        cache_dir=str(self.cache_dir),
-                        endpoint=self.endpoint,
-                        token=self.token,
-                        local_files_only=self.offline,
-                        force_download=force,
-                        library_name=LIBRARY,
-                        library_version=__version__,
-                    ),
-                    f"fetching {path}",
-                )
-            )
+        found = self.ask(
+            f"fetching {path}",
+            lambda: hf_hub_download(
+                repo_id,
+                path,
+                repo_type=repo_type,
+                revision=revision,
+                cache_dir=str(self.cache_dir),
+                endpoint=self.endpoint,
+                token=self.token,
+                local_files_only=self.offline,
+                force_download=force,
+                library_name=LIBRARY,
+                library_version=__version__,
+            ),
+            repo_id, revision=revision, path=path, repo_type=repo_type,
+        )  # fmt: skip
+        return Path(found)
 
     def cached_snapshot(self, repo_id: str, sha: str, *, repo_type: str = "model") -> Path:
         """The folder where the cache keeps this commit's files (it need not exist)."""
@@ -288,62 +295,50 @@ class HubClient:
 
     def safetensors_header(self, repo_id: str, path: str, *, revision: str | None = None) -> dict[str, dict[str, Any]]:
         """Type and shape of each tensor of a remote file, from its first bytes."""
-        with explained(self, repo_id, revision=revision, path=path):
-            found = self.retry(
-                lambda: self.api.parse_safetensors_file_metadata(repo_id, path, revision=revision), f"reading {path}"
-            )
+        found = self.ask(
+            f"reading {path}",
+            lambda: self.api.parse_safetensors_file_metadata(repo_id, path, revision=revision),
+            repo_id, revision=revision, path=path,
+        )  # fmt: skip
         return {name: {"dtype": info.dtype, "shape": list(info.shape)} for name, info in found.tensors.items()}
 
     # -- changing ----------------------------------------------------------------------------------------------
 
-    def ensure_repo(self, repo_id: str, *, private: bool | None = None, repo_type: str = "model") -> str:
-        """Create the repo unless it is there; its full id (with the namespace)."""
-        with explained(self, repo_id, repo_type=repo_type, writing=True):
-            url = self.retry(
-                lambda: self.api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True),
-                f"creating {repo_id}",
-            )
-        return url.repo_id
+    def ensure_repo(self, repo_id: str, *, repo_type: str = "model", **how: Any) -> str:
+        """Create the repo (private, with which SDK: `how`) unless it is there; its full id (with the namespace)."""
+        return self.ask(
+            f"creating {repo_id}",
+            lambda: self.api.create_repo(repo_id, repo_type=repo_type, exist_ok=True, **how).repo_id,
+            repo_id, repo_type=repo_type, writing=True,
+        )  # fmt: skip
 
     def ensure_branch(self, repo_id: str, branch: str, *, repo_type: str = "model") -> None:
         """Create the branch from main unless it is there."""
-        with explained(self, repo_id, revision=branch, repo_type=repo_type, writing=True):
-            self.retry(
-                lambda: self.api.create_branch(repo_id, branch=branch, repo_type=repo_type, exist_ok=True),
-                f"creating branch {branch}",
-            )
+        self.ask(
+            f"creating branch {branch}",
+            lambda: self.api.create_branch(repo_id, branch=branch, repo_type=repo_type, exist_ok=True),
+            repo_id, revision=branch, repo_type=repo_type, writing=True,
+        )  # fmt: skip
 
-    def ensure_tag(self, repo_id: str, tag: str, sha: str, *, repo_type: str = "model") -> bool:
+    def ensure_tag(self, repo_id: str, tag: str, sha: str) -> bool:
         """Tag `sha`; True if the tag is new. A tag that points elsewhere is an error, never moved."""
-        existing = self.tags(repo_id, repo_type=repo_type).get(tag)
-        if existing is None:
-            with explained(self, repo_id, revision=sha, repo_type=repo_type, writing=True):
-                self.retry(
-                    lambda: self.api.create_tag(repo_id, tag=tag, revision=sha, repo_type=repo_type, exist_ok=True),
-                    f"creating tag {tag}",
-                )
-            existing = self.tags(repo_id, repo_type=repo_type).get(tag)
-            if existing == sha:
-                return True
-        if existing == sha:
-            return False
-        raise HubSAEError(
-            f"{repo_id} has a tag {tag!r} already, on commit {str(existing)[:10]}; this release is {sha[:10]}",
-            hint=f"use another tag, or delete the old one: hf repo tag delete {repo_id} {tag}",
-        )
+        existing = self.tags(repo_id).get(tag)
+        new = existing is None
+        if new:
+            self.ask(
+                f"creating tag {tag}",
+                lambda: self.api.create_tag(repo_id, tag=tag, revision=sha, exist_ok=True),
+                repo_id, revision=sha, writing=True,
+            )  # fmt: skip
+            existing = self.tags(repo_id).get(tag)
+        if existing != sha:
+            raise HubSAEError(
+                f"{repo_id} has a tag {tag!r} already, on commit {str(existing)[:10]}; this release is {sha[:10]}",
+                hint=f"use another tag, or delete the old one: hf repo tag delete {repo_id} {tag}",
+            )
+        return new
 
-    def tags(self, repo_id: str, *, repo_type: str = "model") -> dict[str, str]:
+    def tags(self, repo_id: str) -> dict[str, str]:
         """Commit of each tag."""
-        with explained(self, repo_id, repo_type=repo_type):
-            refs = self.retry(
-                lambda: self.api.list_repo_refs(repo_id, repo_type=repo_type), f"listing refs of {repo_id}"
-            )
+        refs = self.ask(f"listing refs of {repo_id}", lambda: self.api.list_repo_refs(repo_id), repo_id)
         return {ref.name: ref.target_commit for ref in refs.tags}
-
-    def branches(self, repo_id: str, *, repo_type: str = "model") -> Iterable[str]:
-        """Names of the branches."""
-        with explained(self, repo_id, repo_type=repo_type):
-            refs = self.retry(
-                lambda: self.api.list_repo_refs(repo_id, repo_type=repo_type), f"listing refs of {repo_id}"
-            )
-        return [ref.name for ref in refs.branches]

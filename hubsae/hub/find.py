@@ -9,7 +9,6 @@ from hubsae.core.errors import HubSAEError, nearest
 from hubsae.formats.saelens import hub_id
 from hubsae.hub import registered
 from hubsae.hub.client import HubClient
-from hubsae.hub.explain import explained
 
 TAGS = ("sparse-autoencoder", "saelens")
 """Tags by which SAEs are told from other repos; a repo has either."""
@@ -73,10 +72,9 @@ def _ask_hub(found: Found, client: HubClient, limit: int) -> None:
     try:
         for tag in TAGS:
             wanted = [tag, f"base_model:{found.base_model}"]
-            with explained(client):
-                models = client.retry(
-                    lambda wanted=wanted: list(client.api.list_models(filter=wanted, limit=limit)), "listing models"
-                )
+            models = client.ask(
+                "listing models", lambda wanted=wanted: list(client.api.list_models(filter=wanted, limit=limit))
+            )
             for model in models:
                 repos[model.id] = {"repo": model.id, "library": model.library_name, "downloads": model.downloads}
     except HubSAEError as error:  # what the register says is worth printing all the same

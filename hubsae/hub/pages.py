@@ -7,7 +7,6 @@ from pathlib import Path
 
 from hubsae.core.errors import HubSAEError
 from hubsae.hub.client import HubClient, split_repo
-from hubsae.hub.explain import explained
 from hubsae.hub.upload import Contents, LocalFile, Published, State, publish
 from hubsae.index.features import FeatureIndex
 from hubsae.index.page import FOLDER, TABLES, indexes, render
@@ -84,13 +83,7 @@ def publish_space(
             f"{release} has no reverse index", hint=f"make one: hubsae index {release} --activations ACTS"
         )
     client = HubClient(token, endpoint or "", notify=notify)
-    with explained(client, space, repo_type="space", writing=True):
-        made = client.retry(
-            lambda: client.api.create_repo(
-                space, repo_type="space", space_sdk="static", private=private, exist_ok=True
-            ),
-            f"creating {space}",
-        )
+    made = client.ensure_repo(space, repo_type="space", space_sdk="static", private=private)
     files = [LocalFile("index.html", render(saes, title=repo, repo=repo).encode())]
     for name in (line["name"] for line in saes):
         files += [LocalFile(f"{FOLDER}/{name}/{table}", release / FOLDER / name / table) for table in TABLES]
@@ -102,4 +95,4 @@ def publish_space(
         stale = {path for path in state.tree if path.startswith(f"{FOLDER}/")} - kept
         return Contents(ours, frozenset(stale))
 
-    return publish(client, made.repo_id, build, message=f"Feature pages of {repo}", repo_type="space")
+    return publish(client, made, build, message=f"Feature pages of {repo}", repo_type="space")

@@ -22,11 +22,11 @@ import hashlib
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hubsae.core.errors import HubRequestError, HubSAEError
 from hubsae.core.files import sha256_file
@@ -39,6 +39,8 @@ from hubsae.hub.retry import ALL_TRIES, describe, is_transient, next_pause, retr
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
+
+T = TypeVar("T")
 
 GROUP_BYTES = 64 << 20
 GROUP_FILES = 100
@@ -174,49 +176,214 @@ def publish(
     bar: bool | None = None,
 ) -> Published:
     """Bring a branch (or a pull request against it) to what `build` asks for; see the module's docstring."""
-    target, pr_url = revision, None
+    branch = _Branch(client, repo_id, repo_type, revision, message)
+    pr_url = None
     if pr:
-        base = look(client, repo_id, revision, repo_type=repo_type)
-        contents = build(base)
-        diff = compare(contents, base.tree)
+        state = branch.look()
+        contents = build(state)
+        diff = compare(contents, state.tree)
         if diff.empty:
-            return Published(repo_id, base.head, revision, False, diff, client.page(repo_id, repo_type))
-        target, pr_url = _pull_request(client, repo_id, contents, message, revision, repo_type)
+            return Published(repo_id, state.head, revision, False, diff, client.page(repo_id, repo_type))
+        pr_url = branch.become_pull_request(contents)
     refused = 0
     while True:
-        state = look(client, repo_id, target, repo_type=repo_type)
+        state = branch.look()
         contents = build(state)
         diff = compare(contents, state.tree)
         if diff.empty:
             commit, committed = state.head, refused > 0
             break
         additions = _additions(diff.sent)
-        _send(client, repo_id, additions, diff, target, repo_type, bar)
-        made = _commit(client, repo_id, additions, diff, state.head, target, message, repo_type)
+        branch.send(additions, diff, bar)
+        made = branch.commit(additions, diff, state.head)
         if made is not None:
-            _check(client, repo_id, made, contents, repo_type)
+            branch.check(made, contents)
             commit, committed = made, True
             break
         refused += 1
         if refused > MAX_REPLANS:
             raise ConflictError(
-                f"{repo_id}: other writers changed {target} {refused} times while this push was at work",
+                f"{repo_id}: other writers changed {branch.ref} {refused} times while this push was at work",
                 hint="run the same command again when they are done; nothing of it has to be sent twice",
             )
-        client.say(f"{target} moved while we were uploading; planning again on top of it")
+        client.say(f"{branch.ref} moved while we were uploading; planning again on top of it")
     if pr:
-        _open(client, repo_id, target, repo_type)
+        branch.open_for_review()
     url = pr_url or client.page(repo_id, repo_type, None if revision == "main" else revision)
-    return Published(repo_id, commit, target, committed, diff, url, pr_url)
-
-
-# -- sending large objects ---------------------------------------------------------------------------------------
+    return Published(repo_id, commit, branch.ref, committed, diff, url, pr_url)
 
 
 def _additions(files: Sequence[LocalFile]) -> list[CommitOperationAdd]:
     from huggingface_hub import CommitOperationAdd
 
     return [CommitOperationAdd(f.path, f.source if isinstance(f.source, bytes) else str(f.source)) for f in files]
+
+
+@dataclass
+class _Branch:
+    """A branch or pull request that is written to, and the few requests that the machine makes of it."""
+
+    client: HubClient
+    repo_id: str
+    repo_type: str
+    ref: str
+    message: str
+
+    def look(self) -> State:
+        """As it is now."""
+        return look(self.client, self.repo_id, self.ref, repo_type=self.repo_type)
+
+    def explained(self) -> AbstractContextManager[None]:
+        """Readable errors for a request that writes."""
+        return explained(self.client, self.repo_id, revision=self.ref, repo_type=self.repo_type, writing=True)
+
+    def ask(self, what: str, call: Callable[[], T]) -> T:
+        """One request that writes."""
+        about: dict[str, Any] = {"revision": self.ref, "repo_type": self.repo_type, "writing": True}
+        return self.client.ask(what, call, self.repo_id, **about)
+
+    # -- large objects -----------------------------------------------------------------------------------------
+
+    def send(self, additions: list[CommitOperationAdd], diff: Diff, bar: bool | None) -> None:
+        """Upload what goes into large-object storage; the branch does not change yet."""
+        client = self.client
+        with (
+            client.quiet(),
+            progress(f"uploading to {self.repo_id}", diff.bytes_to_send, "bytes", show=bar) as task,
+            self.explained(),
+        ):
+            for group, size in _groups(diff.sent, additions):
+
+                def send(group: list[Any] = group) -> None:
+                    client.api.preupload_lfs_files(
+                        self.repo_id, group, repo_type=self.repo_type, revision=self.ref, free_memory=False
+                    )
+
+                _with_lfs_as_fallback(client, send)
+                task.advance(size)
+
+    # -- the one commit ----------------------------------------------------------------------------------------
+
+    def commit(self, additions: list[CommitOperationAdd], diff: Diff, parent: str) -> str | None:
+        """Make the commit on top of `parent`; its sha, or None if the branch has moved and a new plan is needed."""
+        from huggingface_hub import CommitOperationDelete
+
+        client = self.client
+        operations = [*additions, *(CommitOperationDelete(path) for path in diff.deleted)]
+        attempt, waited = 0, 0.0
+        while True:
+            try:
+                with warnings.catch_warnings():  # tables of an index belong to their release
+                    warnings.filterwarnings("ignore", "It seems that you are about to commit a data file")
+                    info = client.api.create_commit(
+                        self.repo_id,
+                        operations,
+                        commit_message=self.message,
+                        repo_type=self.repo_type,
+                        revision=self.ref,
+                        parent_commit=parent,
+                    )
+                return str(info.oid)
+            except Exception as error:
+                attempt += tries_made(error)
+                moved = status_of(error) in (409, 412)
+                pause = None
+                if moved or is_transient(error):
+                    # whatever the answer was, the branch says what happened
+                    now = self.look()
+                    if now.head != parent:
+                        if moved or not _holds(now, diff):
+                            return None
+                        client.say(f"the answer to the commit was lost ({describe(error)}), but it was made")
+                        return self._ours(now.head, parent)
+                    pause = None if moved else next_pause(client.policy, error, attempt, waited)
+                if pause is None:
+                    with self.explained():
+                        raise
+                waited += pause
+                client.say(
+                    f"the commit failed ({describe(error)}); nothing was changed, trying again in {pause:.0f} s "
+                    f"({attempt + 1} of {client.policy.attempts})"
+                )
+                client.policy.sleep(pause)
+
+    def _ours(self, head: str, parent: str) -> str:
+        """The commit that was made right on top of `parent` (others may have followed)."""
+
+        def ask() -> str:
+            commits = self.client.api.list_repo_commits(self.repo_id, revision=head, repo_type=self.repo_type)
+            newest_first = [commit.commit_id for commit in commits]
+            return newest_first[newest_first.index(parent) - 1]
+
+        try:
+            return self.client.retry(ask, "listing commits")
+        except (ValueError, HubRequestError):
+            return head
+
+    def check(self, commit: str, contents: Contents) -> None:
+        """Every file of the new commit is the one that was meant."""
+        tree = self.client.tree(self.repo_id, commit, repo_type=self.repo_type)
+        wrong = [file.path for file in contents.files if not file.same_as(tree.get(file.path))]
+        wrong += [path for path in contents.delete if path in tree]
+        if wrong:
+            shown = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+            raise IntegrityError(
+                f"{self.repo_id}@{commit[:10]} does not hold what was sent: {shown}",
+                hint="were the local files changed during the push? run the same command again to correct them",
+            )
+
+    # -- pull requests -----------------------------------------------------------------------------------------
+
+    def become_pull_request(self, contents: Contents) -> str:
+        """Our pull request for exactly this content, the open one or a new one; its page."""
+        if self.ref != "main":
+            raise HubSAEError(
+                f"a pull request goes against main, not {self.ref!r}", hint="use either --pr or --revision"
+            )
+        api, mark = self.client.api, f"hubsae-push {fingerprint(contents.files)}"
+
+        def find_or_create() -> tuple[int, str]:
+            # a lost answer to the creation is found by the next try
+            me = api.whoami()["name"]
+            for found in api.get_repo_discussions(
+                self.repo_id, repo_type=self.repo_type, author=me, discussion_type="pull_request"
+            ):
+                if found.status not in ("open", "draft"):
+                    continue
+                details = api.get_discussion_details(self.repo_id, found.num, repo_type=self.repo_type)
+                if any(mark in (getattr(event, "content", "") or "") for event in details.events):
+                    return found.num, found.url
+            made = api.create_pull_request(
+                self.repo_id,
+                title=self.message,
+                description="Published with hubsae.\n\nTry it before merging: pass this pull request as "
+                f'`revision="refs/pr/NUMBER"`.\n\n<!-- {mark} -->',
+                repo_type=self.repo_type,
+            )
+            return made.num, made.url
+
+        number, url = self.ask("opening the pull request", find_or_create)
+        self.ref = f"refs/pr/{number}"
+        return url
+
+    def open_for_review(self) -> None:
+        """A pull request is born as a draft; now that it holds the whole release, open it for review."""
+        api, number = self.client.api, int(self.ref.rpartition("/")[2])
+
+        def ask() -> None:
+            if api.get_discussion_details(self.repo_id, number, repo_type=self.repo_type).status == "draft":
+                api.change_discussion_status(self.repo_id, number, "open", repo_type=self.repo_type)
+
+        self.ask("opening the pull request for review", ask)
+
+
+def _holds(state: State, diff: Diff) -> bool:
+    return all(f.same_as(state.tree.get(f.path)) for f in diff.sent) and not any(
+        path in state.tree for path in diff.deleted
+    )
+
+
+# -- large objects by groups, by Xet or LFS ----------------------------------------------------------------------
 
 
 def _groups(files: Sequence[LocalFile], additions: Sequence[Any]) -> Iterator[tuple[list[Any], int]]:
@@ -230,36 +397,6 @@ def _groups(files: Sequence[LocalFile], additions: Sequence[Any]) -> Iterator[tu
         size += file.size
     if group:
         yield group, size
-
-
-def _send(
-    client: HubClient,
-    repo_id: str,
-    additions: list[CommitOperationAdd],
-    diff: Diff,
-    revision: str,
-    repo_type: str,
-    bar: bool | None,
-) -> None:
-    """Upload what goes into large-object storage; the branch does not change yet."""
-    with (
-        client.quiet(),
-        progress(f"uploading to {repo_id}", diff.bytes_to_send, "bytes", show=bar) as task,
-        explained(client, repo_id, revision=revision, repo_type=repo_type, writing=True),
-    ):
-        for group, size in _groups(diff.sent, additions):
-
-            def send(group: list[Any] = group) -> None:
-                client.api.preupload_lfs_files(
-                    repo_id,
-                    group,
-                    repo_type=repo_type,
-                    revision=revision,
-                    free_memory=False,
-                )
-
-            _with_lfs_as_fallback(client, send)
-            task.advance(size)
 
 
 def _with_lfs_as_fallback(client: HubClient, send: Callable[[], None]) -> None:
@@ -304,152 +441,6 @@ def _without_xet() -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_DISABLE_XET = before
-
-
-# -- the one commit ----------------------------------------------------------------------------------------------
-
-
-def _commit(
-    client: HubClient,
-    repo_id: str,
-    additions: list[CommitOperationAdd],
-    diff: Diff,
-    parent: str,
-    revision: str,
-    message: str,
-    repo_type: str,
-) -> str | None:
-    """Make the commit on top of `parent`; its sha, or None if the branch has moved and a new plan is needed."""
-    from huggingface_hub import CommitOperationDelete
-
-    operations = [*additions, *(CommitOperationDelete(path) for path in diff.deleted)]
-    attempt, waited = 0, 0.0
-    while True:
-        try:
-            with warnings.catch_warnings():  # tables of an index belong to their release
-                warnings.filterwarnings("ignore", "It seems that you are about to commit a data file")
-                info = client.api.create_commit(
-                    repo_id,
-                    operations,
-                    commit_message=message,
-                    repo_type=repo_type,
-                    revision=revision,
-                    parent_commit=parent,
-                )
-            return str(info.oid)
-        except Exception as error:
-            attempt += tries_made(error)
-            moved = status_of(error) in (409, 412)
-            if not moved and not is_transient(error):
-                with explained(client, repo_id, revision=revision, repo_type=repo_type, writing=True):
-                    raise
-            # whatever the answer was, the branch says what happened
-            now = look(client, repo_id, revision, repo_type=repo_type)
-            if now.head != parent:
-                if not moved and _holds(now, diff):
-                    client.say(f"the answer to the commit was lost ({describe(error)}), but it was made")
-                    return _ours(client, repo_id, now.head, parent, message, revision, repo_type)
-                return None
-            if moved:
-                with explained(client, repo_id, revision=revision, repo_type=repo_type, writing=True):
-                    raise
-            pause = next_pause(client.policy, error, attempt, waited)
-            if pause is None:
-                with explained(client, repo_id, revision=revision, repo_type=repo_type, writing=True):
-                    raise
-            waited += pause
-            client.say(
-                f"the commit failed ({describe(error)}); nothing was changed, trying again in {pause:.0f} s "
-                f"({attempt + 1} of {client.policy.attempts})"
-            )
-            client.policy.sleep(pause)
-
-
-def _holds(state: State, diff: Diff) -> bool:
-    return all(f.same_as(state.tree.get(f.path)) for f in diff.sent) and not any(
-        path in state.tree for path in diff.deleted
-    )
-
-
-def _ours(client: HubClient, repo_id: str, head: str, parent: str, message: str, revision: str, repo_type: str) -> str:
-    """The commit that was made right on top of `parent` (others may have followed)."""
-
-    def ask() -> str:
-        newest_first = [c.commit_id for c in client.api.list_repo_commits(repo_id, revision=head, repo_type=repo_type)]
-        place = newest_first.index(parent)
-        return newest_first[place - 1]
-
-    try:
-        return client.retry(ask, "listing commits")
-    except (ValueError, HubRequestError):
-        return head
-
-
-def _check(client: HubClient, repo_id: str, commit: str, contents: Contents, repo_type: str) -> None:
-    """Every file of the new commit is the one that was meant."""
-    tree = client.tree(repo_id, commit, repo_type=repo_type)
-    wrong = [file.path for file in contents.files if not file.same_as(tree.get(file.path))]
-    wrong += [path for path in contents.delete if path in tree]
-    if wrong:
-        shown = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
-        raise IntegrityError(
-            f"{repo_id}@{commit[:10]} does not hold what was sent: {shown}",
-            hint="were the local files changed during the push? run the same command again to correct them",
-        )
-
-
-# -- pull requests -----------------------------------------------------------------------------------------------
-
-
-def _pull_request(
-    client: HubClient, repo_id: str, contents: Contents, message: str, revision: str, repo_type: str
-) -> tuple[str, str]:
-    """The ref and page of our pull request for exactly this content: the open one, or a new one."""
-    if revision != "main":
-        raise HubSAEError(f"a pull request goes against main, not {revision!r}", hint="use either --pr or --revision")
-    mark = f"hubsae-push {fingerprint(contents.files)}"
-
-    def find() -> tuple[str, str] | None:
-        me = client.api.whoami()["name"]
-        for found in client.api.get_repo_discussions(
-            repo_id, repo_type=repo_type, author=me, discussion_type="pull_request"
-        ):
-            if found.status not in ("open", "draft"):
-                continue
-            details = client.api.get_discussion_details(repo_id, found.num, repo_type=repo_type)
-            texts = (getattr(event, "content", "") or "" for event in details.events)
-            if any(mark in text for text in texts):
-                return f"refs/pr/{found.num}", found.url
-        return None
-
-    def find_or_create() -> tuple[str, str]:
-        # a lost answer to the creation is found by the next try
-        found = find()
-        if found is not None:
-            return found
-        made = client.api.create_pull_request(
-            repo_id,
-            title=message,
-            description="Published with hubsae.\n\nTry it before merging: pass this pull request as "
-            f'`revision="refs/pr/NUMBER"`.\n\n<!-- {mark} -->',
-            repo_type=repo_type,
-        )
-        return f"refs/pr/{made.num}", made.url
-
-    with explained(client, repo_id, revision=revision, repo_type=repo_type, writing=True):
-        return client.retry(find_or_create, "opening the pull request")
-
-
-def _open(client: HubClient, repo_id: str, ref: str, repo_type: str) -> None:
-    """A pull request is born as a draft; now that it holds the whole release, open it for review."""
-    num = int(ref.rpartition("/")[2])
-
-    def ask() -> None:
-        if client.api.get_discussion_details(repo_id, num, repo_type=repo_type).status == "draft":
-            client.api.change_discussion_status(repo_id, num, "open", repo_type=repo_type)
-
-    with explained(client, repo_id, revision=ref, repo_type=repo_type, writing=True):
-        client.retry(ask, "opening the pull request for review")
 
 
 def fingerprint(files: Iterable[LocalFile]) -> str:
