@@ -22,6 +22,7 @@ from torch import Tensor
 
 from hubsae.core.errors import TrainingError
 from hubsae.core.files import atomic_path, read_csv, write_csv_atomic
+from hubsae.core.tracking import Tracker
 from hubsae.rl.accuracy import accuracy
 from hubsae.rl.config import RLConfig
 from hubsae.rl.objectives import (
@@ -37,7 +38,6 @@ from hubsae.rl.policy import Policy, new_critic
 from hubsae.rl.problems import Prompt, batch_of_step
 from hubsae.rl.rollout import Rollout, Sampling, autocast, log_probs_of, sample, values_of
 from hubsae.rl.scorers import find_scorer
-from hubsae.rl.tracking import Tracker
 
 Progress = Callable[[float, float | None, str | None], None]
 
@@ -94,7 +94,7 @@ class PPO:
         self.resume()
         if self.step == 0:
             self._measure()
-        with Tracker(config.tracker, self.folder) as tracker:
+        with Tracker(config.tracker, self.folder, name=self.folder.parent.name or "run") as tracker:
             while self.step < config.steps:
                 self.step += 1
                 row = self.train_step()

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hubsae.core.errors import MissingExtraError
-from hubsae.core.extras import require
 from hubsae.core.files import write_csv_atomic, write_text_atomic, writing
 from hubsae.core.progress import say
+from hubsae.core.tracking import Tracker, package
 from hubsae.train.config import TrainConfig
 
 
@@ -28,10 +26,10 @@ class Log:
     def __init__(self, run: Path | None, config: TrainConfig):
         self.path = run / "log.jsonl" if run is not None else None
         self.lines: list[dict[str, Any]] = []
-        self._others: list[Callable[[dict[str, Any] | None], None]] | None = None
-        self._open = (config, run)
+        self._config, self._run = config, run
+        self._trackers: list[Tracker] | None = None
         for kind in config.loggers:
-            _package(kind)  # said at once where it is missing; opened when there is a line to send
+            package(kind)  # said at once where it is missing; opened when there is a line to send
 
     def mark(self) -> dict[str, Any] | None:
         """The lines so far, for a state: their size and sha256."""
@@ -69,63 +67,28 @@ class Log:
         if self.path is not None:
             with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
-        if self._others is None:
-            config, run = self._open
-            self._others = [_open(kind, run, config, self.lines[:-1]) for kind in config.loggers]
-        for other in self._others:
-            other(entry)
+        if self._trackers is None:
+            self._trackers = [self._tracker(kind, self.lines[:-1]) for kind in self._config.loggers]
+        for tracker in self._trackers:
+            tracker.log(step, _numbers(entry))
+
+    def _tracker(self, kind: str, before: list[dict[str, Any]]) -> Tracker:
+        """A tracker, opened; `before` are lines of a run taken up again, which tensorboard has and others get anew."""
+        config = self._config
+        settings = {"name": config.name, "project": config.project_name, "config": config.model_dump(mode="json")}
+        tracker = Tracker(kind, self._run, resumed_at=before[-1]["step"] if before else None, **settings)
+        for entry in before if kind != "tensorboard" else []:
+            tracker.log(entry["step"], _numbers(entry))
+        return tracker
 
     def close(self) -> None:
-        """Write the CSV, and close the other loggers."""
+        """Write the CSV, and close the trackers."""
         if self.path is not None:
             train = [line for line in self.lines if line["event"] in ("train", "eval")]
             write_csv_atomic(self.path.with_suffix(".csv"), train)
-        for other in self._others or []:
-            other(None)
-        self._others = None
-
-
-def _package(kind: str) -> Any:
-    try:
-        return require(kind, extra="train")
-    except MissingExtraError as error:
-        # no extra brings the loggers: they are the user's choice
-        raise MissingExtraError(f"loggers={kind!r}: {error.message}", hint=f"pip install -U {kind}") from error
-
-
-def _open(
-    kind: str, run: Path | None, config: TrainConfig, before: list[dict[str, Any]]
-) -> Callable[[dict[str, Any] | None], None]:
-    """A function that sends a line to another logger; None closes it. `before` are lines of a run taken up again."""
-    if kind == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        # what an earlier process wrote behind its checkpoint is not shown
-        behind = before[-1]["step"] + 1 if before else None
-        writer = SummaryWriter(str((run or Path()) / "tensorboard"), purge_step=behind)
-
-        def to_tensorboard(entry: dict[str, Any] | None) -> None:
-            if entry is None:
-                writer.close()
-                return
-            for name, value in _numbers(entry).items():
-                writer.add_scalar(name, value, entry["step"])
-
-        return to_tensorboard
-    package = _package(kind)
-    # wandb leaves its files in the working folder unless told otherwise
-    place = {"dir": str(run)} if kind == "wandb" and run is not None else {}
-    package.init(project=config.project_name, name=config.name, config=config.model_dump(mode="json"), **place)
-
-    def send(entry: dict[str, Any] | None) -> None:
-        if entry is None:
-            package.finish()
-        elif values := _numbers(entry):
-            package.log(values, step=entry["step"])
-
-    for entry in before:
-        send(entry)
-    return send
+        for tracker in self._trackers or []:
+            tracker.close()
+        self._trackers = None
 
 
 def _numbers(entry: dict[str, Any]) -> dict[str, float]:
