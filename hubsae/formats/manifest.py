@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from hubsae.core.errors import FormatError, MetadataError
 from hubsae.core.files import read_json, safe_join, sha256_file, write_text_atomic
-from hubsae.core.metadata import describe_validation
+from hubsae.core.metadata import Metadata, describe_validation
 from hubsae.core.text import printable
 from hubsae.formats.select import FILTERS
 from hubsae.version import __version__
@@ -86,6 +86,24 @@ class SAEEntry(_Part):
     @classmethod
     def _inside(cls, value: str) -> str:
         return _checked_path(value)
+
+    @staticmethod
+    def known_from(record: Metadata) -> dict[str, Any]:
+        """What an SAE's record says of it, by the fields of an entry."""
+        config, base, hook = record.config, record.base_model, record.hook
+        return {
+            "layer": hook.layer,
+            "stage": base.stage,
+            "architecture": config.architecture,
+            "d_in": config.d_in,
+            "d_sae": config.d_sae,
+            "k": config.k,
+            "hook_point": hook.module_path or hook.transformer_lens,
+            "base_model": base.id,
+            "base_model_revision": base.revision,
+            "scope": None if record.own_scope == "all" else record.own_scope,
+            "metrics": {m.name if m.scope in (None, "all") else f"{m.name}@{m.scope}": m.value for m in record.metrics},
+        }
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,6 +19,7 @@ from hubsae.formats.base import Format, Overrides, reading
 from hubsae.formats.detection import FORMATS, MAPPED, choose, probe_of
 
 
+@named_options
 def read(
     path: str | os.PathLike[str],
     format: str | None = None,
@@ -27,13 +27,26 @@ def read(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | str | None = None,
     features: Sequence[int] | None = None,
-    **overrides: Any,
+    architecture: Architecture | None = None,
+    k: int | None = None,
+    topk_relu: bool | None = None,
+    threshold: float | None = None,
+    decode_adds_b_pre: bool | None = None,
+    apply_b_dec_to_input: bool | None = None,
+    transposed: bool | None = None,
+    token_norm: TokenNorm | None = None,
+    input_scale: float | None = None,
+    layer: int | None = None,
+    stage: str | None = None,
+    hook: str | None = None,
+    hook_out: str | None = None,
+    map: str | Mapping[str, str] | None = None,
+    base_model: str | None = None,
+    base_model_revision: str | None = None,
 ) -> SAE:
     """Read one SAE in any known format into the canonical form.
 
-    Overrides are choices where the file does not say, or against its reader: `k`, `architecture`, `topk_relu`,
-    `decode_adds_b_pre`, `apply_b_dec_to_input`, `transposed`, `threshold`, `input_scale`, `layer`, `stage`,
-    `hook`, `base_model`, ...
+    From `architecture` on they are choices where the file does not say, or against its reader; see `convert`.
 
     >>> import tempfile
     >>> from hubsae import HubSAE, SAEConfig
@@ -43,7 +56,12 @@ def read(
     ...     read(d).config.k
     2
     """
-    choices = Overrides.of(overrides)
+    choices = Overrides(
+        architecture=architecture, k=k, topk_relu=topk_relu, threshold=threshold,
+        decode_adds_b_pre=decode_adds_b_pre, apply_b_dec_to_input=apply_b_dec_to_input, transposed=transposed,
+        token_norm=token_norm, input_scale=input_scale, layer=layer, stage=stage, hook=hook, hook_out=hook_out, map=map,
+        base_model=base_model, base_model_revision=base_model_revision,
+    )  # fmt: skip
     with reading(Path(path)):
         probe = probe_of(path)
         chosen = choose(probe, format or (MAPPED if choices.map else None))

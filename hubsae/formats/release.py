@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
@@ -19,7 +19,7 @@ from hubsae.core.metadata import Metadata
 from hubsae.core.sae import SAE
 from hubsae.formats import native
 from hubsae.formats.manifest import MANIFEST_NAME, FileEntry, Manifest, SAEEntry
-from hubsae.formats.select import pick, select
+from hubsae.formats.select import Filters, pick, select
 
 RESULTS, PLOTS = "results", "plots"
 # Files at the root that are no part of the record: the card is rendered from it, the others belong to git.
@@ -94,11 +94,11 @@ class Release:
         """Ids of the SAEs, in order."""
         return [entry.id for entry in self]
 
-    def entry(self, id: str | None = None, **filters: Any) -> SAEEntry:
+    def entry(self, id: str | None = None, **filters: Unpack[Filters]) -> SAEEntry:
         """The one SAE with this id, or the one that fits `layer=`, `stage=`, `k=` ... (`select.FILTERS`)."""
         return pick(self.manifest.saes, id, filters, where=str(self.path))
 
-    def select(self, id: str | None = None, **filters: Any) -> list[SAEEntry]:
+    def select(self, id: str | None = None, **filters: Unpack[Filters]) -> list[SAEEntry]:
         """Every SAE that fits; an error that says what there is where none does."""
         return select(self.manifest.saes, id, filters, where=str(self.path))
 
@@ -118,7 +118,7 @@ class Release:
         dtype: torch.dtype | str | None = None,
         features: Sequence[int] | None = None,
         verify: bool = False,
-        **filters: Any,
+        **filters: Unpack[Filters],
     ) -> SAE:
         """Load one SAE. Sizes are always compared with the manifest, hashes with `verify=True`."""
         entry = self.entry(id, **filters)
@@ -255,28 +255,11 @@ def describe_sae(
         names += sorted(p for p in (folder / "raw").rglob("*") if p.is_file())
     else:
         names = sorted(p for p in folder.rglob("*") if p.is_file() and not _hidden(p.relative_to(folder).as_posix()))
-    config, base, hook = metadata.config, metadata.base_model, metadata.hook
-    headline = {m.name if m.scope in (None, "all") else f"{m.name}@{m.scope}": m.value for m in metadata.metrics}
     paths = [p.relative_to(root).as_posix() for p in names]
     known = known or {}
     extra = dict(keep.model_extra or {}) if keep is not None else {}
-    return SAEEntry(
-        id=id,
-        path=path,
-        layer=hook.layer,
-        stage=base.stage,
-        architecture=config.architecture,
-        d_in=config.d_in,
-        d_sae=config.d_sae,
-        k=config.k,
-        hook_point=hook.module_path or hook.transformer_lens,
-        base_model=base.id,
-        base_model_revision=base.revision,
-        scope=None if metadata.own_scope == "all" else metadata.own_scope,
-        metrics=headline,
-        files=[known.get(p) or FileEntry.of(root, p) for p in paths],
-        **extra,
-    )
+    files = [known.get(p) or FileEntry.of(root, p) for p in paths]
+    return SAEEntry(id=id, path=path, files=files, **SAEEntry.known_from(metadata), **extra)
 
 
 def check_files(root: Path, files: Iterable[FileEntry], *, hashes: bool) -> None:

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypedDict, TypeVar
 
 from hubsae.core.errors import AmbiguousSAEError, ConfigError, SAENotFoundError, nearest
 from hubsae.core.text import natural_key, printable
 from hubsae.formats.names import stem_of
 
-FILTERS = (
-    "layer", "stage", "k", "architecture", "d_in", "d_sae", "hook_point", "base_model", "base_model_revision",
-)  # fmt: skip
+
+class Filters(TypedDict, total=False):
+    """Filters as keywords; where several values are given, any of them fits."""
+
+    layer: int | Sequence[int] | None
+    stage: str | Sequence[str] | None
+    k: int | Sequence[int] | None
+    architecture: str | Sequence[str] | None
+    d_in: int | Sequence[int] | None
+    d_sae: int | Sequence[int] | None
+    hook_point: str | Sequence[str] | None
+    base_model: str | None
+    base_model_revision: str | None
+
+
+FILTERS = tuple(Filters.__annotations__)
 
 
 class Selectable(Protocol):

@@ -152,19 +152,9 @@ def _local_entry(root: Path, unit: Unit) -> Entry:
     known = {name: value for name, value in unit.name.known().items() if name in FILTERS}
     record = root / unit.path / METADATA_NAME
     if record.is_file() and isinstance(content := _json_or_none(record), dict) and "hubsae_format" in content:
-        metadata = Metadata.from_dict(content, where=record)
-        told = {
-            **{name: getattr(metadata.config, name) for name in ("architecture", "d_in", "d_sae", "k")},
-            "layer": metadata.hook.layer,
-            "stage": metadata.base_model.stage,
-            "hook_point": metadata.hook.module_path,
-            "base_model": metadata.base_model.id,
-            "base_model_revision": metadata.base_model.revision,
-        }
-        known |= {name: value for name, value in told.items() if value is not None}
-        metrics = {m.name if m.scope in (None, "all") else f"{m.name}@{m.scope}": m.value for m in metadata.metrics}
-        own = None if metadata.own_scope == "all" else metadata.own_scope
-        return Entry(unit.id, unit.path, files, known, metrics, own)
+        said = SAEEntry.known_from(Metadata.from_dict(content, where=record))
+        known |= {name: said[name] for name in FILTERS if said[name] is not None}
+        return Entry(unit.id, unit.path, files, known, said["metrics"], said["scope"])
     return Entry(unit.id, unit.path, files, known)
 
 
