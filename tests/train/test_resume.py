@@ -1,6 +1,5 @@
 """A run that was stopped, by Ctrl-C or by kill -9 at any moment, ends with the bytes of one that was not."""
 
-import ast
 import os
 import random
 import shutil
@@ -9,15 +8,15 @@ import subprocess
 import sys
 import textwrap
 import time
-import traceback
 from pathlib import Path
 
 import pytest
 import torch
+from kills import in_a_process, kill_and_flip
 from safetensors.torch import load_file
 
 from hubsae.activations import ActivationDataset
-from hubsae.core.errors import FormatError, HubSAEError, TrainingInterrupted
+from hubsae.core.errors import FormatError, TrainingInterrupted
 from hubsae.train import AuxConfig, DeadConfig, ResampleConfig, TrainConfig, checkpoint, train
 from hubsae.train.trainer import Run
 
@@ -183,15 +182,6 @@ def test_ctrl_c_behind_the_last_step_is_not_swallowed(tmp_path, whole, monkeypat
     assert train(CONFIG, tokens(), out=tmp_path).sae is not None
 
 
-def flip_a_bit(run: Path, rng: random.Random) -> Path:
-    """One bit of one file of a run."""
-    file = rng.choice(sorted(p for p in run.rglob("*") if p.is_file() and p.stat().st_size))
-    content = bytearray(file.read_bytes())
-    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-    file.write_bytes(content)
-    return file
-
-
 def stopped_at(step: int, out: Path, monkeypatch) -> None:
     real = Run._train
 
@@ -264,43 +254,14 @@ def test_sigterm_saves_like_ctrl_c(tmp_path, whole):
     assert bytes_of(tmp_path) == bytes_of(whole)
 
 
-def kill_and_flip(folder: Path, whole: Path, kills: int) -> dict[str, int]:
-    """Train again and again, killed at random moments, a random bit of the run flipped before each resume.
+def trainings(folder: Path, whole: Path, kills: int) -> dict[str, int]:
+    def same_bytes(out: Path) -> None:
+        assert bytes_of(out) == bytes_of(whole), out
 
-    Runs in a process of its own, which imports PyTorch once and forks: thirty kills a minute.
-    """
-    rng, outcomes, number = random.Random(5), {"same bytes": 0, "typed error": 0, "kills": 0}, 0
-    while outcomes["kills"] < kills:
-        out, number = folder / f"run{number}", number + 1
-        while True:
-            pid = os.fork()
-            if pid == 0:
-                try:
-                    train(CONFIG, tokens(), out=out, quiet=True)
-                except HubSAEError:
-                    os._exit(3)
-                except BaseException:
-                    traceback.print_exc()
-                    os._exit(4)
-                os._exit(0)
-            ends = time.monotonic() + rng.uniform(0.02, 0.9) if rng.random() < 0.6 else float("inf")
-            done = (0, 0)
-            while done[0] == 0 and time.monotonic() < ends:
-                done = os.waitpid(pid, os.WNOHANG)
-                time.sleep(0.001)
-            if done[0] == 0:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-                outcomes["kills"] += 1
-                if any(p.is_file() and p.stat().st_size for p in out.rglob("*")):
-                    flip_a_bit(out, rng)
-                continue
-            code = os.waitstatus_to_exitcode(done[1])
-            assert code in (0, 3), f"{out} ended with {code}"
-            assert code == 3 or bytes_of(out) == bytes_of(whole), out
-            outcomes["typed error" if code else "same bytes"] += 1
-            break
-    return outcomes
+    return kill_and_flip(
+        lambda out: train(CONFIG, tokens(), out=out, quiet=True),
+        same_bytes, folder, kills=kills, longest=0.9, share=0.6, seed=5,
+    )  # fmt: skip
 
 
 @pytest.mark.slow
@@ -308,19 +269,8 @@ def kill_and_flip(folder: Path, whole: Path, kills: int) -> dict[str, int]:
 def test_kills_with_a_random_bit_flipped_before_each_resume(tmp_path, whole):
     """Every run ends with the bytes of an undisturbed one, or with an error of ours that says what is damaged."""
     kills = int(os.environ.get("HUBSAE_KILLS", "300"))
-    code = f"""
-import sys, torch
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-torch.set_num_threads(1)
-from pathlib import Path
-from test_resume import kill_and_flip
-print(kill_and_flip(Path({str(tmp_path)!r}), Path({str(whole)!r}), {kills}))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    outcomes = ast.literal_eval(done.stdout.strip())
-    print(outcomes)
-    assert outcomes["same bytes"] > 0 and outcomes["kills"] >= kills
+    outcomes = in_a_process(__file__, f"trainings({tmp_path!r}, {whole!r}, {kills})")
+    assert outcomes["whole"] > 0 and outcomes["kills"] >= kills
 
 
 @pytest.mark.slow
