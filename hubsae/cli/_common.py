@@ -1,20 +1,19 @@
-"""What every verb shares: consoles, `--json`, tables, questions."""
+"""What every verb shares: consoles, JSON, tables, questions."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from hubsae.core.errors import HubSAEError
+from hubsae.core.text import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
-
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Show what would be done and stop.")]
 
 
 def out() -> Console:
@@ -44,8 +43,6 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     from rich.markup import escape
     from rich.table import Table
 
-    from hubsae.core.text import printable
-
     table = Table(title=title or None, title_justify="left", header_style="bold")
     for i, name in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[i], (int, float)) for row in rows)
@@ -68,7 +65,5 @@ def confirm(question: str, *, yes: bool) -> None:
     if yes:
         return
     if not sys.stdin.isatty():
-        from hubsae.core.errors import HubSAEError
-
         raise HubSAEError(f"{question} (cannot ask: this is not a terminal)", hint="pass --yes to go ahead")
     typer.confirm(question, abort=True)

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from hubsae.cli import _options as options
 from hubsae.cli._common import out
+from hubsae.core.files import write_text_atomic
 
 PANEL = "Publish and load"
 
@@ -19,13 +21,12 @@ def command(
         typer.Option("--repo-id", "-r", help="Repo that the loading snippets name.", show_default="you/<folder>"),
     ] = None,
     preview: Annotated[bool, typer.Option("--preview", help="Write an HTML page to look at instead.")] = False,
-    template: Annotated[Path | None, typer.Option("--card-template", help="Your own card template (.md.j2).")] = None,
+    template: options.CardTemplate = None,
     kind: Annotated[str | None, typer.Option(help="single, chain, grid or release.")] = None,
-    title: Annotated[str | None, typer.Option(help="Title of the card.")] = None,
-    force: Annotated[bool, typer.Option("--force-card", help="Replace blocks even where edited by hand.")] = False,
+    title: options.Title = None,
+    force: options.ForceCard = False,
 ) -> None:
     """Render the card of a release folder into its README.md; your own words in it are left alone."""
-    from hubsae.core.files import write_text_atomic
     from hubsae.hub.card import card_of_release, render_card
 
     readme = path / "README.md"

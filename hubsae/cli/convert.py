@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hubsae.cli._choices import SetOption, parse_choices
+from hubsae.cli import _options as options
+from hubsae.cli._common import err, out
+from hubsae.core.errors import HubSAEError
 
 if TYPE_CHECKING:
     from hubsae.core.sae import SAE
@@ -25,8 +27,8 @@ def command(
     to: Annotated[
         str, typer.Option("--to", help="native, saelens, sparsify, dictionary_learning, bundle, onnx, pt or raw.")
     ] = "native",
-    format: Annotated[str | None, typer.Option("--format", help="Read IN as this format.")] = None,
-    choices: SetOption = None,
+    format: options.Format = None,
+    choices: options.Choices = None,
     key_map: Annotated[
         list[str] | None,
         typer.Option("--map", metavar="NAME=TENSOR", help="Which tensor is which: W_enc=enc.weight.T (.T turns it)."),
@@ -36,15 +38,13 @@ def command(
     """Convert one SAE between formats, exactly; what the target cannot express is said or refused."""
     import warnings
 
-    from hubsae.cli._common import err, out
-    from hubsae.core.errors import HubSAEError
     from hubsae.formats import fidelity, read, write
 
     if target.exists() and not overwrite and not (target.is_dir() and not any(target.iterdir())):
         raise HubSAEError(f"{target} exists", hint="choose another name, or pass --overwrite")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        chosen: dict[str, Any] = parse_choices(choices) | ({"map": ",".join(key_map)} if key_map else {})
+        chosen: dict[str, Any] = options.parse_choices(choices) | ({"map": ",".join(key_map)} if key_map else {})
         sae = _of_the_hub(source, format, chosen) or read(source, format, **chosen)
     for note in dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning)):
         err().print(f"[yellow]note[/] {note}", markup=True)

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-from hubsae.cli._common import JsonOption
+from hubsae.cli import _options as options
+from hubsae.cli._common import print_json
+from hubsae.core.progress import progress
 
 PANEL = "Activations"
 
@@ -18,17 +20,15 @@ def command(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
     dtype: Annotated[str | None, typer.Option(help="float16 or float32; default as in the source.")] = None,
-    scale: Annotated[str, typer.Option(help="Power of two for float16, or auto.")] = "auto",
+    scale: options.Scale = "auto",
     config: Annotated[str | None, typer.Option(help="Name of the config, where there is only one.")] = None,
     vector: Annotated[str | None, typer.Option(help="Column or tensor with the vectors.")] = None,
     model: Annotated[str | None, typer.Option(help="Model the activations come from, for the card.")] = None,
-    as_json: JsonOption = False,
+    as_json: options.Json = False,
 ) -> None:
     """Rewrite cached activations (SAELens, .pt piles, .npy, safetensors, Parquet) as an activation dataset."""
     from hubsae.activations.convert import convert
     from hubsae.activations.manifest import describe
-    from hubsae.cli._common import print_json
-    from hubsae.core.progress import progress
 
     with progress("converting", unit="tokens") as task:
         convert(

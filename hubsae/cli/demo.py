@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hubsae.cli._common import out
+from hubsae.core.errors import HubSAEError, TrainingInterrupted
+
 if TYPE_CHECKING:
     from hubsae.recipes.registry import PreparedRun
     from hubsae.recipes.run import StepEvent
@@ -76,7 +79,6 @@ def command(
 
     Run it again and finished steps are skipped; stop it with Ctrl-C and the next run continues.
     """
-    from hubsae.core.errors import HubSAEError, TrainingInterrupted
     from hubsae.recipes.registry import prepare
 
     world = world or ("tiny" if fast or not _have_small() else "small")
@@ -102,7 +104,6 @@ def command(
 
 def _have_small() -> bool:
     """Whether the small world can be had: made before, or made now from its packages."""
-    from hubsae.core.errors import HubSAEError
     from hubsae.recipes.small import available, small_world
 
     if not available():
@@ -127,7 +128,6 @@ def _open_folder(keep: Path | None, name: str) -> tuple[Path, Any]:
     import os
     import tempfile
 
-    from hubsae.core.errors import HubSAEError
     from hubsae.recipes.tour import lock_folder
 
     folder = keep if keep is not None else Path(tempfile.gettempdir()) / f"hubsae-{name}"
@@ -186,7 +186,6 @@ def _result_of(group: str, result: Any) -> str:
 
 
 def _title(text: str, typed: str = "") -> None:
-    from hubsae.cli._common import out
 
     out().print(f"\n[bold]{text}[/]")
     for line in typed.splitlines():
@@ -194,7 +193,6 @@ def _title(text: str, typed: str = "") -> None:
 
 
 def _print(text: str) -> None:
-    from hubsae.cli._common import out
 
     out().print(text, markup=False, highlight=False)
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hubsae.cli._common import JsonOption
+from hubsae.cli import _options as options
+from hubsae.cli._common import out
 
 if TYPE_CHECKING:
     from hubsae.hub.health import Check
@@ -26,7 +27,7 @@ CORE = ("torch", "safetensors", "numpy", "huggingface_hub", "pydantic")
 
 def command(
     offline: Annotated[bool, typer.Option("--offline", help="Ask no Hub; look at this machine only.")] = False,
-    as_json: JsonOption = False,
+    as_json: options.Json = False,
 ) -> None:
     """Check versions, extras, endpoint, token, cache, Xet and device; say what to do about each finding."""
     from hubsae.hub.health import hub_checks
@@ -93,7 +94,6 @@ def _device() -> Check:
 
 
 def _show(checks: list[Check]) -> None:
-    from hubsae.cli._common import out
 
     console = out()
     marks = {"ok": "[green]ok     [/]", "note": "[yellow]note   [/]", "problem": "[red]problem[/]"}

@@ -7,7 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
-from hubsae.cli._common import JsonOption
+from hubsae.cli import _options as options
+from hubsae.cli._common import err, print_json, print_table
+from hubsae.cli._common import out as console
+from hubsae.core.errors import ConfigError
+from hubsae.core.files import write_csv_atomic
+from hubsae.core.progress import progress
 
 PANEL = "Train and measure"
 
@@ -29,9 +34,9 @@ def command(
     control: Annotated[
         str | None, typer.Option(help="A chain trained as long on base activations, to subtract.")
     ] = None,
-    split: Annotated[str | None, typer.Option(help="Split; otherwise validation, then test, then train.")] = None,
-    layer: Annotated[int | None, typer.Option(help="Only this layer.")] = None,
-    k: Annotated[int | None, typer.Option(help="Only SAEs with this k.")] = None,
+    split: options.Split = None,
+    layer: options.Layer = None,
+    k: options.K = None,
     match: Annotated[
         str, typer.Option(help="How latents are matched: index, hungarian, or auto (looks whether the index holds).")
     ] = "auto",
@@ -41,8 +46,8 @@ def command(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write here instead of into the release of chain A.")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:0 ...")] = "cpu",
-    as_json: JsonOption = False,
+    device: options.Device = "cpu",
+    as_json: options.Json = False,
 ) -> None:
     """Cosines, births and deaths, cross matrix and rates along a chain; two chains at matched steps.
 
@@ -61,8 +66,6 @@ def command(
 
 
 def _table(path: str, out: Path | None, as_json: bool) -> None:
-    from hubsae.cli._common import err, print_json
-    from hubsae.cli._common import out as console
     from hubsae.recipes.registry import find_recipe
 
     report = find_recipe("rl_chain").module("tables").analyse_table(path)
@@ -91,10 +94,6 @@ def _chains(
     device: str,
     as_json: bool,
 ) -> None:
-    from hubsae.cli._common import err, print_json, print_table
-    from hubsae.core.errors import ConfigError
-    from hubsae.core.files import write_csv_atomic
-    from hubsae.core.progress import progress
     from hubsae.evals.comparison import compare
     from hubsae.evals.drift import drift
     from hubsae.evals.record import activation_reader, record_drift

@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hubsae.cli._common import JsonOption
+from hubsae.cli import _options as options
+from hubsae.cli._common import print_json, print_table
+from hubsae.core.errors import ConfigError, HubSAEError
+from hubsae.core.files import write_csv_atomic
+from hubsae.core.progress import progress, say
+from hubsae.core.text import printable
 
 if TYPE_CHECKING:
     from hubsae.hub.sae import HubSAE
@@ -17,13 +22,11 @@ PANEL = "Train and measure"
 
 def command(
     target: Annotated[str, typer.Argument(metavar="REPO_OR_PATH", help="A release: a folder, or a repo on the Hub.")],
-    activations: Annotated[
-        str | None, typer.Option("--activations", "-a", help="Activations: a folder, a file, or a dataset repo.")
-    ] = None,
+    activations: options.Activations = None,
     config: Annotated[
         str | None, typer.Option(help="Config of the activations; otherwise chosen by each SAE's stage and layer.")
     ] = None,
-    split: Annotated[str | None, typer.Option(help="Split; otherwise validation, then test, then train.")] = None,
+    split: options.Split = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="Model to splice into: an id or a folder.")] = None,
     text: Annotated[
         Path | None,
@@ -33,10 +36,10 @@ def command(
             help="Texts for the splice: .txt with one per line, or .jsonl with prompt and response, messages, or text.",
         ),
     ] = None,
-    id: Annotated[str | None, typer.Option("--id", help="Only this SAE.")] = None,
-    layer: Annotated[int | None, typer.Option(help="Only SAEs of this layer.")] = None,
-    stage: Annotated[str | None, typer.Option(help="Only SAEs of this stage.")] = None,
-    k: Annotated[int | None, typer.Option(help="Only SAEs with this k.")] = None,
+    id: options.Id = None,
+    layer: options.Layer = None,
+    stage: options.Stage = None,
+    k: options.K = None,
     scope: Annotated[
         str | None,
         typer.Option(help="Tokens the numbers are about, as 'response & not position_0'; otherwise each SAE's own."),
@@ -52,18 +55,16 @@ def command(
     by_group: Annotated[
         bool, typer.Option("--by-group", help="The error by group of tokens: position 0, special, template, content.")
     ] = False,
-    max_texts: Annotated[int | None, typer.Option(min=1, help="Splice: use only the first N texts.")] = None,
-    max_length: Annotated[int | None, typer.Option(min=2, help="Splice: cut texts at this many tokens.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:0 ...")] = "cpu",
+    max_texts: options.MaxTexts = None,
+    max_length: options.MaxLength = None,
+    device: options.Device = "cpu",
     dtype: Annotated[str | None, typer.Option(help="Type the model runs in; otherwise as it is stored.")] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Measure an SAE at another layer or in another model than its record names.")
-    ] = False,
+    force: options.Force = False,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="Write tables here instead of into the release. Needed for a repo."),
     ] = None,
-    as_json: JsonOption = False,
+    as_json: options.Json = False,
 ) -> None:  # fmt: skip
     """Measure reconstruction on activations, and cross-entropy with the SAE spliced into a model.
 
@@ -74,8 +75,6 @@ def command(
       hubsae eval release/ --model Qwen/Qwen2.5-0.5B-Instruct --text gsm8k.jsonl
       hubsae eval release/ --activations acts/ --by-group
     """
-    from hubsae.core.errors import ConfigError
-    from hubsae.core.progress import say
     from hubsae.core.scopes import excluding, parse
 
     if activations is None and model is None:
@@ -107,8 +106,8 @@ def command(
         asked = [s for s in (scope, replace) if s]
         rows += _reconstruct(saes, activations, config, split, into, out, asked, force)
     if model is not None and text is not None:
-        options = {"scope": scope or replace, "replace": replace, "max_length": max_length, "force": force}
-        rows += _splice(saes, model, text, max_texts, device, dtype, options, into, out)
+        how = {"scope": scope or replace, "replace": replace, "max_length": max_length, "force": force}
+        rows += _splice(saes, model, text, max_texts, device, dtype, how, into, out)
     _show(rows, shown, as_json, out or target)
 
 
@@ -120,7 +119,6 @@ def _release(target: str) -> Any:
 
 
 def _load(target: str, device: str, **filters: Any) -> dict[str, HubSAE]:
-    from hubsae.core.progress import progress
     from hubsae.hub.sae import HubSAE
 
     chosen = {name: value for name, value in filters.items() if value is not None}
@@ -173,9 +171,6 @@ def _by_group(
     saes: dict[str, HubSAE], path: str | None, config: str | None, split: str | None, model: str | None, force: bool,
     as_json: bool,
 ) -> None:  # fmt: skip
-    from hubsae.cli._common import print_json, print_table
-    from hubsae.core.errors import HubSAEError
-    from hubsae.core.text import printable
     from hubsae.evals.groups import error_by_group
 
     if path is None:
@@ -203,17 +198,16 @@ def _by_group(
 
 def _splice(
     saes: dict[str, HubSAE], model_id: str, text: Path, max_texts: int | None, device: str, dtype: str | None,
-    options: dict[str, Any], release: Any, out: Path | None,
+    how: dict[str, Any], release: Any, out: Path | None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     from hubsae.activations.models import load_model, load_tokenizer
-    from hubsae.core.files import write_csv_atomic
     from hubsae.evals.record import record_splice
     from hubsae.evals.splice import splice_many
     from hubsae.evals.texts import read_texts
 
     tokenizer = load_tokenizer(model_id)
     model = load_model(model_id, dtype=dtype, device=device)
-    results = splice_many(model, tokenizer, saes, read_texts(text)[:max_texts], show=None, **options)
+    results = splice_many(model, tokenizer, saes, read_texts(text)[:max_texts], show=None, **how)
     rows = [row for result in results.values() for row in result.rows()]
     if release is not None:
         record_splice(release, results)
@@ -229,8 +223,6 @@ SHOWN = (
 
 
 def _show(rows: list[dict[str, Any]], scopes: dict[str, str], as_json: bool, where: Any) -> None:
-    from hubsae.cli._common import print_json, print_table
-    from hubsae.core.progress import say
 
     if as_json:
         print_json(rows)

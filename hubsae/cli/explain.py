@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hubsae.cli._common import JsonOption, YesOption, confirm, err, out, print_json
+from hubsae.cli import _options as options
+from hubsae.cli._common import confirm, err, out, print_json
+from hubsae.core.errors import HubSAEError
 
 PANEL = "Train and measure"
 
 
 def command(
-    release: Annotated[Path, typer.Argument(help="A release folder with a reverse index.")],
-    sae: Annotated[str | None, typer.Argument(help="Id of the SAE.", show_default="the only one")] = None,
+    release: options.IndexedRelease,
+    sae: options.Sae = None,
     model: Annotated[
         str, typer.Option(help="The chat model: its name on the server, or a model of transformers.")
     ] = "",
@@ -27,14 +28,13 @@ def command(
     shown: Annotated[int, typer.Option(help="Contexts that the label is made from.", min=1)] = 10,
     judged: Annotated[int, typer.Option(help="Contexts with the feature to judge, and as many without.", min=2)] = 10,
     seed: Annotated[int, typer.Option(help="Of every choice at random.")] = 0,
-    yes: YesOption = False,
-    json: JsonOption = False,
+    yes: options.Yes = False,
+    json: options.Json = False,
 ) -> None:
     """Label features with a chat model and score the labels by detection and fuzzing, beside a control.
 
     Runs on behind the last finished feature when started again. Labels go to labels.parquet and the feature pages.
     """
-    from hubsae.core.errors import HubSAEError
     from hubsae.index import explain
     from hubsae.index.chat import LocalChat, ServerChat
     from hubsae.index.page import chosen
@@ -42,12 +42,12 @@ def command(
     if not model:
         raise HubSAEError("which chat model?", hint="--model NAME, with --server URL unless transformers loads it")
     index = chosen(release, sae)
-    options = explain.Options(shown, judged, seed)
+    settings = explain.Options(shown, judged, seed)
     try:
         numbers = None if features is None else [int(word) for word in features.split(",")]
     except ValueError:
         raise HubSAEError(f"--features {features!r} are not numbers") from None
-    wanted = explain.plan(index, numbers, count=count, options=options)
+    wanted = explain.plan(index, numbers, count=count, options=settings)
     question = (
         f"{len(wanted.features)} features: at most {wanted.calls:,} questions to {model}, about "
         f"{wanted.characters / 4 / 1000:,.0f} thousand tokens. Go on?"
@@ -56,7 +56,7 @@ def command(
         err().print(question.removesuffix(" Go on?"), markup=False)
     confirm(question, yes=yes)
     chat = ServerChat(server, model, key) if server else LocalChat(model)
-    found = explain.explain(index, chat, model, wanted, options=options)
+    found = explain.explain(index, chat, model, wanted, options=settings)
     scores = explain.summary(found)
     if json:
         print_json({"labels": [{"feature": one.feature, "text": one.text} for one in found], "scores": scores})

@@ -7,13 +7,15 @@ from typing import Annotated
 
 import typer
 
-from hubsae.cli._common import JsonOption, out, print_json
+from hubsae.cli import _options as options
+from hubsae.cli._common import out, print_json
+from hubsae.core.errors import HubSAEError
 
 PANEL = "Publish and load"
 
 
 def command(
-    release: Annotated[Path, typer.Argument(help="A release folder with a reverse index.")],
+    release: options.IndexedRelease,
     target: Annotated[Path, typer.Argument(help="Folder to write into.")],
     sae: Annotated[str | None, typer.Option(help="Id of the SAE.", show_default="the only one")] = None,
     to: Annotated[str, typer.Option(help="For which site: neuronpedia.")] = "neuronpedia",
@@ -27,13 +29,12 @@ def command(
     ] = "",
     repo: Annotated[str | None, typer.Option(help="Repo of the weights on the Hub.")] = None,
     vectors: Annotated[bool, typer.Option("--vectors/--no-vectors", help="With decoder rows, for steering.")] = True,
-    json: JsonOption = False,
+    json: options.Json = False,
 ) -> None:
     """Write a reverse index as Neuronpedia imports it: its bulk folder, and batches for its upload call.
 
     What it cannot take is left out and counted: features that never fire, labels, co-firing.
     """
-    from hubsae.core.errors import HubSAEError
     from hubsae.index import neuronpedia, page
 
     if to != "neuronpedia":

@@ -6,7 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hubsae.cli._common import JsonOption
+from hubsae.cli import _options as options
+from hubsae.cli._common import err, out, print_json, print_table
+from hubsae.core.errors import NotFoundError
+from hubsae.core.text import printable
 
 if TYPE_CHECKING:
     from hubsae.index.features import Example, Feature, FeatureIndex
@@ -31,7 +34,7 @@ def command(
     number: Annotated[
         int, typer.Option("--number", "-n", min=1, help="How many examples, or features of a token.")
     ] = 5,
-    as_json: JsonOption = False,
+    as_json: options.Json = False,
 ) -> None:  # fmt: skip
     """Show what features fire on, what they promote, and what stands near them.
 
@@ -40,7 +43,6 @@ def command(
     hubsae features release/ layers.15 --search thank
     hubsae features release/ layers.15 --prompt "Gravity is a force" --model M
     """
-    from hubsae.cli._common import print_json
     from hubsae.hub.pages import open_index
 
     words = list(names or [])
@@ -67,8 +69,6 @@ def _text(example: Example) -> Any:
     """A context as rich text: the stronger a token, the stronger its colour. Its letters are only letters."""
     from rich.text import Text
 
-    from hubsae.core.text import printable
-
     most = max(example.values, default=0) or 1
     shown = Text(f"{example.value:9.3g}  ", style="dim")
     for place, (token, value) in enumerate(zip(example.tokens, example.values, strict=True)):
@@ -80,8 +80,6 @@ def _text(example: Example) -> Any:
 
 
 def _show(feature: Feature, number: int) -> None:
-    from hubsae.cli._common import out
-    from hubsae.core.text import printable
 
     console = out()
     labels = "; ".join(printable(label["text"]) for label in feature.labels)
@@ -122,8 +120,6 @@ def _overview(index: FeatureIndex, most: int) -> list[dict[str, Any]]:
 
 
 def _show_overview(index: FeatureIndex, rows: list[dict[str, Any]]) -> None:
-    from hubsae.cli._common import print_table
-    from hubsae.core.text import printable
 
     s = index.summary
     names = index.names([r["feature"] for r in rows])
@@ -134,8 +130,6 @@ def _show_overview(index: FeatureIndex, rows: list[dict[str, Any]]) -> None:
 
 
 def _show_found(index: FeatureIndex, rows: list[dict[str, Any]], text: str) -> None:
-    from hubsae.cli._common import err, print_table
-    from hubsae.core.text import printable
 
     if not rows:
         err().print(f"no feature has {text!r} in its contexts, label or logits", markup=False)
@@ -149,7 +143,6 @@ def _on_prompt(release: str, index: FeatureIndex, prompt: str, model: str | None
     import torch
 
     from hubsae.activations.models import load_model, load_tokenizer
-    from hubsae.core.errors import NotFoundError
     from hubsae.core.intervene import attach
     from hubsae.evals.groups import token_texts
     from hubsae.hub.sae import HubSAE
@@ -174,8 +167,6 @@ def _on_prompt(release: str, index: FeatureIndex, prompt: str, model: str | None
 
 
 def _show_prompt(index: FeatureIndex, rows: list[dict[str, Any]]) -> None:
-    from hubsae.cli._common import print_table
-    from hubsae.core.text import printable
 
     names = index.names(sorted({f["feature"] for r in rows for f in r["features"]}))
     table = []

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-from hubsae.cli._common import JsonOption, err, out, print_json, print_table
+from hubsae.cli import _options as options
+from hubsae.cli._common import err, out, print_json, print_table
+from hubsae.core.text import printable
 
 PANEL = "Publish and load"
 
@@ -18,10 +20,9 @@ def command(
         typer.Option("--base-model", "-m", metavar="MODEL", help="Its id on the Hub, or a short name (gemma-2-2b)."),
     ],
     limit: Annotated[int, typer.Option(min=1, help="At most so many repos of the Hub for each tag.")] = 100,
-    json: JsonOption = False,
+    json: options.Json = False,
 ) -> None:
     """Find SAEs for a model: releases that SAELens registers, and repos on the Hub tagged as SAEs of it."""
-    from hubsae.core.text import printable
     from hubsae.hub.find import find_saes
 
     found = find_saes(base_model, limit=limit)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from hubsae.cli._common import JsonOption
+from hubsae.cli import _options as options
+from hubsae.cli._common import print_json, print_table
 
 PANEL = "Publish and load"
 
 
-def command(as_json: JsonOption = False) -> None:
+def command(as_json: options.Json = False) -> None:
     """List the formats hubsae reads and writes, by the names that --format and --to take."""
-    from hubsae.cli._common import print_json, print_table
     from hubsae.formats import FORMATS
 
     rows = [

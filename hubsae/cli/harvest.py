@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hubsae.cli._common import JsonOption
+from hubsae.cli import _options as options
 
 PANEL = "Activations"
 
@@ -61,12 +61,12 @@ def command(
         str | None, typer.Option(help="Text that ends a step; the reward model then scores steps.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="Type to store: float16 or float32.")] = "float16",
-    scale: Annotated[str, typer.Option(help="Power of two for float16, or auto.")] = "auto",
+    scale: options.Scale = "auto",
     model_dtype: Annotated[str | None, typer.Option(help="Type to compute in.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...")] = None,
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens per batch, padding included.")] = None,
-    private: Annotated[bool, typer.Option("--private", help="Make a new repo private.")] = False,
-    as_json: JsonOption = False,
+    private: options.Private = False,
+    as_json: options.Json = False,
 ) -> None:
     """Write a model's activations at some layers as a dataset; run it again to continue after an interruption.
 
@@ -103,7 +103,7 @@ def command(
         prompt_column=prompt_column, response_column=response_column, text_column=text_column,
         generation=generation, seed=seed, scorers=scorers, validation_fraction=validation, split_by=split_by,
         batch_tokens=batch_tokens, source=record, strict=strict,
-        exclude=[name.strip() for name in (exclude or "").split(",") if name.strip()],
+        exclude=options.names_of(exclude),
     )  # fmt: skip
     if Ranks.find().rank != 0:
         return

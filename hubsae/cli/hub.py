@@ -8,6 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hubsae.cli import _options as options
+from hubsae.cli._common import err, out
+from hubsae.core.errors import HubSAEError
+from hubsae.core.progress import say
+
 if TYPE_CHECKING:
     from hubsae.localhub import LocalHub, Token
 
@@ -19,7 +24,7 @@ app = typer.Typer(no_args_is_help=True, help="Run a local Hub server; stock clie
 @app.command()
 def serve(
     root: Annotated[Path, typer.Option(help="Data folder; made if it is not there.")],
-    port: Annotated[int, typer.Option(help="Port; 0 takes any free one.", min=0, max=65535)] = 8642,
+    port: options.Port = 8642,
     host: Annotated[
         str, typer.Option(help="Address to listen on. Only this machine can reach the default.")
     ] = "127.0.0.1",
@@ -55,8 +60,6 @@ def serve(
 
     Without --token there is one user `local`, whose token is kept in the data folder.
     """
-    from hubsae.cli._common import err
-    from hubsae.core.errors import HubSAEError
     from hubsae.core.extras import require
 
     require("uvicorn", extra="hub")
@@ -104,7 +107,6 @@ def _serve_world(name: str, hub: LocalHub) -> None:
     from urllib.request import ProxyHandler, build_opener
 
     from hubsae.cli.world import repos_of
-    from hubsae.core.progress import say
     from hubsae.hub.mirror import mirror_folders
 
     repos = repos_of(name)
@@ -147,8 +149,6 @@ def fault(
     from urllib.error import URLError
     from urllib.request import ProxyHandler, Request, build_opener
 
-    from hubsae.cli._common import out
-    from hubsae.core.errors import HubSAEError
     from hubsae.localhub import Fault, LocalHubError
 
     try:

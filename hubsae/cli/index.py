@@ -7,7 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from hubsae.cli._common import JsonOption
+from hubsae.cli import _options as options
+from hubsae.cli._common import out as console
+from hubsae.cli._common import print_json
+from hubsae.core.errors import HubSAEError
+from hubsae.core.progress import say
 
 PANEL = "Train and measure"
 
@@ -20,9 +24,7 @@ def command(
             help="A release: a folder, or a repo on the Hub. Or `merge` and tables of parts, or folders of them.",
         ),
     ],
-    activations: Annotated[
-        str | None, typer.Option("--activations", "-a", help="Activations: a folder, a file, or a dataset repo.")
-    ] = None,
+    activations: options.Activations = None,
     model: Annotated[
         str | None,
         typer.Option("--model", "-m", help="The model: for tokens and logits, and with --texts for activations."),
@@ -31,23 +33,23 @@ def command(
         Path | None, typer.Option("--texts", "-t", help="Texts to run the model on: .txt, .jsonl or .json.")
     ] = None,
     config: Annotated[str | None, typer.Option(help="Config of the activations; otherwise by stage and layer.")] = None,
-    split: Annotated[str | None, typer.Option(help="Split; otherwise validation, then test, then train.")] = None,
-    id: Annotated[str | None, typer.Option("--id", help="Only this SAE.")] = None,
-    layer: Annotated[int | None, typer.Option(help="Only SAEs of this layer.")] = None,
-    stage: Annotated[str | None, typer.Option(help="Only SAEs of this stage.")] = None,
-    k: Annotated[int | None, typer.Option(help="Only SAEs with this k.")] = None,
+    split: options.Split = None,
+    id: options.Id = None,
+    layer: options.Layer = None,
+    stage: options.Stage = None,
+    k: options.K = None,
     top: Annotated[int, typer.Option(min=1, help="Strongest tokens and samples kept of each feature.")] = 10,
     random: Annotated[int, typer.Option(min=0, help="Firings of any strength kept of each feature.")] = 10,
     window: Annotated[int, typer.Option(min=0, help="Tokens shown before and after.")] = 8,
     scope: Annotated[str | None, typer.Option(help="Tokens that count; otherwise those that each SAE is for.")] = None,
-    max_texts: Annotated[int | None, typer.Option(min=1, help="Use only the first N texts.")] = None,
-    max_length: Annotated[int | None, typer.Option(min=2, help="Cut texts at this many tokens.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:0 ...")] = "cpu",
-    force: Annotated[bool, typer.Option("--force", help="At another layer or model than the record names.")] = False,
+    max_texts: options.MaxTexts = None,
+    max_length: options.MaxLength = None,
+    device: options.Device = "cpu",
+    force: options.Force = False,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write here; otherwise RELEASE/reverse-index. Needed for a repo.")
     ] = None,
-    as_json: JsonOption = False,
+    as_json: options.Json = False,
 ) -> None:  # fmt: skip
     """Make the reverse index of SAEs: what each feature fires on, in which context, and what it promotes.
 
@@ -69,8 +71,6 @@ def command(
     root = Path(targets[0])
     if out is None and not root.is_dir():
         raise typer.BadParameter(f"{root} is not a folder here, so pass --out DIR", param_hint="--out")
-    from hubsae.cli._common import out as console
-    from hubsae.cli._common import print_json
     from hubsae.cli.eval import _load, _together
     from hubsae.index.build import Settings, index_activations, index_texts
     from hubsae.index.files import FOLDER
@@ -83,14 +83,14 @@ def command(
     if texts is not None:
         from hubsae.evals.texts import read_texts
 
-        options = {"tokenizer_id": model, "max_length": max_length, "force": force}
-        written += index_texts(saes, loaded, tokenizer, read_texts(texts)[:max_texts], where, settings, **options)
+        how = {"tokenizer_id": model, "max_length": max_length, "force": force}
+        written += index_texts(saes, loaded, tokenizer, read_texts(texts)[:max_texts], where, settings, **how)
     else:
         for data, group in _together(saes, str(activations), config, split):
             name = model or data.info.get("model")
             read = tokenizer if model else _tokenizer(name)
-            options = {"tokenizer": read, "tokenizer_id": name, "model": loaded, "force": force}
-            written += index_activations(group, data, where, settings, **options)
+            how = {"tokenizer": read, "tokenizer_id": name, "model": loaded, "force": force}
+            written += index_activations(group, data, where, settings, **how)
     if out is None:
         from hubsae.index.page import build
 
@@ -112,8 +112,6 @@ def _model(name: str | None, device: str) -> tuple[Any, Any]:
 def _tokenizer(name: str | None) -> Any:
     """The tokenizer the activations name, where it can be had; without one tokens are shown by number."""
     from hubsae.activations.models import load_tokenizer
-    from hubsae.core.errors import HubSAEError
-    from hubsae.core.progress import say
 
     try:
         return load_tokenizer(name) if name else None
@@ -123,7 +121,6 @@ def _tokenizer(name: str | None) -> Any:
 
 
 def _merge(paths: list[str], model: str | None, out: Path | None) -> None:
-    from hubsae.cli._common import out as console
     from hubsae.index.build import merge_parts, write_merged
 
     if out is None:

@@ -7,20 +7,21 @@ from typing import Annotated
 
 import typer
 
-from hubsae.cli._common import JsonOption, out, print_json, print_table
+from hubsae.cli import _options as options
+from hubsae.cli._common import out, print_json, print_table
 
 PANEL = "Publish and load"
 
 
 def command(
-    release: Annotated[Path, typer.Argument(help="A release folder with a reverse index.")],
-    sae: Annotated[str | None, typer.Argument(help="Id of the SAE.", show_default="the only one")] = None,
+    release: options.IndexedRelease,
+    sae: options.Sae = None,
     read: Annotated[
         Path | None, typer.Option("--import", help="Add labels from a CSV file with columns feature and text.")
     ] = None,
     write: Annotated[Path | None, typer.Option("--export", help="Write all labels as CSV.")] = None,
     author: Annotated[str, typer.Option(help="Whose labels the file has, where it does not say.")] = "",
-    json: JsonOption = False,
+    json: options.Json = False,
 ) -> None:
     """Show, import and export labels. They stand in labels.parquet beside the index and on the feature pages."""
     from dataclasses import asdict

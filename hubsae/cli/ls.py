@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from hubsae.cli._common import JsonOption, out, print_json
+from hubsae.cli import _options as options
+from hubsae.cli._common import out, print_json
 
 PANEL = "Publish and load"
 
@@ -14,13 +15,13 @@ PANEL = "Publish and load"
 def command(
     repo: Annotated[str, typer.Argument(help="name/repo, name/repo@revision, or a local folder.")],
     id: Annotated[str | None, typer.Argument(help="Only SAEs in this folder of it.")] = None,
-    layer: Annotated[int | None, typer.Option(help="Only this layer.")] = None,
-    stage: Annotated[str | None, typer.Option(help="Only this training stage.")] = None,
-    k: Annotated[int | None, typer.Option(help="Only this k.")] = None,
-    architecture: Annotated[str | None, typer.Option(help="Only this architecture.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag, commit or refs/pr/N.")] = None,
+    layer: options.Layer = None,
+    stage: options.Stage = None,
+    k: options.K = None,
+    architecture: options.Architecture = None,
+    revision: options.Revision = None,
     every: Annotated[bool, typer.Option("--all", help="All columns: every metric in every scope.")] = False,
-    json: JsonOption = False,
+    json: options.Json = False,
 ) -> None:
     """List the SAEs of a release, with layer, stage, k and headline metrics in its own scope; no weights are read."""
     from hubsae.hub.listing import list_saes

@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hubsae.cli._choices import SetOption, parse_choices
-from hubsae.cli._common import DryRunOption, JsonOption
+from hubsae.cli import _options as options
+from hubsae.cli._common import err, out, print_json, print_table
+from hubsae.cli._common import out as console
+from hubsae.core.progress import progress
+from hubsae.core.text import format_bytes
 
 if TYPE_CHECKING:
     from hubsae.formats import PackagePlan
@@ -19,55 +22,44 @@ PANEL = "Publish and load"
 def command(
     source: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of SAE files, or a single one.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The release folder to make.")] = Path("release"),
-    base_model: Annotated[str | None, typer.Option("--base-model", help="Model id, such as Qwen/Qwen3-8B.")] = None,
-    base_model_revision: Annotated[str | None, typer.Option("--base-model-revision")] = None,
-    hook: Annotated[
-        str | None, typer.Option("--hook", help="Hook point; {layer} is each file's layer: model.layers.{layer}")
-    ] = None,
-    pattern: Annotated[
-        str | None, typer.Option("--pattern", help="Naming scheme of the files: '{stage}_L{layer}_k{k}.pt'")
-    ] = None,
+    base_model: options.BaseModel = None,
+    base_model_revision: options.BaseModelRevision = None,
+    hook: options.Hook = None,
+    pattern: options.Pattern = None,
     name: Annotated[str | None, typer.Option("--name", help="Name of the release.")] = None,
-    license: Annotated[str | None, typer.Option("--license")] = None,
-    datasets: Annotated[
-        list[str] | None, typer.Option("--datasets", "--dataset", help="Dataset id; may be repeated.")
-    ] = None,
-    description: Annotated[str | None, typer.Option(help="What this release is, for its card.")] = None,
-    format: Annotated[str | None, typer.Option("--format", help="Read every file as this format.")] = None,
-    choices: SetOption = None,
+    license: options.License = None,
+    datasets: options.Datasets = None,
+    description: options.Description = None,
+    format: options.Format = None,
+    choices: options.Choices = None,
     spec: Annotated[Path | None, typer.Option("--spec", help="A hubsae.yaml elsewhere than beside the files.")] = None,
-    also: Annotated[str, typer.Option("--also", help="Further formats beside each SAE: sparsify,onnx,pt,raw")] = "",
-    mixed_widths: Annotated[bool, typer.Option("--mixed-widths", help="Allow different d_in.")] = False,
+    also: options.Also = "",
+    mixed_widths: options.MixedWidths = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a release at --out.")] = False,
-    dry_run: DryRunOption = False,
-    as_json: JsonOption = False,
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
 ) -> None:
     """Turn a folder of SAE files into a release: safetensors, records and a manifest, one SAE at a time."""
     import warnings
 
-    from hubsae.cli._common import err, print_json
-    from hubsae.cli._common import out as console
-    from hubsae.core.progress import progress
-    from hubsae.core.text import format_bytes
     from hubsae.formats import PackageSpec, package, plan
 
     given = PackageSpec.of(
         name=name, base_model=base_model, base_model_revision=base_model_revision, hook=hook, pattern=pattern,
         license=license, datasets=datasets, description=description, format=format,
-        choices=parse_choices(choices) or None, mixed_widths=mixed_widths or None,
+        choices=options.parse_choices(choices) or None, mixed_widths=mixed_widths or None,
     )  # fmt: skip
     todo = plan(source, given, spec=PackageSpec.read(spec) if spec is not None else None)
     if dry_run:
         _show(todo, as_json)
         return
-    formats = [part.strip() for part in also.split(",") if part.strip()]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with progress("packaging", total=len(todo.saes), unit="SAEs") as task:
             release = package(
                 todo,
                 out,
-                also=formats,
+                also=options.names_of(also),
                 overwrite=overwrite,
                 progress=lambda item, number, total: task.update(number),
             )
@@ -82,7 +74,6 @@ def command(
 
 
 def _show(todo: PackagePlan, as_json: bool) -> None:
-    from hubsae.cli._common import out, print_json, print_table
 
     rows = [
         {

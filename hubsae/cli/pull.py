@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from hubsae.cli._common import JsonOption, out, print_json
+from hubsae.cli import _options as options
+from hubsae.cli._common import out, print_json
 
 PANEL = "Publish and load"
 
@@ -18,13 +19,13 @@ def command(
     out_dir: Annotated[
         Path | None, typer.Option("--out", "-o", help="Copy into this folder.", show_default="the Hub cache")
     ] = None,
-    layer: Annotated[int | None, typer.Option(help="Only this layer.")] = None,
-    stage: Annotated[str | None, typer.Option(help="Only this training stage.")] = None,
-    k: Annotated[int | None, typer.Option(help="Only this k.")] = None,
-    architecture: Annotated[str | None, typer.Option(help="Only this architecture.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag, commit or refs/pr/N.")] = None,
+    layer: options.Layer = None,
+    stage: options.Stage = None,
+    k: options.K = None,
+    architecture: options.Architecture = None,
+    revision: options.Revision = None,
     force: Annotated[bool, typer.Option("--force", help="Download again what is cached.")] = False,
-    json: JsonOption = False,
+    json: options.Json = False,
 ) -> None:
     """Download SAEs into the Hub cache (for offline use) or into a folder; hashes are checked."""
     from hubsae.hub.load import pull

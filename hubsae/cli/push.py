@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hubsae.cli._choices import SetOption, parse_choices
-from hubsae.cli._common import DryRunOption, JsonOption, YesOption, err, out, print_json
+from hubsae.cli import _options as options
+from hubsae.cli._common import err, out, print_json
+from hubsae.core.errors import HubSAEError
+from hubsae.core.text import format_bytes, printable
 
 if TYPE_CHECKING:
     from hubsae.hub.plan import PushPlan, PushResult
@@ -28,30 +29,24 @@ def command(
         str | None, typer.Argument(metavar="[REPO]", help="Where to: name/repo.", show_default="<you>/<folder>")
     ] = None,
     repo_id: Annotated[str | None, typer.Option("--repo-id", "-r", help="Where to, as an option.")] = None,
-    base_model: Annotated[str | None, typer.Option(help="Base model, such as Qwen/Qwen2.5-0.5B-Instruct.")] = None,
-    base_model_revision: Annotated[str | None, typer.Option(help="Its commit.")] = None,
-    hook: Annotated[str | None, typer.Option(help="Hook point, such as 'model.layers.{layer}'.")] = None,
-    license: Annotated[str | None, typer.Option(help="License of the weights, such as apache-2.0.")] = None,
-    datasets: Annotated[
-        list[str] | None, typer.Option("--datasets", "--dataset", help="Dataset id on the Hub; may be repeated.")
-    ] = None,
-    description: Annotated[str | None, typer.Option(help="What this release is, for its card.")] = None,
+    base_model: options.BaseModel = None,
+    base_model_revision: options.BaseModelRevision = None,
+    hook: options.Hook = None,
+    license: options.License = None,
+    datasets: options.Datasets = None,
+    description: options.Description = None,
     activations: Annotated[
         str | None,
         typer.Option(help="Activations to check quality on and to find BatchTopK thresholds: a file or a dataset."),
     ] = None,
-    dry_run: DryRunOption = False,
-    yes: YesOption = False,
-    pr: Annotated[bool, typer.Option("--pr", help="Open a pull request instead of committing.")] = False,
+    dry_run: options.DryRun = False,
+    yes: options.Yes = False,
+    pr: options.Pr = False,
     revision: Annotated[str | None, typer.Option(help="Branch to publish on; made if missing.")] = None,
     tag: Annotated[str | None, typer.Option(help="Tag the release, such as v1.0.")] = None,
-    private: Annotated[
-        bool | None, typer.Option("--private/--public", help="Visibility of a new repo.", show_default=False)
-    ] = None,
+    private: options.Visibility = None,
     message: Annotated[str | None, typer.Option("--message", "-m", help="Title of the commit.")] = None,
-    also: Annotated[
-        str, typer.Option(help="Further formats beside each SAE: sparsify,onnx,pt,raw (comma-separated).")
-    ] = "",
+    also: options.Also = "",
     keep_source: Annotated[bool, typer.Option("--keep-source", help="Ship the original files too.")] = False,
     prune: Annotated[
         bool, typer.Option("--prune", help="Delete SAEs of the repo that are not in this release.")
@@ -59,16 +54,14 @@ def command(
     delete: Annotated[
         list[str] | None, typer.Option(help="Delete files of the repo by pattern, in the same commit, e.g. '*.pt'.")
     ] = None,
-    pattern: Annotated[str | None, typer.Option(help="Naming scheme, such as '{stage}_L{layer}_k{k}.pt'.")] = None,
-    format: Annotated[str | None, typer.Option(help="Force a format; see `hubsae formats`.")] = None,
-    choices: SetOption = None,
-    mixed_widths: Annotated[bool, typer.Option("--mixed-widths", help="Allow SAEs of different input width.")] = False,
-    card_template: Annotated[Path | None, typer.Option(help="Your own card template (.md.j2).")] = None,
+    pattern: options.Pattern = None,
+    format: options.Format = None,
+    choices: options.Choices = None,
+    mixed_widths: options.MixedWidths = False,
+    card_template: options.CardTemplate = None,
     card_kind: Annotated[str | None, typer.Option(help="single, chain, grid or release.")] = None,
-    force_card: Annotated[
-        bool, typer.Option("--force-card", help="Replace generated card blocks even where edited by hand.")
-    ] = False,
-    title: Annotated[str | None, typer.Option(help="Title of the card.")] = None,
+    force_card: options.ForceCard = False,
+    title: options.Title = None,
     overwrite_config: Annotated[
         bool, typer.Option("--overwrite-config", help="Replace a config.json that is no release manifest.")
     ] = False,
@@ -87,7 +80,7 @@ def command(
     allow_secrets: Annotated[
         bool, typer.Option("--allow-secrets", help="Publish files that look like tokens or keys.")
     ] = False,
-    json: JsonOption = False,
+    json: options.Json = False,
 ) -> None:
     """Publish SAEs on the Hub: package, verify, show the plan, upload in one commit.
 
@@ -125,10 +118,10 @@ def command(
         limitations=limitations,
         pattern=pattern,
         format=format,
-        choices=parse_choices(choices) or None,
+        choices=options.parse_choices(choices) or None,
         mixed_widths=mixed_widths or None,
         activations=activations,
-        also=[name.strip() for name in also.split(",") if name.strip()],
+        also=options.names_of(also),
         keep_source=keep_source,
         check_saelens=check_saelens,
         allow_secrets=allow_secrets,
@@ -148,8 +141,6 @@ def command(
 def show_plan(plan: PushPlan) -> None:
     """The plan as a table that a person can check in ten seconds."""
     from rich.table import Table
-
-    from hubsae.core.text import format_bytes, printable
 
     console = out()
     columns = ["SAE", "read as", "selection", "d_in x d_sae", "size", "on the Hub", "SAELens"]
@@ -218,8 +209,6 @@ def as_json(result: PushResult) -> dict[str, Any]:
 def _confirm(plan: PushPlan) -> bool:
     import sys
 
-    from hubsae.core.errors import HubSAEError
-
     show_plan(plan)
     if plan.diff.empty:
         return True
@@ -231,7 +220,6 @@ def _confirm(plan: PushPlan) -> bool:
 
 
 def _refuse(plan: PushPlan) -> bool:
-    from hubsae.core.errors import HubSAEError
 
     raise HubSAEError("--json does not ask", hint="add --yes to publish, or --dry-run to only see the plan")
 

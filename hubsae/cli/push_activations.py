@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-from hubsae.cli._common import DryRunOption, JsonOption, YesOption
+from hubsae.cli import _options as options
+from hubsae.cli._common import confirm, err, print_json, print_table
+from hubsae.core.text import format_bytes as size
 
 PANEL = "Activations"
 
@@ -16,15 +18,14 @@ def command(
     folder: Annotated[Path, typer.Argument(help="Dataset folder, as written by harvest or convert-activations.")],
     repo_id: Annotated[str | None, typer.Option("--repo-id", help="Dataset repo; default <you>/<folder>.")] = None,
     revision: Annotated[str, typer.Option(help="Branch to push to.")] = "main",
-    pr: Annotated[bool, typer.Option("--pr", help="Open a pull request instead of pushing.")] = False,
-    private: Annotated[bool, typer.Option("--private", help="Make a new repo private.")] = False,
+    pr: options.Pr = False,
+    private: options.Private = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not check every page first.")] = False,
-    dry_run: DryRunOption = False,
-    yes: YesOption = False,
-    as_json: JsonOption = False,
+    dry_run: options.DryRun = False,
+    yes: options.Yes = False,
+    as_json: options.Json = False,
 ) -> None:
     """Publish activations in one commit; an interrupted push is completed by the next."""
-    from hubsae.cli._common import confirm, err, print_json, print_table
     from hubsae.hub.client import HubClient
     from hubsae.hub.datasets import plan_push, push_activations
 
@@ -39,17 +40,14 @@ def command(
         return
     if not as_json:
         rows = [
-            [r["config"], r["split"], r["rows"], f"{r['dtype']} x {r['d']}", r["scale"], r["files"], _size(r["bytes"])]
+            (r["config"], r["split"], r["rows"], f"{r['dtype']} x {r['d']}", r["scale"], r["files"], size(r["bytes"]))
             for r in plan.rows()
         ]
-        print_table(
-            f"{plan.repo_id}: {_size(plan.bytes)}",
-            ["config", "split", "rows", "vectors", "scale", "files", "size"],
-            rows,
-        )
+        columns = ["config", "split", "rows", "vectors", "scale", "files", "size"]
+        print_table(f"{plan.repo_id}: {size(plan.bytes)}", columns, rows)
     if dry_run:
         return
-    confirm(f"publish {_size(plan.bytes)} to {plan.repo_id}?", yes=yes or as_json)
+    confirm(f"publish {size(plan.bytes)} to {plan.repo_id}?", yes=yes or as_json)
     done = push_activations(
         folder, plan.repo_id, private=private or None, revision=revision, pr=pr, client=client, plan=plan
     )
@@ -57,11 +55,3 @@ def command(
         print_json({"repo_id": done.repo_id, "commit": done.commit, "committed": done.committed, "url": done.url})
     else:
         err().print(f"{'published' if done.committed else 'unchanged'}: {done.url} ({done.commit[:10]})")
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"

@@ -7,7 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from hubsae.cli._common import DryRunOption, JsonOption
+from hubsae.cli import _options as options
+from hubsae.cli._common import out as console
+from hubsae.cli._common import print_json, print_table
 from hubsae.core.text import format_bytes, format_time
 
 PANEL = "Recipes and demo"
@@ -19,9 +21,8 @@ ConfigOption = Annotated[str | None, typer.Option("--config", "-c", help="Which 
 
 
 @app.command("list")
-def list_(json_: JsonOption = False) -> None:
+def list_(json_: options.Json = False) -> None:
     """List the recipes, their profiles and configs."""
-    from hubsae.cli._common import print_json, print_table
     from hubsae.recipes.registry import list_recipes
 
     rows = [
@@ -63,12 +64,10 @@ def run(
     from_checkpoint: Annotated[
         str | None, typer.Option(help="Train no further: publish what a halted run kept (best, last or a step).")
     ] = None,
-    dry_run: DryRunOption = False,
-    json_: JsonOption = False,
+    dry_run: options.DryRun = False,
+    json_: options.Json = False,
 ) -> None:
     """Run a recipe; run again to continue, finished steps are skipped."""
-    from hubsae.cli._common import out as console
-    from hubsae.cli._common import print_json
     from hubsae.recipes.registry import prepare
     from hubsae.recipes.run import say_event
 
@@ -111,8 +110,6 @@ def copy(name: NameArgument, to: Annotated[Path, typer.Argument(help="A new fold
 
 
 def _show_plan(prepared: Any, json_: bool) -> None:
-    from hubsae.cli._common import out as console
-    from hubsae.cli._common import print_json, print_table
 
     states = prepared.run.states(prepared.steps)
     rows = [

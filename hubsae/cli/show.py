@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hubsae.cli._choices import SetOption, parse_choices
-from hubsae.cli._common import JsonOption
+from hubsae.cli import _options as options
+from hubsae.cli._common import err, out, print_json
+from hubsae.core.text import format_bytes, printable
 
 if TYPE_CHECKING:
     from hubsae.formats.describe import Description
@@ -18,19 +19,18 @@ FEW_TENSORS = 12
 
 def command(
     path: Annotated[str, typer.Argument(metavar="PATH", help="A file, a folder, or a repo id on the Hub.")],
-    format: Annotated[str | None, typer.Option("--format", help="Read it as this format.")] = None,
-    choices: SetOption = None,
-    revision: Annotated[str | None, typer.Option("--revision", help="Revision of a repo.")] = None,
+    format: options.Format = None,
+    choices: options.Choices = None,
+    revision: options.Revision = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     every: Annotated[bool, typer.Option("--all", help="All columns of a table of SAEs.")] = False,
-    as_json: JsonOption = False,
+    as_json: options.Json = False,
 ) -> None:
     """Say what is there: format, selection rule, shapes, norms, hook point, and what is not known."""
     from hubsae.cli._activations import show_activations
-    from hubsae.cli._common import print_json
     from hubsae.hub.listing import describe
 
-    found = describe(path, format=format, choices=parse_choices(choices), revision=revision)
+    found = describe(path, format=format, choices=options.parse_choices(choices), revision=revision)
     if as_json:
         print_json(found.to_dict())
     elif found.activations:
@@ -40,8 +40,6 @@ def command(
 
 
 def _print(found: Description, all_tensors: bool, all_columns: bool) -> None:
-    from hubsae.cli._common import err, out
-    from hubsae.core.text import format_bytes, printable
     from hubsae.formats.describe import OTHER_METRICS
 
     def line(text: Any) -> None:

@@ -6,7 +6,9 @@ from typing import Annotated
 
 import typer
 
-from hubsae.cli._common import DryRunOption, JsonOption
+from hubsae.cli import _options as options
+from hubsae.cli._common import print_json, print_table
+from hubsae.core.text import format_bytes, format_time
 
 PANEL = "Train and measure"
 
@@ -25,12 +27,10 @@ def command(
         str | None, typer.Option("--exclude", help="Groups of tokens to leave out: position_0,special,massive ...")
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of going on from the last state.")] = False,
-    dry_run: DryRunOption = False,
-    json_: JsonOption = False,
+    dry_run: options.DryRun = False,
+    json_: options.Json = False,
 ) -> None:
     """Train sparse autoencoders; run the same command again to continue. Also under torchrun and accelerate launch."""
-    from hubsae.cli._common import print_json, print_table
-    from hubsae.core.text import format_bytes, format_time
     from hubsae.train.job import load_job
 
     given = list(overrides or [])

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from hubsae.cli._common import JsonOption, out, print_json
+from hubsae.cli import _options as options
+from hubsae.cli._common import out, print_json
 
 PANEL = "Tools"
 
@@ -16,7 +17,7 @@ def command(
     remove: Annotated[
         bool, typer.Option("--remove", help="Delete damaged files of the cache; the next load fetches them again.")
     ] = False,
-    as_json: JsonOption = False,
+    as_json: options.Json = False,
 ) -> None:
     """Compare every file with the hash it was written with; exit code 1 where any differs. Asks no Hub."""
     from hubsae.hub.verify import verify

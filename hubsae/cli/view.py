@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from hubsae.cli import _options as options
 from hubsae.cli._common import err, out
+from hubsae.core.errors import HubSAEError
 
 PANEL = "Publish and load"
 
@@ -27,17 +29,14 @@ def command(
     repo: Annotated[
         str | None, typer.Option(help="Repo that the pages tell people to load from.", show_default="the source")
     ] = None,
-    private: Annotated[
-        bool | None, typer.Option("--private/--public", help="Visibility of a new Space.", show_default=False)
-    ] = None,
-    port: Annotated[int, typer.Option(help="Port on this machine; 0 takes any free one.", min=0, max=65535)] = 0,
+    private: options.Visibility = None,
+    port: options.Port = 0,
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the browser.")] = True,
 ) -> None:
     """Show what the features of a release fire on: a table of all of them and a page for each.
 
     The pages are one HTML file that reads the release's Parquet tables; nothing leaves this machine.
     """
-    from hubsae.core.errors import HubSAEError
     from hubsae.index import page
 
     local = Path(source).is_dir()
@@ -70,8 +69,6 @@ def command(
 def _place(found: list[dict], sae: str | None, feature: int | None) -> str:
     """The part of the address behind `#`."""
     from urllib.parse import quote
-
-    from hubsae.core.errors import HubSAEError
 
     if sae is None and feature is None:
         return ""

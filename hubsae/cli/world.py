@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hubsae.cli._common import JsonOption
+from hubsae.cli import _options as options
+from hubsae.cli._common import out, print_json
+from hubsae.core.errors import NotFoundError, nearest
+from hubsae.core.progress import progress
 
 if TYPE_CHECKING:
     from hubsae.recipes.worlds import World
@@ -23,13 +26,12 @@ NAMES = {
 def command(
     name: Annotated[str, typer.Argument(help="small, tiny or quick.")] = "small",
     verify: Annotated[bool, typer.Option("--verify", help="Hash every file again.")] = False,
-    as_json: JsonOption = False,
+    as_json: options.Json = False,
 ) -> None:
     """Make a world once, under two minutes, and say where its model, chats, problems and texts lie.
 
     Example: hubsae world small; then hubsae harvest -m MODEL -d CHATS --layers 8,15 --mode prompt+response --out acts
     """
-    from hubsae.cli._common import out, print_json
     from hubsae.recipes.worlds import verify as verify_files
 
     world = open_world(name)
@@ -57,7 +59,6 @@ def command(
 
 def open_world(name: str) -> World:
     """The world of a name, made where it is not there yet."""
-    from hubsae.core.errors import NotFoundError, nearest
 
     if name not in NAMES:
         raise NotFoundError(f"no world {name!r}", hint=f"worlds: {nearest(name, NAMES)}")
@@ -65,7 +66,6 @@ def open_world(name: str) -> World:
         from hubsae.recipes.small import small_world
 
         return small_world()
-    from hubsae.core.progress import progress
     from hubsae.recipes.tiny import tiny_world
 
     with progress("warm-up of the tiny model", unit="steps") as task:

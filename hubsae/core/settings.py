@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -83,6 +84,8 @@ def parse_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"{text!r} is not an override", hint="write key.path=value, for example rl.steps=20")
+    if re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value.strip()):
+        return key.strip(), float(value)  # YAML 1.1 reads 1e-4 as text
     try:
         return key.strip(), yaml.safe_load(value)
     except yaml.YAMLError as error:
