@@ -186,14 +186,12 @@ def _result_of(group: str, result: Any) -> str:
 
 
 def _title(text: str, typed: str = "") -> None:
-
     out().print(f"\n[bold]{text}[/]")
     for line in typed.splitlines():
         out().print(f"  [dim]$ {line}[/]", highlight=False)
 
 
 def _print(text: str) -> None:
-
     out().print(text, markup=False, highlight=False)
 
 

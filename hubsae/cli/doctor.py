@@ -94,7 +94,6 @@ def _device() -> Check:
 
 
 def _show(checks: list[Check]) -> None:
-
     console = out()
     marks = {"ok": "[green]ok     [/]", "note": "[yellow]note   [/]", "problem": "[red]problem[/]"}
     width = max(len(check.name) for check in checks)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,10 @@ from hubsae.cli._common import out as console
 from hubsae.core.errors import ConfigError
 from hubsae.core.files import write_csv_atomic
 from hubsae.core.progress import progress
+
+if TYPE_CHECKING:
+    from hubsae.evals.comparison import Comparison
+    from hubsae.evals.drift import DriftReport
 
 PANEL = "Train and measure"
 
@@ -62,7 +66,46 @@ def command(
     if from_table is not None:
         _table(from_table, out, as_json)
         return
-    _chains(str(chain_a), chain_b, activations, activations_b, control, split, layer, k, match, out, device, as_json)
+    from hubsae.evals.comparison import compare
+    from hubsae.evals.drift import drift
+    from hubsae.evals.record import activation_reader, record_drift
+    from hubsae.evals.report import summary, write_report
+    from hubsae.formats.manifest import MANIFEST_NAME
+    from hubsae.formats.release import Release
+    from hubsae.hub.sae import HubSAE
+
+    root = Path(str(chain_a))
+    if out is None and not (root / MANIFEST_NAME).is_file():
+        raise ConfigError(f"{chain_a} is not a release folder, so results cannot be written into it", "pass --out DIR")
+
+    def load(chain: str) -> list[HubSAE]:
+        return [sae for _, sae in HubSAE.iter_pretrained(chain, device=device, layer=layer, k=k)]
+
+    def read(path: str | None) -> Any:
+        return None if path is None else activation_reader(path, split=split)
+
+    with progress("running SAEs over activations", unit="passes") as task:
+        how: dict[str, Any] = {"match": match, "on_pass": lambda _: task.advance()}
+        beside = None if control is None else load(control)
+        report = drift(load(str(chain_a)), read(activations), control=beside, name=root.name, **how)
+        comparison = None
+        if chain_b is not None:
+            other = drift(load(chain_b), read(activations_b or activations), name=Path(chain_b).name, **how)
+            comparison = compare(report, other)
+    if out is None:
+        record_drift(Release.open(root), report, comparison)
+    else:
+        write_report(report, out)
+        if comparison is not None and comparison.items:
+            from hubsae.evals.plots import plot_comparison
+
+            write_csv_atomic(out / "drift_comparison.csv", comparison.rows())
+            plot_comparison(comparison, out / "drift_comparison.png")
+    if as_json:
+        print_json({**summary(report), "comparison": None if comparison is None else comparison.rows()})
+        return
+    _show(report, comparison)
+    err().print(f"tables and plots: {out or root / 'results'}")
 
 
 def _table(path: str, out: Path | None, as_json: bool) -> None:
@@ -80,69 +123,7 @@ def _table(path: str, out: Path | None, as_json: bool) -> None:
         err().print(f"wrote {len(written)} files to {out}")
 
 
-def _chains(
-    chain_a: str,
-    chain_b: str | None,
-    activations: str | None,
-    activations_b: str | None,
-    control: str | None,
-    split: str | None,
-    layer: int | None,
-    k: int | None,
-    match: Any,
-    out: Path | None,
-    device: str,
-    as_json: bool,
-) -> None:
-    from hubsae.evals.comparison import compare
-    from hubsae.evals.drift import drift
-    from hubsae.evals.record import activation_reader, record_drift
-    from hubsae.evals.report import summary, write_report
-    from hubsae.formats.manifest import MANIFEST_NAME
-    from hubsae.formats.release import Release
-    from hubsae.hub.sae import HubSAE
-
-    is_release = (Path(chain_a) / MANIFEST_NAME).is_file()
-    if not is_release and out is None:
-        raise ConfigError(f"{chain_a} is not a release folder, so results cannot be written into it", "pass --out DIR")
-
-    def load(chain: str) -> list[HubSAE]:
-        return [sae for _, sae in HubSAE.iter_pretrained(chain, device=device, layer=layer, k=k)]
-
-    def read(path: str | None) -> Any:
-        return None if path is None else activation_reader(path, split=split)
-
-    with progress("running SAEs over activations", unit="passes") as task:
-        report = drift(
-            load(chain_a),
-            read(activations),
-            control=None if control is None else load(control),
-            name=Path(chain_a).name,
-            match=match,
-            on_pass=lambda _: task.advance(),
-        )
-        comparison = None
-        if chain_b is not None:
-            other = drift(
-                load(chain_b),
-                read(activations_b or activations),
-                name=Path(chain_b).name,
-                match=match,
-                on_pass=lambda _: task.advance(),
-            )
-            comparison = compare(report, other)
-    if out is None:
-        record_drift(Release.open(chain_a), report, comparison)
-    else:
-        write_report(report, out)
-        if comparison is not None and comparison.items:
-            from hubsae.evals.plots import plot_comparison
-
-            write_csv_atomic(out / "drift_comparison.csv", comparison.rows())
-            plot_comparison(comparison, out / "drift_comparison.png")
-    if as_json:
-        print_json({**summary(report), "comparison": None if comparison is None else comparison.rows()})
-        return
+def _show(report: DriftReport, comparison: Comparison | None) -> None:
     rows = [[g.name, *(getattr(row, field) for field in SHOWN)] for g in report.groups for row in g.stages]
     print_table(report.name, ["group", *SHOWN], rows)
     moves = [
@@ -161,7 +142,6 @@ def _chains(
         print_table(f"{comparison.a} / {comparison.b}", heads, table)
         for note in comparison.left_out:
             err().print(f"not compared: {note}", markup=False)
-    err().print(f"tables and plots: {out or Path(chain_a) / 'results'}")
 
 
 SHOWN = ("stage", "nmse_before", "nmse_after", "alive", "births", "deaths", "effective_features")

@@ -9,9 +9,10 @@ import typer
 
 from hubsae.cli import _options as options
 from hubsae.cli._common import print_json, print_table
+from hubsae.cli._saes import load, together
 from hubsae.core.errors import ConfigError, HubSAEError
 from hubsae.core.files import write_csv_atomic
-from hubsae.core.progress import progress, say
+from hubsae.core.progress import say
 from hubsae.core.text import printable
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def command(
             f"{target} is not a release folder, so results cannot be written into it",
             hint="pass --out DIR; or fetch it with `hubsae pull`, evaluate, and push again",
         )
-    saes = _load(target, device, id=id, layer=layer, stage=stage, k=k)
+    saes = load(target, device, id=id, layer=layer, stage=stage, k=k)
     shown = {name: scope or replace or sae.metadata.own_scope for name, sae in saes.items()}
     for one in sorted(set(shown.values())):
         why = "as asked for" if scope or replace else "what these SAEs are for, by their record"
@@ -118,32 +119,6 @@ def _release(target: str) -> Any:
     return Release.open(target) if (Path(target) / MANIFEST_NAME).is_file() else None
 
 
-def _load(target: str, device: str, **filters: Any) -> dict[str, HubSAE]:
-    from hubsae.hub.sae import HubSAE
-
-    chosen = {name: value for name, value in filters.items() if value is not None}
-    saes: dict[str, HubSAE] = {}
-    with progress("loading SAEs") as task:
-        for name, sae in HubSAE.iter_pretrained(target, device=device, **chosen):
-            saes[name] = sae
-            task.advance()
-    return saes
-
-
-def _together(
-    saes: dict[str, HubSAE], path: str, config: str | None, split: str | None
-) -> list[tuple[Any, dict[str, HubSAE]]]:
-    """SAEs by the activations they are measured on."""
-    from hubsae.evals.record import activation_reader, activations_of
-
-    read = activation_reader(path, config=config, split=split)
-    together: dict[tuple[str, str], tuple[Any, dict[str, HubSAE]]] = {}
-    for name, sae in saes.items():
-        data = activations_of(sae, read)
-        together.setdefault((data.config, data.split), (data, {}))[1][name] = sae
-    return list(together.values())
-
-
 def _reconstruct(
     saes: dict[str, HubSAE], path: str, config: str | None, split: str | None, release: Any, out: Path | None,
     scopes: list[str], force: bool,
@@ -154,7 +129,7 @@ def _reconstruct(
 
     measured: dict[str, Any] = {}
     tokens, found = 0, []
-    for data, group in _together(saes, path, config, split):
+    for data, group in together(saes, path, config, split):
         title = f"{data.config} {data.split}, {len(group)} SAEs"
         result = reconstruction(group, data, scopes=scopes, force=force, show=None, name=title)
         measured.update(result.saes)
@@ -176,7 +151,7 @@ def _by_group(
     if path is None:
         raise typer.BadParameter("--by-group needs --activations")
     rows = []
-    for data, group in _together(saes, path, config, split):
+    for data, group in together(saes, path, config, split):
         tokenizer = None
         name = model or data.info.get("model")
         if name:
@@ -223,7 +198,6 @@ SHOWN = (
 
 
 def _show(rows: list[dict[str, Any]], scopes: dict[str, str], as_json: bool, where: Any) -> None:
-
     if as_json:
         print_json(rows)
         return

@@ -80,7 +80,6 @@ def _text(example: Example) -> Any:
 
 
 def _show(feature: Feature, number: int) -> None:
-
     console = out()
     labels = "; ".join(printable(label["text"]) for label in feature.labels)
     console.print(f"feature {feature.number}{f': {labels}' if labels else ''}", style="bold", markup=False)
@@ -120,7 +119,6 @@ def _overview(index: FeatureIndex, most: int) -> list[dict[str, Any]]:
 
 
 def _show_overview(index: FeatureIndex, rows: list[dict[str, Any]]) -> None:
-
     s = index.summary
     names = index.names([r["feature"] for r in rows])
     fire = f"{s['n_active']:,} of {len(index):,} features fire on {s['n_tokens']:,} tokens"
@@ -130,7 +128,6 @@ def _show_overview(index: FeatureIndex, rows: list[dict[str, Any]]) -> None:
 
 
 def _show_found(index: FeatureIndex, rows: list[dict[str, Any]], text: str) -> None:
-
     if not rows:
         err().print(f"no feature has {text!r} in its contexts, label or logits", markup=False)
         return
@@ -167,7 +164,6 @@ def _on_prompt(release: str, index: FeatureIndex, prompt: str, model: str | None
 
 
 def _show_prompt(index: FeatureIndex, rows: list[dict[str, Any]]) -> None:
-
     names = index.names(sorted({f["feature"] for r in rows for f in r["features"]}))
     table = []
     for row in rows:

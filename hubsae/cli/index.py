@@ -10,6 +10,7 @@ import typer
 from hubsae.cli import _options as options
 from hubsae.cli._common import out as console
 from hubsae.cli._common import print_json
+from hubsae.cli._saes import load, together
 from hubsae.core.errors import HubSAEError
 from hubsae.core.progress import say
 
@@ -71,11 +72,10 @@ def command(
     root = Path(targets[0])
     if out is None and not root.is_dir():
         raise typer.BadParameter(f"{root} is not a folder here, so pass --out DIR", param_hint="--out")
-    from hubsae.cli.eval import _load, _together
     from hubsae.index.build import Settings, index_activations, index_texts
     from hubsae.index.files import FOLDER
 
-    saes: Any = _load(targets[0], device, id=id, layer=layer, stage=stage, k=k)
+    saes: Any = load(targets[0], device, id=id, layer=layer, stage=stage, k=k)
     settings = Settings(top=top, random=random, window=window, scope=scope)
     where = out or root / FOLDER
     loaded, tokenizer = _model(model, device)
@@ -86,7 +86,7 @@ def command(
         how = {"tokenizer_id": model, "max_length": max_length, "force": force}
         written += index_texts(saes, loaded, tokenizer, read_texts(texts)[:max_texts], where, settings, **how)
     else:
-        for data, group in _together(saes, str(activations), config, split):
+        for data, group in together(saes, str(activations), config, split):
             name = model or data.info.get("model")
             read = tokenizer if model else _tokenizer(name)
             how = {"tokenizer": read, "tokenizer_id": name, "model": loaded, "force": force}

@@ -74,7 +74,6 @@ def command(
 
 
 def _show(todo: PackagePlan, as_json: bool) -> None:
-
     rows = [
         {
             "id": item.id,

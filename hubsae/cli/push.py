@@ -220,7 +220,6 @@ def _confirm(plan: PushPlan) -> bool:
 
 
 def _refuse(plan: PushPlan) -> bool:
-
     raise HubSAEError("--json does not ask", hint="add --yes to publish, or --dry-run to only see the plan")
 
 

@@ -110,7 +110,6 @@ def copy(name: NameArgument, to: Annotated[Path, typer.Argument(help="A new fold
 
 
 def _show_plan(prepared: Any, json_: bool) -> None:
-
     states = prepared.run.states(prepared.steps)
     rows = [
         {
