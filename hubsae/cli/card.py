@@ -27,11 +27,11 @@ def command(
     force: options.ForceCard = False,
 ) -> None:
     """Render the card of a release folder into its README.md; your own words in it are left alone."""
-    from hubsae.hub.card import card_of_release, render_card
+    from hubsae.hub.card import CardOptions, card_of_release, render_card
 
     readme = path / "README.md"
     name = repo_id or f"you/{path.resolve().name}"
-    card = card_of_release(path, name, kind=kind, title=title)
+    card = card_of_release(path, name, CardOptions(kind=kind, title=title))
     existing = readme.read_text(encoding="utf-8") if readme.is_file() else None
     merged = render_card(card, existing, template=template, force=force)
     console = out()

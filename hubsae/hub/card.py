@@ -34,6 +34,19 @@ MAX_HEADLINES = 6
 MAX_RESULT_ROWS, MAX_RESULT_COLUMNS = 24, 12
 
 
+@dataclass(frozen=True)
+class CardOptions:
+    """What a person says about the card, and how it is made."""
+
+    template: str | os.PathLike[str] | None = None
+    kind: str | None = None
+    force: bool = False
+    """Replace blocks that were edited by hand."""
+    title: str | None = None
+    citation: str | None = None
+    limitations: Sequence[str] | None = None
+
+
 @dataclass
 class Record:
     """One SAE of the release."""
@@ -272,29 +285,15 @@ def render_card(
 # -- reading a release -------------------------------------------------------------------------------------------
 
 
-def card_of_release(
-    folder: str | os.PathLike[str],
-    repo_id: str,
-    *,
-    kind: str | None = None,
-    title: str | None = None,
-    citation: str | None = None,
-    limitations: Sequence[str] | None = None,
-) -> Card:
-    """Read a packaged release folder into what a card is rendered from.
-
-    `kind`, `title`, `citation` and `limitations` are what the folder does not say.
-    """
+def card_of_release(folder: str | os.PathLike[str], repo_id: str, options: CardOptions = CardOptions()) -> Card:
+    """Read a packaged release folder into what a card is rendered from."""
     root = Path(folder)
     manifest = Manifest.read(root)
     records = [
         record_of(entry, Metadata.load(root if entry.path == "." else safe_join(root, entry.path)))
         for entry in manifest
     ]
-    return card_of(
-        manifest, repo_id, records, lambda path: safe_join(root, path),
-        kind=kind, title=title, citation=citation, limitations=limitations,
-    )  # fmt: skip
+    return card_of(manifest, repo_id, records, lambda path: safe_join(root, path), options)
 
 
 def record_of(entry: SAEEntry, metadata: Metadata) -> Record:
@@ -308,32 +307,28 @@ def card_of(
     repo_id: str,
     records: list[Record],
     find: Callable[[str], Path],
-    *,
-    kind: str | None = None,
-    title: str | None = None,
-    citation: str | None = None,
-    limitations: Sequence[str] | None = None,
+    options: CardOptions = CardOptions(),
 ) -> Card:
     """A card from a manifest and the records of its SAEs; `find` gives the place of a result file."""
     if not records:
         raise FormatError(f"{repo_id}/config.json", "a release with at least one SAE", "an empty list of SAEs")
-    if kind is not None and kind not in KINDS:
-        raise ConfigError(f"no card of kind {kind!r}", hint=f"kinds: {', '.join(KINDS)}")
+    if options.kind is not None and options.kind not in KINDS:
+        raise ConfigError(f"no card of kind {options.kind!r}", hint=f"kinds: {', '.join(KINDS)}")
     extra = manifest.model_extra or {}
     paths = [f.path for f in manifest.files]
     card = Card(
         repo_id=repo_id,
         records=records,
-        kind=kind or manifest.card or guess_kind(records),
-        title=title or extra.get("title"),
+        kind=options.kind or manifest.card or guess_kind(records),
+        title=options.title or extra.get("title"),
         description=manifest.description,
         license=manifest.license,
         datasets=manifest.datasets
         or unique(r.metadata.activations.id for r in records if "/" in (r.metadata.activations.id or "")),
         results=_results(find, paths),
         plots=[p for p in paths if p.startswith("plots/") and p.endswith((".png", ".svg"))],
-        citation=citation or extra.get("citation"),
-        limitations=limitations or extra.get("limitations") or (),
+        citation=options.citation or extra.get("citation"),
+        limitations=options.limitations or extra.get("limitations") or (),
     )
     card.examples = example_features(find, {f.path: f.size for f in manifest.files}, card.example.id)
     return card

@@ -8,7 +8,6 @@ and the card depend on what is there, this runs again whenever another writer wa
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -31,18 +30,6 @@ PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
 
 
 @dataclass
-class CardOptions:
-    """How the card is made."""
-
-    template: str | os.PathLike[str] | None = None
-    kind: str | None = None
-    force: bool = False
-    title: str | None = None
-    citation: str | None = None
-    limitations: Sequence[str] | None = None
-
-
-@dataclass
 class Merge:
     """Builds the contents of a branch for any state of it; remembers what the last build decided."""
 
@@ -50,7 +37,7 @@ class Merge:
     repo_id: str
     release: Release
     files: list[LocalFile]
-    card: CardOptions = field(default_factory=CardOptions)
+    card: cards.CardOptions = field(default_factory=cards.CardOptions)
     prune: bool = False
     delete: Sequence[str] = ()
     overwrite_config: bool = False
@@ -132,14 +119,7 @@ class Merge:
         with ThreadPoolExecutor(8) as pool:
             records = list(pool.map(lambda entry: self._record(entry, state), manifest))
         card = cards.card_of(
-            manifest,
-            self.repo_id,
-            records,
-            lambda path: self._local_or_remote(path, state),
-            kind=self.card.kind,
-            title=self.card.title,
-            citation=self.card.citation,
-            limitations=self.card.limitations,
+            manifest, self.repo_id, records, lambda path: self._local_or_remote(path, state), self.card
         )
         merged = cards.render_card(card, existing, template=self.card.template, force=self.card.force)
         if merged.kept_by_hand:

@@ -19,10 +19,11 @@ from hubsae.core.sae import SAE
 from hubsae.formats.manifest import Manifest
 from hubsae.formats.spec import PackageSpec
 from hubsae.hub import upload
+from hubsae.hub.card import CardOptions
 from hubsae.hub.cardtext import listing
 from hubsae.hub.client import HubClient, split_repo
 from hubsae.hub.errors import AccessError, OfflineError, RevisionNotFoundError
-from hubsae.hub.merge import CardOptions, Merge, files_of, pickles
+from hubsae.hub.merge import Merge, files_of, pickles
 from hubsae.hub.plan import PlanRow, PushPlan, PushResult
 from hubsae.hub.probes import Activations, have_saelens, verify
 from hubsae.hub.secrets import refuse_secrets

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from hubsae.train.api import train, train_chain, train_live, train_many
-from hubsae.train.chain import ChainResult, StageResult
+from hubsae.train.api import train, train_live, train_many
+from hubsae.train.chain import ChainResult, StageResult, train_chain
 from hubsae.train.config import (
     AuxConfig,
     DeadConfig,

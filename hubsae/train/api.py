@@ -1,9 +1,9 @@
-"""The public calls: train one SAE, several on one stream, or a chain of stages."""
+"""The public calls: train one SAE, several on one stream, or several on activations as a model makes them."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import torch
 
 from hubsae.core.errors import ConfigError, HubSAEError
 from hubsae.core.normalizer import Normalizer
-from hubsae.train.chain import ChainResult, run_chain
 from hubsae.train.config import TrainConfig
 from hubsae.train.live import LiveActivations
 from hubsae.train.result import TrainResult
@@ -175,40 +174,3 @@ def train_live(
         options = {"resume": resume, "device": device, "quiet": quiet, "val": layer.validation}
         runs.append(Run(own, layer, out=folder, **options))
     return dict(zip(live.layers, fit_together(runs), strict=True))
-
-
-def train_chain(
-    config: TrainConfig,
-    stages: Mapping[str, Any] | Sequence[tuple[str, Any]],
-    *,
-    out: str | os.PathLike[str] | None = None,
-    init: Any = None,
-    val: Mapping[str, Any] | None = None,
-    control: bool = True,
-    resume: bool = True,
-    device: str | torch.device = "cpu",
-    quiet: bool = False,
-) -> ChainResult:
-    """Train an SAE through stages in order, each warm-started from the one before, optimiser fresh.
-
-    Metrics are taken before and after each stage's training, on its validation data. A warm start trains longer with
-    each stage, so part of what changes along a chain is just that; `control` runs the same number of stages all on the
-    first stage's activations, for the comparison.
-
-    >>> g = torch.Generator().manual_seed(0)
-    >>> stages = {"base": torch.randn(256, 8, generator=g), "step10": torch.randn(256, 8, generator=g)}
-    >>> chain = train_chain(TrainConfig(d_sae=16, k=2, batch_size=64), stages)
-    >>> [s.stage for s in chain.stages], len(chain.control)
-    (['base', 'step10'], 2)
-    """
-    return run_chain(
-        config,
-        list(stages.items()) if isinstance(stages, Mapping) else list(stages),
-        out=None if out is None else Path(out),
-        init=init,
-        val=dict(val or {}),
-        control=control,
-        resume=resume,
-        device=device,
-        quiet=quiet,
-    )

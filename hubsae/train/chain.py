@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,21 +57,34 @@ class ChainResult:
         return rows
 
 
-def run_chain(
+def train_chain(
     config: TrainConfig,
-    stages: list[tuple[str, Any]],
+    stages: Mapping[str, Any] | Sequence[tuple[str, Any]],
     *,
-    out: Path | None,
-    init: Any,
-    val: dict[str, Any],
-    control: bool,
-    resume: bool,
-    device: str | torch.device,
-    quiet: bool,
+    out: str | os.PathLike[str] | None = None,
+    init: Any = None,
+    val: Mapping[str, Any] | None = None,
+    control: bool = True,
+    resume: bool = True,
+    device: str | torch.device = "cpu",
+    quiet: bool = False,
 ) -> ChainResult:
-    """See `hubsae.train.train_chain`."""
-    names = [name for name, _ in stages]
-    if not stages or len(set(names)) < len(names):
+    """Train an SAE through stages in order, each warm-started from the one before, optimiser fresh.
+
+    Metrics are taken before and after each stage's training, on its validation data. A warm start trains longer with
+    each stage, so part of what changes along a chain is just that; `control` runs the same number of stages all on the
+    first stage's activations, for the comparison.
+
+    >>> g = torch.Generator().manual_seed(0)
+    >>> stages = {"base": torch.randn(256, 8, generator=g), "step10": torch.randn(256, 8, generator=g)}
+    >>> chain = train_chain(TrainConfig(d_sae=16, k=2, batch_size=64), stages)
+    >>> [s.stage for s in chain.stages], len(chain.control)
+    (['base', 'step10'], 2)
+    """
+    walk = list(stages.items()) if isinstance(stages, Mapping) else list(stages)
+    folder, val = None if out is None else Path(out), dict(val or {})
+    names = [name for name, _ in walk]
+    if not walk or len(set(names)) < len(names):
         raise ConfigError(f"a chain needs stages with names of their own, found {names}")
     unknown = sorted(set(val) - set(names))
     if unknown:
@@ -77,17 +92,17 @@ def run_chain(
             f"validation data for {', '.join(unknown)}, which is no stage", hint=f"stages: {', '.join(names)}"
         )
     options = {"resume": resume, "device": device, "quiet": quiet}
-    chain = ChainResult(_walk(config, stages, out, "", init, val, options))
+    chain = ChainResult(_walk(config, walk, folder, "", init, val, options))
     if control:
-        first, rows = stages[0]
+        first, rows = walk[0]
         chain.control = [chain.stages[0]]
-        again = [(f"control_{number:02d}", rows) for number in range(1, len(stages))]
+        again = [(f"control_{number:02d}", rows) for number in range(1, len(walk))]
         same = {name: val[first] for name, _ in again if first in val}
-        chain.control += _walk(config, again, out, "control/", chain.stages[0].sae, same, options)
+        chain.control += _walk(config, again, folder, "control/", chain.stages[0].sae, same, options)
         for stage in chain.control[1:]:
             stage.stage = first
-    if out is not None:
-        write_csv_atomic(out / "chain.csv", chain.table())
+    if folder is not None:
+        write_csv_atomic(folder / "chain.csv", chain.table())
     return chain
 
 

@@ -15,7 +15,7 @@ from hubsae import HubSAE, SAEConfig, list_saes, push
 from hubsae.core import readme
 from hubsae.core.metadata import Metadata, Metric
 from hubsae.formats import Manifest, Release, SAEEntry
-from hubsae.hub.card import Card, Record, card_of, card_of_release, render_card
+from hubsae.hub.card import Card, CardOptions, Record, card_of, card_of_release, render_card
 from hubsae.hub.client import HubClient
 from hubsae.localhub import LocalHub
 
@@ -64,10 +64,8 @@ def cards(draw: st.DrawFn) -> Card:
     manifest = Manifest(
         name="x", saes=entries, description=draw(MAYBE), license=draw(MAYBE), datasets=draw(st.lists(TEXT, max_size=2))
     )
-    return card_of(
-        manifest, "me/x", records, Path, title=draw(MAYBE), citation=draw(MAYBE),
-        limitations=draw(st.lists(TEXT, max_size=2)),
-    )  # fmt: skip
+    words = CardOptions(title=draw(MAYBE), citation=draw(MAYBE), limitations=draw(st.lists(TEXT, max_size=2)))
+    return card_of(manifest, "me/x", records, Path, words)
 
 
 def block(text: str, name: str) -> str:
