@@ -90,10 +90,10 @@ def command(
     recipe, variant, titles = ("rl_chain", "strict", CHAIN) if world == "tiny" else ("first_look", None, LOOK)
     folder, lock = _open_folder(keep, profile if world == "tiny" else f"{profile}-{world}")
     with lock:
-        teller = _Teller(titles)
-        prepared = prepare(recipe, profile=profile, variant=variant, out=folder, notify=teller.tell, show=None)
+        announcer = _Announcer(titles)
+        prepared = prepare(recipe, profile=profile, variant=variant, out=folder, notify=announcer.announce, show=None)
         layers, stages = _places(prepared)
-        teller.layers = " and ".join(f"layer {layer}" for layer in layers)
+        announcer.layers = " and ".join(f"layer {layer}" for layer in layers)
         try:
             prepared.execute()
         except (KeyboardInterrupt, TrainingInterrupted):
@@ -145,7 +145,7 @@ def _open_folder(keep: Path | None, name: str) -> tuple[Path, Any]:
     return folder, lock
 
 
-class _Teller:
+class _Announcer:
     """Announces each group of steps once, and says what came of it."""
 
     def __init__(self, titles: dict[str, tuple[str, str]]) -> None:
@@ -153,7 +153,7 @@ class _Teller:
         self.layers = ""
         self.group = ""
 
-    def tell(self, event: StepEvent) -> None:
+    def announce(self, event: StepEvent) -> None:
         group = event.name.partition("/")[0]
         if event.outcome is None and group != self.group and group in self.titles:
             title, typed = self.titles[group]

@@ -89,8 +89,8 @@ def _show(feature: Feature, number: int) -> None:
         if share is not None
     ]
     purity = "" if feature.purity is None else f", purity {feature.purity:.2f}"
-    told = ", ".join([f"fires on {feature.count:,} tokens (density {feature.density:.3g})", *shares])
-    console.print(f"{told}; largest {feature.max:.4g}, mean {feature.mean:.4g}{purity}", markup=False)
+    line = ", ".join([f"fires on {feature.count:,} tokens (density {feature.density:.3g})", *shares])
+    console.print(f"{line}; largest {feature.max:.4g}, mean {feature.mean:.4g}{purity}", markup=False)
     for title, examples in (("strongest prompts", feature.prompts), ("at random", feature.samples)):
         if examples:
             console.print(f"\n{title}", style="bold")

@@ -114,13 +114,13 @@ class _Bar(Task):
 
     def _changed(self) -> None:
         self.display.bars.update(
-            self.id, completed=self.done, total=self.total, description=self.name, text=self._told()
+            self.id, completed=self.done, total=self.total, description=self.name, text=self._amounts()
         )
 
     def show(self, renderable: Any) -> None:
         self.display.below = renderable
 
-    def _told(self) -> str:
+    def _amounts(self) -> str:
         spent = max(time.monotonic() - self.started, 1e-9)
         rate = (self.done - (self.first or 0)) / spent
         each = f"{self._number(rate)}{'/s' if self.unit == 'bytes' else f' {self.unit}/s'}" if self.unit else ""

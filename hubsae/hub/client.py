@@ -113,8 +113,8 @@ class HubClient:
         """Whether only the cache may be used."""
         from huggingface_hub import constants
 
-        told = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-        return self.local_files_only or told or bool(constants.HF_HUB_OFFLINE)
+        offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+        return self.local_files_only or offline or bool(constants.HF_HUB_OFFLINE)
 
     @property
     def address(self) -> str:

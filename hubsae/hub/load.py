@@ -328,8 +328,8 @@ def read_entry(entry: Entry, path: Path, reading: Reading, filters: Mapping[str,
     inside = parse_name(path.name)
     known = {n: entry.facts[n] for n in ("layer", "stage") if n in entry.facts and getattr(inside, n) is None}
     choices = {_FOR_READER[n]: v for n, v in {**known, **asked}.items()}
-    told = {} if entry.registered is None else entry.registered.choices(path)
-    return formats.read(path, reading.format, **how, **{**told, **choices, **reading.choices})
+    registered = {} if entry.registered is None else entry.registered.choices(path)
+    return formats.read(path, reading.format, **how, **{**registered, **choices, **reading.choices})
 
 
 # filters that tell a reader something where the file's name does not answer them

@@ -50,7 +50,7 @@ class Registered:
     """What activations were multiplied by in training, where the file says that they were."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """Keys that take the place of those in the file's config."""
-    told: Mapping[str, Any] = field(default_factory=dict)
+    more: Mapping[str, Any] = field(default_factory=dict)
     """What else the register says: l0, variance_explained ..."""
 
     @property
@@ -75,7 +75,7 @@ class Registered:
         return known if layer is None else known | {"layer": layer}
 
     def choices(self, path: Path) -> dict[str, Any]:
-        """What the reader of its files is told, as SAELens would read them: the norm factor, overrides, the model."""
+        """Choices for the reader of its files, as SAELens would read them: the norm factor, overrides, the model."""
         if self.layout is not None:
             # readers of other layouts find the scale of the activations in the files
             said = {"base_model": saelens.hub_id(self.model), "hook": self.hook}
@@ -104,7 +104,7 @@ class Registered:
         overrides = {name: value for name, value in self.overrides.items() if name != "neuronpedia_id"}
         if overrides:
             about["config_overrides"] = overrides
-        meta.provenance.registered = {n: v for n, v in (about | dict(self.told)).items() if v is not None}
+        meta.provenance.registered = {n: v for n, v in (about | dict(self.more)).items() if v is not None}
         if meta.base_model.id is None:
             meta.base_model.id = saelens.hub_id(self.model)
         if isinstance(texts := overrides.pop("dataset_path", None), str):
@@ -208,11 +208,11 @@ def _release(name: str, about: dict[str, Any]) -> Release:
     for sae in about["saes"]:
         factor, neuronpedia = sae.get("norm_scaling_factor"), sae.get("neuronpedia")
         own = {"neuronpedia_id": neuronpedia} if neuronpedia else {}
-        told = {k: sae[k] for k in ("l0", "variance_explained") if k in sae}
+        more = {k: sae[k] for k in ("l0", "variance_explained") if k in sae}
         saes.append(
             Registered(
                 name, str(sae["id"]), repo, str(sae["path"]), model, about.get("conversion_func"),
-                None if factor is None else float(factor), {**common, **own}, told,
+                None if factor is None else float(factor), {**common, **own}, more,
             )
         )  # fmt: skip
     return Release(name, repo, model, tuple(saes))
