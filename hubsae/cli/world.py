@@ -62,14 +62,11 @@ def open_world(name: str) -> World:
 
     if name not in NAMES:
         raise NotFoundError(f"no world {name!r}", hint=f"worlds: {nearest(name, NAMES)}")
-    if name == "small":
-        from hubsae.recipes.small import small_world
+    from hubsae.recipes.subject import world
 
-        return small_world()
-    from hubsae.recipes.tiny import tiny_world
-
-    with progress("warm-up of the tiny model", unit="steps") as task:
-        return tiny_world(name, progress=lambda done, total, _: task.update(done, total))
+    kind, size = ("small", "") if name == "small" else ("tiny", name)
+    with progress(f"making the world {name}", unit="steps") as task:
+        return world(kind, size=size, progress=lambda done, total, _: task.update(done, total))
 
 
 def repos_of(name: str) -> dict[str, tuple[str, Path]]:

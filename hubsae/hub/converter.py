@@ -31,26 +31,10 @@ class saelens_converter:
     {'revision': 'v1.0'}
 
     Args:
-        revision: Branch, tag, commit or `refs/pr/N`.
-        token: Access token; False sends none, None the one that is logged in.
-        endpoint: Address of the Hub, in place of HF_ENDPOINT.
-        cache_dir: Cache folder, in place of the usual one.
-        local_files_only: Ask no Hub; use what is cached.
+        revision, token, endpoint, cache_dir, local_files_only: As for `HubSAE.from_pretrained`.
         format: Read files that no metadata.json describes as this format.
-        k: For such files: latents per token.
-        architecture: For such files: the selection rule.
-        topk_relu: For such files: whether a ReLU follows the top-k.
-        threshold: For such files: inference threshold of a batch-top-k SAE.
-        decode_adds_b_pre: For such files: whether the decoder adds the pre-bias back.
-        apply_b_dec_to_input: For such files: whether b_dec is subtracted before encoding.
-        transposed: For square matrices of no fixed orientation: True where W_enc is stored [d_sae, d_in].
-        token_norm: For such files: norm of every token: none, layer_norm, unit_norm, constant_norm.
-        input_scale: For such files: scalar that the activations were multiplied by in training.
-        layer: For such files: the block, from 0.
-        hook: For such files: where the SAE reads, in any spelling.
-        hook_out: For such files: where a transcoder writes.
-        map: For files of no known layout: which tensor is which (`W_enc=enc.weight.T,b_enc=enc.bias,...`).
-        base_model: For such files: the model.
+        k, architecture, topk_relu, threshold, decode_adds_b_pre, apply_b_dec_to_input, transposed, token_norm,
+            input_scale, layer, hook, hook_out, map, base_model: For such files, as for `HubSAE.from_pretrained`.
     """
 
     @named_options

@@ -63,15 +63,8 @@ def list_saes(
     Args:
         repo_or_path: `owner/name`, `owner/name@revision`, a folder, a file, or a name that SAELens registers.
         id: Only SAEs in this folder of it.
-        layer: Only SAEs of this block (from 0); here and below, several values choose several.
-        stage: Only those of this checkpoint, such as `ppo_step116`.
-        k: Only those with this many latents per token.
-        architecture: Only those with this selection rule: relu, topk, batch_topk, jumprelu, gated.
-        d_in: Only those that take activations of this width.
-        d_sae: Only those with this many latents.
-        hook_point: Only those at this module, such as `model.layers.18`.
-        base_model: Only those of this model.
-        base_model_revision: Only those of this commit of the model.
+        layer, stage, k, architecture, d_in, d_sae, hook_point, base_model, base_model_revision: Only SAEs that fit; of
+            most, several values choose several.
         revision: Branch, tag, commit or `refs/pr/N`.
         token: Access token; False sends none, None the one that is logged in.
         endpoint: Address of the Hub, in place of HF_ENDPOINT.

@@ -223,35 +223,12 @@ class HubSAE(SAE):
         Args:
             repo_or_path: `owner/name`, `owner/name@revision`, a folder, a file, or a name that SAELens registers.
             id: Only SAEs in this folder of it.
-            layer: Only SAEs of this block (from 0); here and below, several values choose several.
-            stage: Only those of this checkpoint, such as `ppo_step116`.
-            k: Only those with this many latents per token.
-            architecture: Only those with this selection rule: relu, topk, batch_topk, jumprelu, gated.
-            d_in: Only those that take activations of this width.
-            d_sae: Only those with this many latents.
-            hook_point: Only those at this module, such as `model.layers.18`.
-            base_model: Only those of this model.
-            base_model_revision: Only those of this commit of the model.
-            revision: Branch, tag, commit or `refs/pr/N`.
-            token: Access token; False sends none, None the one that is logged in.
-            endpoint: Address of the Hub, in place of HF_ENDPOINT.
-            cache_dir: Cache folder, in place of the usual one.
-            local_files_only: Ask no Hub; use what is cached.
-            force_download: Fetch again what is cached.
-            device: Where the weights go.
-            dtype: Type of the weights, if another than the stored one.
-            features: Load only these latents of each.
-            format: Read files that no metadata.json describes as this format.
-            topk_relu: For such files: whether a ReLU follows the top-k.
-            threshold: For such files: inference threshold of a batch-top-k SAE.
-            decode_adds_b_pre: For such files: whether the decoder adds the pre-bias back.
-            apply_b_dec_to_input: For such files: whether b_dec is subtracted before encoding.
-            transposed: For square matrices of no fixed orientation: True where W_enc is stored [d_sae, d_in].
-            token_norm: For such files: norm of every token: none, layer_norm, unit_norm, constant_norm.
-            input_scale: For such files: scalar that the activations were multiplied by in training.
-            hook: For such files: where the SAE reads, in any spelling.
-            hook_out: For such files: where a transcoder writes.
-            map: For files of no known layout: which tensor is which (`W_enc=enc.weight.T,b_enc=enc.bias,...`).
+            layer, stage, k, architecture, d_in, d_sae, hook_point, base_model, base_model_revision: Only SAEs that fit;
+                of most, several values choose several.
+            revision, token, endpoint, cache_dir, local_files_only, force_download: As for `from_pretrained`.
+            device, dtype, features: Of each SAE, as for `from_pretrained`.
+            format, topk_relu, threshold, decode_adds_b_pre, apply_b_dec_to_input, transposed, token_norm, input_scale,
+                hook, hook_out, map: For files that no metadata.json describes, as for `from_pretrained`.
         """
         found = load_each(
             repo_or_path,
