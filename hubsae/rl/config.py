@@ -59,7 +59,7 @@ class RLConfig(Settings):
     """Steps between accuracy measurements on held-out problems; 0 for none."""
     test_problems: int = 1319
     test_temperature: float = 0.0
-    tracker: Literal["none", "auto", "trackio", "wandb"] = "none"
+    tracker: Literal["none", "auto", "trackio", "wandb", "tensorboard"] = "none"
     """Where metrics go beside the CSV; auto takes trackio or wandb if installed."""
 
     @field_validator("scorer")
