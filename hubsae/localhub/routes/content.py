@@ -26,7 +26,8 @@ SITE_POLICY = (
 )
 
 
-def _find(call: Call) -> tuple[Repo, str, str, Entry, BlobInfo]:
+def find_file(call: Call) -> tuple[Repo, str, str, Entry, BlobInfo]:
+    """The file that the url names: repo, commit, path, its entry in the tree and what is known of the blob."""
     repo = call.repo()
     sha = repo.git.resolve(call["revision"])
     call.hub.registry.require_content(repo, call.caller)
@@ -65,7 +66,7 @@ def _headers(path: str) -> dict[str, str]:
 @routes.on_repo("GET", "/resolve/{revision}/{path...}")
 def resolve(call: Call) -> Response:
     """A file at a revision. LFS content may be a redirect (CDN switch) and may carry a Xet hash (Xet switch)."""
-    repo, sha, path, entry, info = _find(call)
+    repo, sha, path, entry, info = find_file(call)
     _count(call, repo, path)
     headers = {"X-Repo-Commit": sha, **_headers(path), "Access-Control-Expose-Headers": "*"}
     if info.lfs is None:
@@ -97,7 +98,7 @@ def resolve(call: Call) -> Response:
 @routes.on_repo("GET", "/raw/{revision}/{path...}")
 def raw(call: Call) -> Response:
     """The blob itself: for LFS files the pointer."""
-    repo, sha, path, entry, _ = _find(call)
+    repo, sha, path, entry, _ = find_file(call)
     headers = {"X-Repo-Commit": sha, **_headers(path), "Content-Type": "text/plain; charset=utf-8"}
     return _blob(call, repo, entry, headers)
 
@@ -173,7 +174,7 @@ def resolve_cache(call: Call) -> Response:
 def safetensors_metadata(call: Call) -> Any:
     """Header facts of a safetensors file, without downloading it."""
     call.params["revision"] = call.query.get("revision", "main")
-    repo, _, path, entry, _ = _find(call)
+    repo, _, path, entry, _ = find_file(call)
     counts = safetensors_parameters(repo, entry)
     if counts is None:
         raise HubError(400, header_value(f"{path} is not a safetensors file"))

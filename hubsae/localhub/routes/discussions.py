@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ..discussions import Board, event_view
@@ -69,11 +71,14 @@ def details(call: Call) -> Any:
     return board.details(board.get(number_of(call)), diff)
 
 
-def _change(call: Call) -> tuple[Repo, Board, dict[str, Any], str]:
+@contextmanager
+def _change(call: Call) -> Iterator[tuple[Repo, Board, dict[str, Any], str]]:
+    """Repo, board, the discussion of the url and who changes it, while nobody else writes."""
     repo = call.repo()
     author = may_contribute(call, repo)
     board = Board(repo)
-    return repo, board, board.get(number_of(call)), author
+    with repo.lock:
+        yield repo, board, board.get(number_of(call)), author
 
 
 def _owner_or_author(call: Call, repo: Repo, item: dict[str, Any], author: str) -> None:
@@ -83,48 +88,38 @@ def _owner_or_author(call: Call, repo: Repo, item: dict[str, Any], author: str) 
 
 @routes.on("POST", "/api/{kind}/{repo}/discussions/{number}/comment")
 def comment(call: Call) -> Any:
-    repo, board, item, author = _change(call)
-    with repo.lock:
-        item = board.get(item["num"])
+    with _change(call) as (_, board, item, author):
         return {"newMessage": event_view(board.comment(item, author, text_field(call.json(), "comment")))}
 
 
 @routes.on("POST", "/api/{kind}/{repo}/discussions/{number}/title")
 def retitle(call: Call) -> Any:
-    repo, board, item, author = _change(call)
-    _owner_or_author(call, repo, item, author)
-    with repo.lock:
-        item = board.get(item["num"])
+    with _change(call) as (repo, board, item, author):
+        _owner_or_author(call, repo, item, author)
         return {"newTitle": event_view(board.retitle(item, author, text_field(call.json(), "title")))}
 
 
 @routes.on("POST", "/api/{kind}/{repo}/discussions/{number}/status")
 def status(call: Call) -> Any:
-    repo, board, item, author = _change(call)
-    _owner_or_author(call, repo, item, author)
-    body = call.json()
-    with repo.lock:
-        item = board.get(item["num"])
+    with _change(call) as (repo, board, item, author):
+        _owner_or_author(call, repo, item, author)
+        body = call.json()
         event = board.set_status(item, author, text_field(body, "status"), text_field(body, "comment", ""))
-    return {"newStatus": event_view(event)}
+        return {"newStatus": event_view(event)}
 
 
 @routes.on("POST", "/api/{kind}/{repo}/discussions/{number}/merge")
 def merge(call: Call) -> Any:
-    repo, board, item, author = _change(call)
-    call.hub.registry.require_write(repo, call.caller)
-    with repo.lock:
-        item = board.get(item["num"])
+    with _change(call) as (repo, board, item, author):
+        call.hub.registry.require_write(repo, call.caller)
         board.merge(item, author, text_field(call.json(), "comment", ""))
         return {"newStatus": "merged", "mergeCommitId": item["merge_commit"]}
 
 
 @routes.on("POST", "/api/{kind}/{repo}/discussions/{number}/comment/{event}/edit")
 def edit_comment(call: Call) -> Any:
-    repo, board, item, author = _change(call)
-    text = text_field(call.json(), "content")
-    with repo.lock:
-        item = board.get(item["num"])
+    with _change(call) as (_, board, item, author):
+        text = text_field(call.json(), "content")
         event = board.find_comment(item, call["event"])
         if event["author"] != author:
             raise HubError(403, "Only the author of a comment may edit it")
@@ -140,9 +135,7 @@ def edit_comment(call: Call) -> Any:
 
 @routes.on("POST", "/api/{kind}/{repo}/discussions/{number}/comment/{event}/hide")
 def hide_comment(call: Call) -> Any:
-    repo, board, item, author = _change(call)
-    with repo.lock:
-        item = board.get(item["num"])
+    with _change(call) as (repo, board, item, author):
         event = board.find_comment(item, call["event"])
         _owner_or_author(call, repo, event, author)
         data = event["data"]

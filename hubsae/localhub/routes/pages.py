@@ -21,13 +21,14 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from ..cards import split_card
 from ..describe import read_blob, used_storage
 from ..discussions import Board
-from ..errors import HubError, entry_not_found
+from ..errors import HubError
 from ..history import log, unified_diff
 from ..http import Call, quote_path
 from ..repos import KINDS, Repo
 from ..routing import Router
-from .content import has_site
+from .content import find_file, has_site
 from .discussions import number_of
+from .tree import find_folder
 
 routes = Router()
 
@@ -167,12 +168,7 @@ def card(call: Call) -> Response:
 
 @routes.on_repo("GET", "/tree/{revision}/{path...}")
 def files(call: Call) -> Response:
-    repo = call.repo()
-    sha = repo.git.resolve(call["revision"])
-    path = call["path"].strip("/")
-    folder = repo.git.lookup(repo.git.commit(sha).tree, path)
-    if folder is None or not folder.is_tree:
-        raise entry_not_found(path, sha)
+    repo, sha, path, folder = find_folder(call)
     items = []
     entries = sorted(repo.git.tree(folder.sha).items(), key=lambda e: (not e[1].is_tree, e[0]))
     for name, entry in entries[:_SHOWN]:
@@ -200,14 +196,7 @@ def files(call: Call) -> Response:
 
 @routes.on_repo("GET", "/blob/{revision}/{path...}")
 def blob(call: Call) -> Response:
-    repo = call.repo()
-    sha = repo.git.resolve(call["revision"])
-    call.hub.registry.require_content(repo, call.caller)
-    path = call["path"].strip("/")
-    entry = repo.git.lookup(repo.git.commit(sha).tree, path) if path else None
-    if entry is None or entry.is_tree:
-        raise entry_not_found(path, sha)
-    info = repo.blob_info(entry)
+    repo, _, path, entry, info = find_file(call)
     text = None
     if info.size <= 200_000 and info.lfs is None:
         with contextlib.suppress(UnicodeDecodeError):

@@ -7,8 +7,10 @@ from typing import Any
 
 from ..describe import add_expanded, describe_commit, describe_entry
 from ..errors import bad_request, entry_not_found
+from ..gitstore import Entry
 from ..history import log
 from ..http import Call, answer, paged
+from ..repos import Repo
 from ..routing import Router
 
 routes = Router()
@@ -17,12 +19,7 @@ routes = Router()
 @routes.on("GET", "/api/{kind}/{repo}/tree/{revision}/{path...}")
 def tree(call: Call) -> Any:
     """Entries of a folder; with `recursive` everything below, folders included; pages by `Link`."""
-    repo = call.repo()
-    sha = repo.git.resolve(call["revision"])
-    path = call["path"].strip("/")
-    folder = repo.git.lookup(repo.git.commit(sha).tree, path)
-    if folder is None or not folder.is_tree:
-        raise entry_not_found(path, sha)
+    repo, sha, path, folder = find_folder(call)
     entries = sorted(
         repo.git.walk(folder.sha, path, recursive=call.flag("recursive")), key=lambda e: (not e[1].is_tree, e[0])
     )
@@ -35,6 +32,17 @@ def tree(call: Call) -> Any:
     # only the page is described: sizes of 100,000 files are not read to show 1,000
     page = paged(call, entries, size, {"X-Repo-Commit": sha}, lambda es: _lines(repo, sha, es, expand))
     return page
+
+
+def find_folder(call: Call) -> tuple[Repo, str, str, Entry]:
+    """The folder that the url names: repo, commit, path, its entry in the tree."""
+    repo = call.repo()
+    sha = repo.git.resolve(call["revision"])
+    path = call["path"].strip("/")
+    folder = repo.git.lookup(repo.git.commit(sha).tree, path)
+    if folder is None or not folder.is_tree:
+        raise entry_not_found(path, sha)
+    return repo, sha, path, folder
 
 
 def _lines(repo: Any, sha: str, entries: list[Any], expand: bool) -> list[dict[str, Any]]:
