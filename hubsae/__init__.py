@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from hubsae.hub.converter import saelens_converter
     from hubsae.hub.listing import list_saes
     from hubsae.hub.load import pull
+    from hubsae.hub.probe import load_probe
     from hubsae.hub.push import push
     from hubsae.hub.sae import HubSAE
     from hubsae.train.config import TrainConfig
@@ -44,6 +45,7 @@ __all__ = [
     "convert",
     "harvest",
     "list_saes",
+    "load_probe",
     "package",
     "pull",
     "push",
@@ -65,6 +67,7 @@ _HOME = {
     "convert": "hubsae.formats.registry",
     "harvest": "hubsae.activations.harvesting",
     "list_saes": "hubsae.hub.listing",
+    "load_probe": "hubsae.hub.probe",
     "package": "hubsae.formats.package",
     "pull": "hubsae.hub.load",
     "push": "hubsae.hub.push",

@@ -13,6 +13,7 @@ from hubsae.evals.chains import Link
 from hubsae.evals.comparison import Comparison, compare
 from hubsae.evals.definitions import DEFINITIONS, Measure, to_metrics
 from hubsae.evals.drift import DriftReport, drift
+from hubsae.evals.probes import Probe, RidgeSums
 from hubsae.evals.reconstruction import reconstruction
 from hubsae.evals.report import write_report
 from hubsae.evals.results import ReconstructionResult, SAEReconstruction
@@ -24,7 +25,9 @@ __all__ = [
     "DriftReport",
     "Link",
     "Measure",
+    "Probe",
     "ReconstructionResult",
+    "RidgeSums",
     "SAEReconstruction",
     "SpliceResult",
     "compare",

@@ -40,6 +40,8 @@ from hubsae.rl.rollout import Rollout, Sampling, autocast, log_probs_of, sample,
 from hubsae.rl.scorers import find_scorer
 
 Progress = Callable[[float, float | None, str | None], None]
+Reward = Callable[[Sequence[Sequence[int]], Sequence[str]], Sequence[float]]
+"""(prompts as token ids, responses) -> one reward each, such as `StepReward.responses`."""
 
 
 class Experience:
@@ -73,8 +75,10 @@ class PPO:
         revision: str | None = None,
         device: Any = "cpu",
         name: str | None = None,
+        reward: Reward | None = None,
     ):
-        self.config, self.folder, self.seed = config, folder, seed
+        """`reward` takes the place of the scorer that the config names; accuracies are measured beside it."""
+        self.config, self.folder, self.seed, self.reward = config, folder, seed, reward
         self.tokenizer, self.train, self.test = tokenizer, train, test
         self.device = torch.device(device)
         self.policy = Policy(model, config.lora, seed=seed, revision=revision, device=self.device, name=name)
@@ -121,8 +125,12 @@ class PPO:
             )
         experience = self.observe(rollout)
         texts = rollout.texts(self.tokenizer)
-        reward = find_scorer(config.scorer)
-        scores = torch.tensor([reward(t, p.rewarded) for t, p in zip(texts, prompts, strict=True)], device=self.device)
+        if self.reward is not None:
+            found = list(self.reward([p.ids for p in prompts], texts))
+        else:
+            scorer = find_scorer(config.scorer)
+            found = [scorer(t, p.rewarded) for t, p in zip(texts, prompts, strict=True)]
+        scores = torch.tensor(found, dtype=torch.float32, device=self.device)
         experience.estimate(scores, config)
         updates = self.update(experience)
         row: dict[str, float] = {"reward": float(scores.mean())}

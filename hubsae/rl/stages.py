@@ -81,26 +81,26 @@ def local_adapter(source: str, revision: str | None) -> Path:
     if Path(source).is_dir():
         return Path(source)
     found = _adapter_config(source, revision)
-    weights = _cached_file(source, "adapter_model.safetensors", revision)
+    weights = cached_file(source, "adapter_model.safetensors", revision)
     if found is None or weights is None:
         raise NotFoundError(f"{source} holds no adapter with safetensors weights")
     return Path(weights).parent
 
 
 def _adapter_config(source: str, revision: str | None) -> str | None:
+    return cached_file(source, "adapter_config.json", revision)
+
+
+def cached_file(source: str, name: str, revision: str | None) -> str | None:
+    """A file of a folder, or of a repo by way of transformers' own cache; None where there is none."""
     if Path(source).is_dir():
-        path = Path(source) / "adapter_config.json"
+        path = Path(source) / name
         return str(path) if path.is_file() else None
-    return _cached_file(source, "adapter_config.json", revision)
-
-
-def _cached_file(source: str, name: str, revision: str | None) -> str | None:
-    """A file of a repo by way of transformers' own cache, None where the repo has none."""
     require("transformers", extra="train")
-    from transformers.utils.hub import cached_file
+    from transformers.utils import hub
 
     try:
-        return cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+        return hub.cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
     except OSError as error:
         raise NotFoundError(
             f"{source}{'@' + revision if revision else ''} cannot be read: {str(error).splitlines()[0]}",
