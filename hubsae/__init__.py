@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hubsae.formats.release import Release
     from hubsae.hub.activations import ActivationDataset
     from hubsae.hub.converter import saelens_converter
+    from hubsae.hub.cross_layer import read_cross_layer
     from hubsae.hub.listing import list_saes
     from hubsae.hub.load import pull
     from hubsae.hub.probe import load_probe
@@ -49,6 +50,7 @@ __all__ = [
     "package",
     "pull",
     "push",
+    "read_cross_layer",
     "saelens_converter",
 ]
 
@@ -71,6 +73,7 @@ _HOME = {
     "package": "hubsae.formats.package",
     "pull": "hubsae.hub.load",
     "push": "hubsae.hub.push",
+    "read_cross_layer": "hubsae.hub.cross_layer",
     "saelens_converter": "hubsae.hub.converter",
 }
 

@@ -42,17 +42,18 @@ class Recorded:
 
 def hook_of(sae: SAE, hook: Any = None) -> HookPoint:
     """The hook point asked for, or the one the SAE's metadata names; of a transcoder, that of its input."""
-    return HookPoint.parse(hook) if hook is not None else _recorded(sae.metadata.hook, "hook='model.layers.18'")
+    return HookPoint.parse(hook) if hook is not None else recorded(sae.metadata.hook, "hook='model.layers.18'")
 
 
 def hook_out_of(sae: SAE, hook: Any = None) -> HookPoint:
     """Where what the SAE computes belongs: a transcoder's output, else `hook_of`."""
     if not sae.config.is_transcoder:
         return hook_of(sae, hook)
-    return HookPoint.parse(hook) if hook is not None else _recorded(sae.metadata.hook_out, "hook_out='18.mlp_out'")
+    return HookPoint.parse(hook) if hook is not None else recorded(sae.metadata.hook_out, "hook_out='18.mlp_out'")
 
 
-def _recorded(info: HookInfo | None, example: str) -> HookPoint:
+def recorded(info: HookInfo | None, example: str = "hook='model.layers.18'") -> HookPoint:
+    """The hook point that a record names; `example` is what to write where it names none."""
     names = [] if info is None else [name for name in (info.transformer_lens, info.module_path) if name]
     points, problems = [], []
     for name in names:

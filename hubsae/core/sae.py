@@ -16,6 +16,7 @@ from hubsae.core import factory
 from hubsae.core.codes import SparseCodes
 from hubsae.core.config import SAEConfig
 from hubsae.core.errors import ConfigError
+from hubsae.core.fingerprint import Fingerprint
 from hubsae.core.metadata import Metadata
 from hubsae.core.normalizer import Normalizer
 from hubsae.kernels import inference
@@ -51,6 +52,8 @@ class SAE(nn.Module):
     b_mag: nn.Parameter
     r_mag: nn.Parameter
     W_skip: nn.Parameter
+    fingerprint: Fingerprint | None = None
+    """Activations of a short text where it was trained, to check a model with; most SAEs have none."""
 
     def __init__(
         self,

@@ -4,6 +4,7 @@ from hubsae.formats import detect, read, write, convert, Release, package
 """
 
 from hubsae.formats.base import Files, Format, Overrides, Probe, ReadWarning
+from hubsae.formats.cross_layer import read_cross_layer
 from hubsae.formats.detection import FORMATS, Reading, choose, detect
 from hubsae.formats.manifest import FileEntry, Manifest, SAEEntry
 from hubsae.formats.package import PackagePlan, PlannedSAE, package, plan
@@ -39,6 +40,7 @@ __all__ = [
     "pick",
     "plan",
     "read",
+    "read_cross_layer",
     "select",
     "write",
     "write_also",

@@ -5,6 +5,7 @@ cfg.json                  SAELens config
 metadata.json             the full record (`hubsae.core.metadata`)
 normalizer.safetensors    mean and std [d_in], where there are statistics
 sparsity.safetensors      log10 firing frequency [d_sae], where known
+fingerprint.safetensors   activations of a short text at its hook point, where a model was at hand
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from torch import Tensor
 from hubsae.core.config import SAEConfig
 from hubsae.core.errors import ConfigError, FormatError
 from hubsae.core.files import safetensors_header, write_json_atomic
+from hubsae.core.fingerprint import FILE_NAME as FINGERPRINT_NAME
+from hubsae.core.fingerprint import Fingerprint
 from hubsae.core.metadata import FILE_NAME as METADATA_NAME
 from hubsae.core.metadata import Metadata, NormalizerInfo
 from hubsae.core.normalizer import Normalizer
@@ -33,7 +36,7 @@ WEIGHTS_NAME = saelens.WEIGHTS_NAME
 CFG_NAME = saelens.CFG_NAME
 NORMALIZER_NAME = "normalizer.safetensors"
 SPARSITY_NAME = saelens.SPARSITY_NAME
-SAE_FILES = (WEIGHTS_NAME, CFG_NAME, METADATA_NAME, NORMALIZER_NAME, SPARSITY_NAME)
+SAE_FILES = (WEIGHTS_NAME, CFG_NAME, METADATA_NAME, NORMALIZER_NAME, SPARSITY_NAME, FINGERPRINT_NAME)
 
 # Which dimension of each tensor counts latents.
 LATENT_AXIS = {
@@ -98,6 +101,10 @@ def write(sae: SAE, folder: str | os.PathLike[str]) -> Path:
         io.write_safetensors(folder / SPARSITY_NAME, {"sparsity": sae.sparsity.float()})
     elif (folder / SPARSITY_NAME).exists():
         (folder / SPARSITY_NAME).unlink()
+    if sae.fingerprint is not None:
+        write_fingerprint(folder, sae.fingerprint)
+    elif (folder / FINGERPRINT_NAME).exists():
+        (folder / FINGERPRINT_NAME).unlink()
     write_json_atomic(folder / CFG_NAME, saelens.cfg_of(sae, metadata))
     metadata.save(folder)
     return folder
@@ -119,10 +126,12 @@ def read(
     else:
         wanted = _checked_features(list(features), metadata.config.d_sae)
         tensors = io.read_rows(file, wanted, LATENT_AXIS)
-    return build(
+    sae = build(
         metadata, tensors, file, normalizer=read_normalizer(folder), sparsity=read_sparsity(folder),
         device=device, dtype=dtype, features=features,
     )  # fmt: skip
+    sae.fingerprint = read_fingerprint(folder)
+    return sae
 
 
 def build(
@@ -216,6 +225,25 @@ def read_sparsity(folder: Path) -> Tensor | None:
     return io.read_safetensors(file).get("sparsity") if file.is_file() else None
 
 
+def write_fingerprint(folder: Path, fingerprint: Fingerprint) -> Path:
+    """Put a fingerprint beside the weights."""
+    io.write_safetensors(
+        folder / FINGERPRINT_NAME, fingerprint.tensors(), {"about": json.dumps(fingerprint.about, sort_keys=True)}
+    )
+    return folder / FINGERPRINT_NAME
+
+
+def read_fingerprint(folder: Path) -> Fingerprint | None:
+    """The fingerprint beside the weights, or None."""
+    file = folder / FINGERPRINT_NAME
+    if not file.is_file():
+        return None
+    try:
+        return Fingerprint.of(io.read_safetensors(file), safetensors_header(file).notes.get("about", "{}"))
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise FormatError(file, "a fingerprint", f"something else ({error})", hint="take it again") from error
+
+
 def _read_format(probe: Probe, choices: Overrides) -> SAE:
     sae = read(probe.path)
     _no_choices(choices, probe.path)
@@ -236,7 +264,7 @@ FORMAT = Format(
     detect=detect,
     read=_read_format,
     write=write,
-    files=(Files((WEIGHTS_NAME, METADATA_NAME), (CFG_NAME, NORMALIZER_NAME, SPARSITY_NAME)),),
+    files=(Files((WEIGHTS_NAME, METADATA_NAME), (CFG_NAME, NORMALIZER_NAME, SPARSITY_NAME, FINGERPRINT_NAME)),),
     covers=frozenset({"saelens", "sparsify", "bundle"}),
     layout="`sae_weights.safetensors`, `cfg.json`, `metadata.json` (+ `normalizer`, `sparsity`)",
 )

@@ -11,9 +11,14 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import torch
+from torch import nn
 
 from hubsae.core.errors import FormatError
 from hubsae.core.files import atomic_path, safe_join, sha256_file, write_csv_atomic
+from hubsae.core.fingerprint import FILE_NAME as FINGERPRINT_NAME
+from hubsae.core.fingerprint import Fingerprint
+from hubsae.core.hooks import HookPoint
+from hubsae.core.intervene import recorded
 from hubsae.core.metadata import FILE_NAME as METADATA_NAME
 from hubsae.core.metadata import Metadata
 from hubsae.core.sae import SAE
@@ -163,6 +168,7 @@ class Release:
         stored = SAE.build(
             sae.config, sae.tensors(), metadata=metadata, normalizer=sae.normalizer, sparsity=sae.sparsity
         )
+        stored.fingerprint = sae.fingerprint
         _remove_beside(folder)
         native.write(stored, folder)
         write_also(stored, folder, also)
@@ -171,6 +177,26 @@ class Release:
         self.manifest.saes = [*kept, entry] if len(kept) == len(self) else [entry if e.id == id else e for e in self]
         self._save()
         return entry
+
+    def add_fingerprints(self, model: nn.Module, tokenizer: Any, *, stage: str | None = None) -> list[str]:
+        """Keep beside each SAE of a stage (or of none) what `model` has at its hook point; the ids of those SAEs.
+
+        `sae.check(model, tokenizer)` compares with it.
+        """
+        chosen = [entry.id for entry in self if self.metadata(entry.id).base_model.stage == stage]
+        taken: dict[HookPoint, Fingerprint] = {}
+        with self.one_manifest():
+            for id in chosen:
+                metadata = self.metadata(id)
+                hook = recorded(metadata.hook)
+                taken[hook] = taken.get(hook) or Fingerprint.take(model, tokenizer, hook)
+                native.write_fingerprint(self.folder(id), taken[hook])
+                old = self.entry(id)
+                unchanged = {file.path: file for file in old.files if not file.path.endswith(FINGERPRINT_NAME)}
+                entry = describe_sae(self.path, old.id, old.path, metadata, keep=old, known=unchanged)
+                self.manifest.saes = [entry if e.id == id else e for e in self]
+                self._save()
+        return chosen
 
     def record(self, id: str, metadata: Metadata) -> SAEEntry:
         """Write the record of one SAE anew; its weights and the other SAEs are neither read nor hashed."""

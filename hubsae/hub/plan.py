@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from hubsae.core.fingerprint import FILE_NAME as FINGERPRINT
 from hubsae.core.text import format_bytes, printable
 from hubsae.hub import upload
 from hubsae.hub.cardtext import listing
@@ -69,6 +70,10 @@ class PushPlan:
         if any(row.metrics for row in self.rows):
             scopes = listing(list(dict.fromkeys(row.scope for row in self.rows)), 4)
             lines.append(f"metrics: as recorded, over the tokens that the SAEs are for ({scopes})")
+        every = [*diff.new, *diff.changed, *diff.unchanged]
+        kept = sum(file.path.endswith(FINGERPRINT) for file in every)
+        without = "; hubsae check RELEASE --model MODEL --take adds them" if kept < len(self.rows) else ""
+        lines.append(f"fingerprints to check a model with: {kept} of {len(self.rows)}{without}")
         lines.append("checked: " + summarize([row.check for row in self.rows]))
         if diff.empty:
             lines.append("the Hub already has all of it: no commit will be made")

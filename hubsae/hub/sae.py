@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from hubsae.core import intervene
 from hubsae.core.config import Architecture, TokenNorm
-from hubsae.core.errors import named_options
+from hubsae.core.errors import ConfigError, named_options
+from hubsae.core.fingerprint import Check, check
 from hubsae.core.hooks import HookPoint
-from hubsae.core.intervene import Recorded
+from hubsae.core.intervene import Recorded, hook_of
 from hubsae.core.sae import SAE
 from hubsae.formats.table import html_table
 from hubsae.hub.load import Reading, Where, load_each
@@ -332,6 +333,24 @@ class HubSAE(SAE):
             card_kind=card_kind, force_card=force_card, check_saelens=check_saelens, allow_secrets=allow_secrets,
             dry_run=dry_run, confirm=confirm, notify=notify, bar=bar, token=token, endpoint=endpoint,
         )  # fmt: skip
+
+    def check(self, model: nn.Module, tokenizer: Any = None, *, hook: Any = None) -> Check:
+        """Whether `model` gives this SAE what it was trained on, by the fingerprint that came with it.
+
+        Says in words what is wrong: the wrong layer, other processing, a missing BOS, another revision. `hook` is where
+        the SAE is to be used, if not where its record says.
+
+        >>> found = sae.check(model, tokenizer)  # doctest: +SKIP
+        >>> print(found)  # doctest: +SKIP
+        wrong layer: these are the activations of layers.11, and layers.12 was asked for
+        """
+        if self.fingerprint is None:
+            raise ConfigError(
+                "this SAE came without a fingerprint, so there is nothing to compare with",
+                hint="where it is at home: sae.fingerprint = Fingerprint.take(model, tokenizer, hook), and save it; "
+                "for a release: hubsae check RELEASE --model MODEL --take",
+            )
+        return check(self.fingerprint, model, tokenizer, hook_of(self, hook))
 
     def to_saelens(self) -> Any:
         """The same SAE as a SAELens object, where SAELens can express it."""

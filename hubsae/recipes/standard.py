@@ -26,6 +26,7 @@ from hubsae.core.quiet import quiet
 from hubsae.core.settings import Settings
 from hubsae.formats import Release, native
 from hubsae.hub.sae import HubSAE
+from hubsae.recipes.subject import Subject
 
 
 @dataclass(frozen=True)
@@ -94,11 +95,13 @@ def package(
     tables: Mapping[str, Sequence[dict[str, Any]]] | None = None,
     plots: Sequence[Path] = (),
     card: str | None = None,
+    subject: Subject | None = None,
     progress: Callable[..., None] | None = None,
 ) -> Release:
     """A release in `folder`, verified, with its card; SAEs are given as functions that load them.
 
-    `card` names its template; the release remembers it, so that a push renders the same.
+    `card` names its template; the release remembers it, so that a push renders the same. With a `subject` the SAEs of
+    no stage carry what its model has at their hook points, to check a model with.
     """
     from hubsae.hub.card import card_of_release, render_card
 
@@ -115,6 +118,8 @@ def package(
         if sparsity is not None:
             sae.sparsity = sparsity[sae_id]
         made.add(sae, sae_id)
+    if subject is not None:
+        made.add_fingerprints(subject.load(), subject.tokenizer())
     for title, rows in (tables or {}).items():
         made.add_results(title, rows)
     for plot in plots:

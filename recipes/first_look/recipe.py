@@ -94,7 +94,7 @@ def steps(config: Config) -> list[Step]:
              estimate=Estimate(f"{d * c.sae.expansion:,} latents on {seen:,} tokens", weights, 3 * weights)),
         Step("measure", look.measure, c.measure, ("subject", "activations", "sae")),
         Step("index", look.index, {"top": c.top}, ("subject", "activations", "sae"), resumes=True),
-        Step("release", look.package, {"name": c.name}, ("activations", "sae", "measure", "index")),
+        Step("release", look.package, {"name": c.name}, ("subject", "activations", "sae", "measure", "index")),
         Step("report", look.report, {"name": c.name}, ("activations", "sae", "measure", "index")),
     ]  # fmt: skip
 
@@ -170,7 +170,7 @@ class _Look:
         metrics = [Metric.model_validate(m) for m in read_json(measured / "metrics.json")]
         made = package(
             ctx.folder, {self.id: lambda: shelf.get(self.id)}, name=self.config.name, base_model=about["model"],
-            metrics={self.id: metrics},
+            metrics={self.id: metrics}, subject=_subject(ctx),
             tables={name: read_csv(measured / f"{name}.csv") for name in ("metrics", "error_by_group")},
         )  # fmt: skip
         shutil.copytree(ctx.path("index"), ctx.folder / FOLDER, dirs_exist_ok=True)

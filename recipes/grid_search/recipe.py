@@ -66,8 +66,8 @@ def steps(config: Config) -> list[Step]:
         Step("measure", grid.measure, texts, ("subject", "harvest", "train"), estimate=cost["measure"]),
         Step("synthetic", grid.synthetic, known, resumes=True, spreads=True, estimate=cost["synthetic"]),
         Step("analysis", grid.analyse, needs=("train", "measure", "synthetic")),
-        Step("release", grid.package, about, ("harvest", "train", "measure", "synthetic", "analysis"),
-             estimate=cost["release"]),
+        Step("release", grid.package, about,
+             ("subject", "harvest", "train", "measure", "synthetic", "analysis"), estimate=cost["release"]),
         Step("report", grid.report, about, ("harvest", "measure", "synthetic", "analysis")),
     ]  # fmt: skip
 
@@ -187,7 +187,7 @@ class _Grid:
             name=self.config.release.name, base_model=about["model"], license=self.config.release.license,
             datasets=[about["dataset"]] if public else [], description="\n\n".join(description),
             metrics={row.id: [Metric.model_validate(m) for m in metrics[row.id]] for row in rows},
-            sparsity=load_file(measured / "sparsity.safetensors"), tables=tables,
+            sparsity=load_file(measured / "sparsity.safetensors"), tables=tables, subject=_subject(ctx),
             plots=[ctx.path("analysis") / "plots" / name for name in found["plots"]], progress=ctx.progress,
         )  # fmt: skip
         return {"ids": made.ids, "size": sum(f.size for f in made.manifest.all_files)}

@@ -169,11 +169,11 @@ def test_cross_layer_ones_and_other_maths_are_refused_with_the_tool_that_loads_t
         assert all(word in str(caught.value) for word in words), caught.value
 
     save_file({"W_dec_3": rand(D_SAE, 4, D_IN)}, tmp_path / "W_dec_3.safetensors")
-    refused(tmp_path / "W_dec_3.safetensors", "many layers", "circuit-tracer")
+    refused(tmp_path / "W_dec_3.safetensors", "many layers", "read_cross_layer", "circuit-tracer")
     folder = tmp_path / "gemma-scope-2-1b-pt" / "transcoder" / "layer_3"
     folder.mkdir(parents=True)
     save_file(gemma | {"w_dec": rand(D_SAE, 4, D_IN)}, folder / "params.safetensors")
-    refused(folder, "two dimensions", "cross-layer")
+    refused(folder, "cross-layer")
     (tmp_path / "t").mkdir()
     save_file({"D": rand(4, 4)}, tmp_path / "t" / "latest_ckpt.safetensors")
     (tmp_path / "t" / "conf.yaml").write_text("sae: {}")

@@ -37,6 +37,12 @@ def test_every_place_shows_the_same_numbers_in_the_saes_own_scope(run):
     assert f"{fvu:.4g}" in (run / "report" / "report.md").read_text()
 
 
+def test_the_release_says_whether_a_model_fits(run, quick_world):
+    sae = Release.open(run / "release").load("layer2")
+    assert sae.check(quick_world.model, quick_world.tokenizer).ok
+    assert "wrong layer" in str(sae.check(quick_world.model, hook=1))
+
+
 def test_the_release_carries_index_and_pages_and_its_card_shows_features(run):
     index = FeatureIndex.open(run / "release", "layer2")
     assert len(index) == 256 and index.summary["scope"] == "not position_0"

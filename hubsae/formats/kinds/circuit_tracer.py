@@ -4,7 +4,7 @@
     W_skip [d_out, d_in] and activation_function.threshold [d_sae] in some
 
 Both matrices hold one latent per row, which tells these files from autoencoders of the same names. Its cross-layer
-transcoders (`W_enc_{N}.safetensors`, `W_dec_{N}.safetensors`) are several decoders at once and are refused.
+transcoders are read by `formats/cross_layer.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from hubsae.formats.assembling import Found, assemble, expect_keys
 from hubsae.formats.base import Format, Overrides, Probe
 
 FILE = re.compile(r"^layer_(\d+)\.safetensors$")
-CLT = re.compile(r"^W_(?:enc|dec)_\d+\.safetensors$")
 KEYS = ("W_enc", "W_dec", "b_enc", "b_dec")
 THRESHOLDS = ("activation_function.threshold", "threshold")
 CONFIGS = ("config.yaml", "wandb-config.yaml", "wanb-config.yaml")  # the last is how some repos spell it
@@ -32,8 +31,6 @@ def detect(probe: Probe) -> str | None:
     """layer_N.safetensors with W_enc and W_dec of one latent per row."""
     if probe.is_dir:
         return None
-    if CLT.match(probe.path.name):
-        return "one layer of a cross-layer transcoder"
     header = probe.header()
     if not FILE.match(probe.path.name) or not set(KEYS) <= set(header):
         return None
@@ -50,8 +47,7 @@ def _read(probe: Probe, choices: Overrides) -> SAE:
         raise FormatError(
             probe.path,
             "a transcoder of one layer (layer_N.safetensors)",
-            "one layer of a cross-layer transcoder, whose latents write to many layers",
-            hint="load it with circuit-tracer",
+            "another name",
         )
     tensors = io.read_safetensors(probe.path)
     expect_keys(probe.path, tensors, KEYS, ("W_skip", *THRESHOLDS))

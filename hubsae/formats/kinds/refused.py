@@ -7,6 +7,7 @@ from collections.abc import Callable
 from hubsae.core.errors import FormatError
 from hubsae.core.sae import SAE
 from hubsae.formats.base import Files, Format, Overrides, Probe
+from hubsae.formats.cross_layer import is_cross_layer
 
 
 def _refuse(what: str, tool: str) -> Callable[[Probe, Overrides], SAE]:
@@ -28,4 +29,17 @@ TEMPORAL = Format(
     read=_refuse("a temporal SAE, which attends over the tokens before", "SAELens (TemporalSAE)"),
     files=(Files(("conf.yaml", "latest_ckpt.safetensors")),),
     layout="`conf.yaml`, `latest_ckpt.safetensors`",
+)
+
+CROSS_LAYER = Format(
+    name="cross_layer",
+    title="cross-layer transcoder (read whole)",
+    detect=lambda probe: "a layer of a cross-layer transcoder" if is_cross_layer(probe) else None,
+    read=_refuse(
+        "a cross-layer transcoder, whose latents write to many layers",
+        "hubsae.read_cross_layer(folder), which makes one object of all its layers; or with circuit-tracer",
+    ),
+    suffixes=(".safetensors",),
+    covers=frozenset({"gemma_scope", "pt"}),
+    layout="`W_enc_{N}.safetensors`, `W_dec_{N}.safetensors`; `layer_{N}.safetensors` of Gemma Scope 2",
 )
