@@ -49,14 +49,14 @@ def capture(
     """
     found: dict[str, Tensor] = {}
     device = next(model.parameters()).device
-    chosen = (mask if keep is None else keep).to(device)
+    chosen = mask if keep is None else keep
 
     def see(name: str, hidden: Tensor) -> None:
         if hidden.shape[:2] != chosen.shape:
             raise HookError(
                 f"{name}: expected activations of {tuple(chosen.shape)} tokens, found {tuple(hidden.shape)}"
             )
-        found[name] = hidden[chosen]  # [kept, d]
+        found[name] = hidden[chosen.to(hidden.device)]  # [kept, d]
         if len(found) == len(hooks):
             raise _Enough
 

@@ -191,7 +191,7 @@ class Preparer:
         if how.chats:
             return self.chat(messages, number, item)
         prompt = _plain(messages[:-1])
-        found, count, _ = _divide(tokenizer, prompt + messages[-1]["content"], len(prompt), add=how.special_tokens)
+        found, count, _ = divide(tokenizer, prompt + messages[-1]["content"], len(prompt), add=how.special_tokens)
         return Sample(number, found, count, item=item)
 
     def chat(self, messages: Sequence[Mapping[str, str]], number: int = 0, item: Any = None) -> Sample:
@@ -200,7 +200,7 @@ class Preparer:
         answered = messages[-1]["role"] == "assistant" and len(messages) > 1
         prompt = self._render(messages[:-1], number, ask=True) if answered else text
         # a template may end its prompt otherwise than it begins the answer
-        found, count, offsets = _divide(self.tokenizer, text, _common_prefix(prompt, text), add=False)
+        found, count, offsets = divide(self.tokenizer, text, _common_prefix(prompt, text), add=False)
         return self._labelled(Sample(number, found, count, item=item), messages, text, offsets)
 
     def _labelled(
@@ -324,8 +324,8 @@ def _tokens(tokenizer: Any, text: str, add: bool) -> tuple[list[int], list[tuple
     return list(found["input_ids"]), list(found["offset_mapping"])
 
 
-def _divide(tokenizer: Any, text: str, at: int, *, add: bool) -> tuple[list[int], int, list[tuple[int, int]] | None]:
-    """Tokens of `text`, how many of them begin before character `at`, and what each spans."""
+def divide(tokenizer: Any, text: str, at: int, *, add: bool) -> tuple[list[int], int, list[tuple[int, int]] | None]:
+    """Tokens of `text`, how many of them begin before character `at`, and what each spans where that is known."""
     ids, offsets = _tokens(tokenizer, text if getattr(tokenizer, "is_fast", False) else text[:at], add)
     if offsets is None:
         return ids + list(tokenizer(text[at:], add_special_tokens=False)["input_ids"]), len(ids), None

@@ -25,10 +25,24 @@ TILE = 1024
 """Rows taken at once: 1024 x 896 floats stay in the second-level cache."""
 
 PER_OCTAVE, LOWEST, HIGHEST = 64, -24, 40
-"""Norm histogram: bins of 1/64 octave (1.1 %) from 2^-24 to 2^40; smaller norms fall in the first bin."""
+"""Norms are counted in bins of 1/64 octave (1.1 %), from 2^-24 to 2^40; smaller ones fall in the first bin."""
 BINS = (HIGHEST - LOWEST) * PER_OCTAVE
 MASSIVE = 10.0
 """A token is massive when its norm exceeds this many times the median norm."""
+
+
+def norm_bin(norms: np.ndarray) -> np.ndarray:
+    """The bin of each norm: it begins at `bin_edge`; zero has one far below all others.
+
+    >>> norm_bin(np.array([1.0, 2.0, 171.0])).tolist(), bin_edge(64)
+    ([0, 64, 474], 2.0)
+    """
+    return np.floor(np.log2(np.maximum(norms, 1e-30)) * PER_OCTAVE).astype(np.int64)
+
+
+def bin_edge(number: float) -> float:
+    """Where a bin begins."""
+    return 2.0 ** (number / PER_OCTAVE)
 
 
 @dataclass
@@ -75,8 +89,7 @@ class NormTable:
         """Add norms [rows]."""
         if not len(norms):
             return
-        place = np.log2(np.maximum(norms, 2.0**LOWEST)) - LOWEST
-        index = np.clip((place * PER_OCTAVE).astype(np.int64), 0, BINS - 1)
+        index = np.clip(norm_bin(norms) - LOWEST * PER_OCTAVE, 0, BINS - 1)
         self.bins += np.bincount(index, minlength=BINS)
         wide = norms.astype(np.float64)
         self.count += len(norms)
@@ -102,7 +115,7 @@ class NormTable:
         index = int(np.searchsorted(reached, share * self.count, side="left"))
         before = int(reached[index - 1]) if index else 0
         inside = (share * self.count - before) / max(1, int(self.bins[index]))
-        value = 2.0 ** (LOWEST + (index + inside) / PER_OCTAVE)
+        value = bin_edge(LOWEST * PER_OCTAVE + index + inside)
         return float(min(max(value, self.low), self.high))
 
     def share_above(self, norm: float) -> float:
@@ -375,6 +388,6 @@ class ActivationStats:
             return []
         low, high = int(filled[0]), int(filled[-1]) + 1
         edges = np.unique(np.linspace(low, high, min(bars, high - low) + 1).astype(int))
-        at = [2.0 ** (LOWEST + e / PER_OCTAVE) for e in edges]
+        at = [bin_edge(LOWEST * PER_OCTAVE + e) for e in edges]
         counts = [int(self.norms.bins[a:b].sum()) for a, b in itertools.pairwise(edges)]
         return list(zip(at[:-1], at[1:], counts, strict=True))

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hubsae.activations.stats import norm_bin
 from hubsae.core.errors import DataError
 from hubsae.core.sae import SAE
 from hubsae.core.scopes import Scope, parse
@@ -30,8 +31,6 @@ RUN_ROWS = 64
 ROW_STATS = ("sse", "cosine", "l2_ratio", "dot", "norm2_hat", "l0", "l1", "relative")
 BY_SEQUENCE = ("sse", "l0")
 """Those that are averaged over sequences too."""
-# Norms are binned at this many bins per doubling: 1.1 % wide, from which deciles are read.
-BINS_PER_OCTAVE = 64
 # Float64 copies of this many numbers of x̂ and of the error (2 MB each) stay in cache; of a whole block they would not.
 CACHED = 1 << 18
 ALL, NOT_FIRST, FIRST = "all", "not position_0", "position_0"
@@ -179,8 +178,7 @@ class Sums:
         key = cell * GROUPS + torch.from_numpy(group % GROUPS)
         keys, where = torch.unique(key, return_inverse=True)
         norm2 = block.expected(next(iter(self.models.values())).device)[2].cpu()
-        # floor of BINS·log2‖x‖; an all-zero token has a bin of its own far below
-        log = torch.log2(norm2.clamp_min(1e-60)).mul(BINS_PER_OCTAVE / 2).floor().long()
+        log = torch.from_numpy(norm_bin(norm2.sqrt().numpy()))
         first = torch.zeros(n, dtype=torch.int64) if position is None else torch.from_numpy(position == 0).long()
         found, in_bin = torch.unique(log * 2 + first, return_inverse=True)
         slots = self.bins([(int(p) % 2, int(p) // 2) for p in found])

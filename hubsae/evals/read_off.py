@@ -12,12 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hubsae.activations.stats import MASSIVE
+from hubsae.activations.stats import MASSIVE, bin_edge
 from hubsae.core.errors import DataError
 from hubsae.evals import bootstrap
 from hubsae.evals.accumulate import (
     ALL,
-    BINS_PER_OCTAVE,
     BY_SEQUENCE,
     FIRST,
     GROUPS,
@@ -162,7 +161,7 @@ def _massive(sums: Sums, cells: Tensor) -> str | None:
     """A warning where a scope holds tokens of more than MASSIVE times the median norm: they decide its sums."""
     bins = sorted((norm, slot) for (_, norm), slot in sums.bins.of.items())
     counts = np.cumsum([int(sums.inputs.bin_n[slot]) for _, slot in bins])
-    median = 2 ** ((bins[int(np.searchsorted(counts, counts[-1] / 2))][0] + 0.5) / BINS_PER_OCTAVE)
+    median = bin_edge(bins[int(np.searchsorted(counts, counts[-1] / 2))][0] + 0.5)
     largest = math.sqrt(float(sums.inputs.largest[cells].max()))
     if largest <= MASSIVE * median or median < 1e-20:
         return None
@@ -383,8 +382,8 @@ def _read_deciles(sums: Sums, x_by_cell: CompensatedSum) -> list[_Decile]:
             known = NormDecile(
                 scope=scope,
                 decile=number + 1,
-                norm_low=2 ** (bins[which[0]][0] / BINS_PER_OCTAVE),
-                norm_high=2 ** ((bins[which[-1]][0] + 1) / BINS_PER_OCTAVE),
+                norm_low=bin_edge(bins[which[0]][0]),
+                norm_high=bin_edge(bins[which[-1]][0] + 1),
                 n_tokens=int(n[here].sum()),
                 fve=None,
             )

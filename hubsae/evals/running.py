@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hubsae.activations.capture import capture
 from hubsae.core.errors import ConfigError, DataError, HookError
 from hubsae.core.hooks import HookPoint, edit_hook, read_hook
 from hubsae.core.progress import Task
@@ -22,10 +22,6 @@ Edit = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(hidden [batch, seq, d], which positions to replace [batch, seq], what the SAE reads [batch, seq, d_in]) -> hidden"""
 # Log-probabilities are computed for this many logits at a time.
 LOGITS_AT_ONCE = 1 << 22
-
-
-class _Stop(Exception):
-    """Raised inside a forward once the activations have been seen; the rest of the model is not needed."""
 
 
 class Spot(NamedTuple):
@@ -113,29 +109,6 @@ class Runner:
             logits = self.logits(batch)
         return logits, {hook: torch.cat(parts, dim=1).numpy() for hook, parts in seen.items()}
 
-    def hidden(self, batch: Batch, hooks: Iterable[HookPoint]) -> dict[HookPoint, Tensor]:
-        """Activations [texts, longest, d] at hook points; the model stops behind the last."""
-        wanted = set(hooks)
-        seen: dict[HookPoint, Tensor] = {}
-
-        def see(hidden: Tensor, hook: HookPoint) -> None:
-            seen[hook] = hidden
-            if len(seen) == len(wanted):
-                raise _Stop
-
-        try:
-            with ExitStack() as stack:
-                for hook in wanted:
-                    stack.enter_context(read_hook(self.model, hook, partial(see, hook=hook)))
-                self.model(
-                    input_ids=batch.ids.to(self.device),
-                    attention_mask=batch.mask.to(self.device).long(),
-                    use_cache=False,
-                )
-        except _Stop:
-            return seen
-        raise HookError(f"the model never reached {', '.join(h.name for h in wanted - set(seen))}")
-
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
@@ -157,31 +130,35 @@ def mask_of(scope: Scope, batch: Batch, norms: np.ndarray | None = None) -> Tens
 
 
 def means_at(
-    runner: Runner, spots: Iterable[Spot], work: list[Batch], given: Tensor | Mapping[str, Tensor] | None
+    model: nn.Module, spots: Iterable[Spot], work: list[Batch], given: Tensor | Mapping[str, Tensor] | None
 ) -> dict[Spot, Tensor]:
     """The vector of the mean ablation at each spot: as given, or the mean over the replaced positions of the texts."""
     out: dict[Spot, Tensor] = {}
-    by_hook: dict[tuple[HookPoint, HookPoint], list[Spot]] = {}
+    sums: dict[Spot, tuple[Tensor, int]] = {}
     for spot in sorted(spots, key=lambda spot: (spot.hook, spot.read, spot.scope.name)):
-        by_hook.setdefault((spot.hook, spot.read), []).append(spot)
-    for (hook, read), here in by_hook.items():
-        vector = given.get(hook.name) if isinstance(given, Mapping) else given
+        vector = given.get(spot.hook.name) if isinstance(given, Mapping) else given
         if vector is not None:
-            out.update(dict.fromkeys(here, vector))
+            out[spot] = vector
         else:
-            total, n = [torch.zeros(()) for _ in here], [0] * len(here)
-            for batch in work:
-                found = runner.hidden(batch, (hook, read))
-                hidden, norms = found[hook], found[read].float().norm(dim=-1).cpu().numpy()
-                for index, spot in enumerate(here):
-                    chosen = hidden[mask_of(spot.scope, batch, norms).to(hidden.device)]
-                    total[index] = total[index].to(hidden.device) + chosen.double().sum(0)
-                    n[index] += chosen.shape[0]
-            if not all(n):
-                raise DataError("no position is replaced", hint="no token of these texts is in the scope that is")
-            out.update({spot: total[index] / n[index] for index, spot in enumerate(here)})
-        if not all(bool(torch.isfinite(out[spot]).all()) for spot in here):
-            raise DataError(f"the activations at {hook.name} hold NaN or infinity", hint="check the model's weights")
+            sums[spot] = torch.zeros(()), 0
+    for batch in work if sums else ():
+        hooks = dict.fromkeys(hook for spot in sums for hook in (spot.hook, spot.read))
+        found = capture(model, batch.ids, batch.mask, list(hooks))
+        for spot, (total, n) in sums.items():
+            rows = found[spot.hook.name]  # [real tokens, d]
+            norms = np.zeros(tuple(batch.mask.shape), dtype=np.float32)
+            norms[batch.mask.numpy()] = found[spot.read.name].float().norm(dim=1).cpu().numpy()
+            chosen = rows[mask_of(spot.scope, batch, norms)[batch.mask].to(rows.device)]
+            sums[spot] = total.to(rows.device) + chosen.double().sum(0), n + len(chosen)
+    for spot, (total, n) in sums.items():
+        if not n:
+            raise DataError("no position is replaced", hint="no token of these texts is in the scope that is")
+        out[spot] = total / n
+    for spot, vector in out.items():
+        if not bool(torch.isfinite(vector).all()):
+            raise DataError(
+                f"the activations at {spot.hook.name} hold NaN or infinity", hint="check the model's weights"
+            )
     return out
 
 

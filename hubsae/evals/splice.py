@@ -186,7 +186,7 @@ def splice_many(
         work = batches(encoded, budget)
         if not work:
             raise DataError("no text has a real token", hint="every row is empty or padding")
-        means = means_at(runner, set(spots.values()), work, mean)
+        means = means_at(model, set(spots.values()), work, mean)
         placed = {label: (sae, spots[label]) for label, (sae, *_) in pairs.items()}
         sums = run_all(runner, placed, means, work, len(encoded), wanted, task)
     return {

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hubsae.activations.groups import ChatLayout
-from hubsae.activations.samples import Preparation, Preparer
+from hubsae.activations.batching import token_budget_batches
+from hubsae.activations.capture import padded
+from hubsae.activations.samples import Preparation, Preparer, divide
 from hubsae.core.errors import DataError
 from hubsae.core.files import read_json
 from hubsae.core.text import PROMPT_KEYS, RESPONSE_KEYS
@@ -59,9 +60,8 @@ def encode_texts(texts: Any, tokenizer: Any = None, *, max_length: int | None = 
     out: list[Tokens] = []
     cut = 0
     special = getattr(tokenizer, "all_special_ids", None)
-    layout = ChatLayout(tokenizer)
     for text in _each(texts):
-        tokens = _encode(text, tokenizer, layout)
+        tokens = _encode(text, tokenizer)
         if max_length is not None and tokens.ids.numel() > max_length:
             cut += 1
             response = tokens.is_response
@@ -100,11 +100,11 @@ def _each(texts: Any) -> Iterable[Any]:
     return texts
 
 
-def _encode(text: Any, tokenizer: Any, layout: ChatLayout) -> Tokens:
+def _encode(text: Any, tokenizer: Any) -> Tokens:
     if isinstance(text, Tensor):
         return Tokens(text.reshape(-1).long().cpu(), None)
     if isinstance(text, Mapping):
-        return _encode_mapping(text, tokenizer, layout)
+        return _encode_mapping(text, tokenizer)
     if isinstance(text, Sequence) and not isinstance(text, str):
         if len(text) == 2 and all(isinstance(part, str) for part in text):
             return _encode_pair(text[0], text[1], tokenizer)
@@ -118,7 +118,7 @@ def _encode(text: Any, tokenizer: Any, layout: ChatLayout) -> Tokens:
     )
 
 
-def _encode_mapping(text: Mapping[str, Any], tokenizer: Any, layout: ChatLayout) -> Tokens:
+def _encode_mapping(text: Mapping[str, Any], tokenizer: Any) -> Tokens:
     if "input_ids" in text:
         ids = torch.as_tensor(text["input_ids"]).reshape(-1).long().cpu()
         mask = text.get("attention_mask")
@@ -130,33 +130,17 @@ def _encode_mapping(text: Mapping[str, Any], tokenizer: Any, layout: ChatLayout)
         labels = {name: column[keep.numpy()] for name, column in more.items() if column.shape == tuple(keep.shape)}
         return Tokens(ids[keep], response, labels)
     if "messages" in text:
-        messages = text["messages"]
-        tokens = _encode_chat(messages, tokenizer)
-        tokens.labels = _chat_labels(messages, tokenizer, layout, tokens) | tokens.labels
-        return tokens
+        return _encode_chat(text["messages"], tokenizer)
     prompt = next((text[k] for k in PROMPT_KEYS if k in text), None)
     response = next((text[k] for k in RESPONSE_KEYS if k in text), None)
     if isinstance(prompt, str) and isinstance(response, str):
         return _encode_pair(prompt, response, tokenizer)
     if isinstance(text.get("text"), str):
-        return _encode(text["text"], tokenizer, layout)
+        return _encode(text["text"], tokenizer)
     raise DataError(
         f"a text has the keys {', '.join(map(str, text))}",
         hint="expected prompt and response, messages, text, or input_ids",
     )
-
-
-def _chat_labels(
-    messages: Sequence[Mapping[str, Any]], tokenizer: Any, layout: ChatLayout, tokens: Tokens
-) -> dict[str, np.ndarray]:
-    """Role, turn, template and assistant tokens of a chat, as a harvest labels them; nothing where unknown."""
-    if not messages or not getattr(tokenizer, "is_fast", False):
-        return {}
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
-    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-    if list(encoded["input_ids"]) != tokens.ids.tolist():
-        return {}
-    return layout.label(messages, whole, encoded["offset_mapping"]) or {}
 
 
 def _encode_chat(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> Tokens:
@@ -175,23 +159,10 @@ def _preparer(tokenizer: Any) -> Preparer:
     return Preparer(tokenizer, Preparation("prompt+response"))
 
 
-def _encode_pair(prompt: str, response: str, tokenizer: Any, *, add_special_tokens: bool = True) -> Tokens:
+def _encode_pair(prompt: str, response: str, tokenizer: Any) -> Tokens:
     """Both as one text, so that a token is what the model would see; a token belongs where it begins."""
-    tokenizer = _need(tokenizer)
-    if getattr(tokenizer, "is_fast", False):
-        encoded = tokenizer(prompt + response, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
-        spans = encoded["offset_mapping"]
-        # special tokens have the empty span (0, 0): in front they are prompt, at the end response
-        inside = [i for i, (start, end) in enumerate(spans) if end > start]
-        last = inside[-1] if inside else -1
-        begins = [start >= len(prompt) if end > start else i > last for i, (start, end) in enumerate(spans)]
-        return Tokens(_ids(encoded), torch.tensor(begins, dtype=torch.bool))
-    first = _ids(tokenizer(prompt, add_special_tokens=add_special_tokens))
-    second = _ids(tokenizer(response, add_special_tokens=False))
-    return Tokens(
-        torch.cat([first, second]),
-        torch.cat([torch.zeros_like(first), torch.ones_like(second)]).bool(),
-    )
+    ids, prompt_length, _ = divide(_need(tokenizer), prompt + response, len(prompt), add=True)
+    return Tokens(torch.tensor(ids, dtype=torch.int64), torch.arange(len(ids)) >= prompt_length)
 
 
 def _ids(encoded: Any) -> Tensor:
@@ -206,27 +177,17 @@ def _need(tokenizer: Any) -> Any:
 
 def batches(texts: Sequence[Tokens], batch_tokens: int) -> list[Batch]:
     """Texts sorted by length into padded batches of at most `batch_tokens` places each; empty ones are left out."""
-    order = sorted((i for i in range(len(texts)) if texts[i].ids.numel()), key=lambda i: -texts[i].ids.numel())
-    groups: list[list[int]] = []
-    for index in order:
-        longest = texts[groups[-1][0]].ids.numel() if groups else 0
-        if not groups or (len(groups[-1]) + 1) * longest > batch_tokens:
-            groups.append([])
-        groups[-1].append(index)
+    groups = token_budget_batches([t.ids.numel() for t in texts], batch_tokens)
     return [_pad([texts[i] for i in group], group) for group in groups]
 
 
 def _pad(texts: list[Tokens], which: list[int]) -> Batch:
-    longest = max(t.ids.numel() for t in texts)
     # the pad id is never looked at: its positions are masked for attention, loss and splice alike
-    ids = torch.zeros(len(texts), longest, dtype=torch.int64)
-    mask = torch.zeros(len(texts), longest, dtype=torch.bool)
+    ids, mask = padded([t.ids.tolist() for t in texts])
     names = [name for name in texts[0].labels if all(name in text.labels for text in texts)]
-    labels = {name: np.zeros((len(texts), longest), texts[0].labels[name].dtype) for name in names}
+    labels = {name: np.zeros(tuple(mask.shape), texts[0].labels[name].dtype) for name in names}
     for row, text in enumerate(texts):
         n = text.ids.numel()
-        ids[row, :n] = text.ids
-        mask[row, :n] = True
         for name in names:
             if text.labels[name].dtype.kind in "US":
                 labels[name] = labels[name].astype(object)
