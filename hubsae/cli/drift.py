@@ -144,4 +144,4 @@ def _show(report: DriftReport, comparison: Comparison | None) -> None:
             err().print(f"not compared: {note}", markup=False)
 
 
-SHOWN = ("stage", "nmse_before", "nmse_after", "alive", "births", "deaths", "effective_features")
+SHOWN = ("stage", "scope", "nmse_before", "nmse_after", "alive", "births", "deaths", "effective_features")

@@ -36,6 +36,8 @@ class StageRow(NamedTuple):
     stage: str
     step: int | None
     n_tokens: int | None = None
+    scope: str = "all"
+    """The tokens that the SAE is for, which the numbers below are about"""
     nmse_before: float | None = None
     """nmse_pooled of the previous stage's SAE on these activations: before this stage's training"""
     nmse_after: float | None = None
@@ -278,7 +280,7 @@ def _stage_rows(
     alive_before: Tensor | None = None
     for index, link in enumerate(links):
         result = results[link.stage]
-        own = result[link.stage]
+        own, scope = result[link.stage], link.sae.metadata.own_scope
         before = result[links[index - 1].stage] if index else None
         density = own.features.density
         alive = density > alive_density
@@ -292,18 +294,19 @@ def _stage_rows(
             StageRow(
                 stage=link.stage,
                 step=link.step,
-                n_tokens=result.n_tokens,
-                nmse_before=None if before is None else before.value("nmse_pooled"),
-                nmse_after=own.value("nmse_pooled"),
-                fvu_before=None if before is None else before.value("fvu"),
-                fvu_after=own.value("fvu"),
+                n_tokens=own.get("mse", scope).n_tokens,
+                scope=scope,
+                nmse_before=None if before is None else before.value("nmse_pooled", scope),
+                nmse_after=own.value("nmse_pooled", scope),
+                fvu_before=None if before is None else before.value("fvu", scope),
+                fvu_after=own.value("fvu", scope),
                 fvu_after_no_position_0=own.value("fvu", NOT_FIRST) if NOT_FIRST in result.scopes else None,
-                l0=own.value("l0"),
-                dead_fraction=own.value("dead_fraction"),
+                l0=own.value("l0", scope),
+                dead_fraction=own.value("dead_fraction", scope),
                 alive=int(alive.sum()),
                 births=births,
                 deaths=deaths,
-                effective_features=own.value("effective_features"),
+                effective_features=own.value("effective_features", scope),
                 max_density=float(density.max()),
             )
         )
@@ -313,10 +316,10 @@ def _stage_rows(
 def _cross_rows(links: list[Link], results: dict[str, ReconstructionResult]) -> list[CrossRow]:
     rows = []
     for link in links:
-        result = results[link.stage]
+        result, own = results[link.stage], link.sae.metadata.own_scope
         for other in links:
             for metric in CROSS_METRICS:
-                for scope in [s for s in ("all", NOT_FIRST) if s in result.scopes]:
+                for scope in [s for s in dict.fromkeys(("all", NOT_FIRST, own)) if s in result.scopes]:
                     measure = result[other.stage].get(metric, scope)
                     low, high = measure.interval or (None, None)
                     rows.append(

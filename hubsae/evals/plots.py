@@ -90,9 +90,15 @@ def _blank(axes: Any, used: int) -> None:
         spare.set_visible(False)
 
 
+def _scope(report: DriftReport, known: set[str]) -> str:
+    """What the SAEs are for, where their training left tokens out; else all tokens but the first, where known."""
+    own = {row.scope for group in report.groups for row in group.stages} - {"all"}
+    return next((scope for scope in (*sorted(own), NOT_FIRST) if scope in known), "all")
+
+
 def plot_nmse(report: DriftReport, path: Path, metric: str = "nmse_pooled") -> Path:
     """A metric along steps, one panel per layer; the control dashed; bands are bootstrap intervals."""
-    scope = NOT_FIRST if any((metric, NOT_FIRST) in g.series for g in report.groups) else "all"
+    scope = _scope(report, {scope for g in report.groups for name, scope in g.series if name == metric})
     shown = [g for g in report.groups if (metric, scope) in g.series]
     columns, rows = _grid(len(shown))
     figure, axes = new_figure(columns, rows)
@@ -205,7 +211,7 @@ def _number(value: float, digits: int) -> str:
 
 def plot_cross(report: DriftReport, path: Path, metric: str = "fvu") -> Path:
     """The cross matrices: SAE of one stage on the activations of another."""
-    scope = NOT_FIRST if any(r.scope == NOT_FIRST for g in report.groups for r in g.cross) else "all"
+    scope = _scope(report, {r.scope for g in report.groups for r in g.cross})
     columns, rows = _grid(len(report.groups))
     most = max(len(g.stages) for g in report.groups)
     size = max(2.6, 0.48 * most + 1.5)

@@ -61,7 +61,7 @@ def summary(report: DriftReport) -> dict[str, Any]:
     groups = []
     for group in report.groups:
         first, last = group.stages[0], group.stages[-1]
-        series = group.series.get(("nmse_pooled", "all"))
+        series = group.series.get(("nmse_pooled", first.scope))
         to_end = change(series, float(series.steps[-1])) if series is not None else None
         to_base = [m for m in group.moves if m.against == "base"]
         groups.append(
@@ -70,6 +70,7 @@ def summary(report: DriftReport) -> dict[str, Any]:
                 "k": group.k,
                 "stages": [row.stage for row in group.stages],
                 "n_tokens": first.n_tokens,
+                "scope": first.scope,
                 "nmse_pooled": {"first": first.nmse_after, "last": last.nmse_after},
                 "nmse_pooled_change": None
                 if to_end is None

@@ -12,6 +12,7 @@ from hubsae.core.text import stage_step
 from hubsae.recipes.report import Band, Report, compare, summary_of
 from hubsae.rl.config import METHOD
 
+from .conclusions import conclusions
 from .settings import ChainConfig
 
 Rows = list[dict[str, Any]]
@@ -43,16 +44,23 @@ def write_chain_report(
     report = Report(f"Chain {config.name}")
     if config.about:
         report.text(config.about)
+    steps = read_csv(learning / "metrics.csv") if learning is not None else []
+    net = drift / "drift_control.csv"
+    moved = conclusions(config, accuracy, steps, merge, read_csv(net) if net.is_file() else [])
+    if moved:
+        report.heading("Did anything move?")
+        report.text(" ".join(moved))
     _learning(report, config, accuracy, merge, learning, folder)
     headline = headline_rows(config, measures)
     report.heading("The SAEs, each on held-out activations and texts of its own stage")
     report.table("Measures", "reconstruction", headline)
     report.text(
-        f"Activations: {config.harvest.train_on}. `nmse` divides by the pooled variance of all elements, which a few "
-        "massive coordinates dominate outside the last layers; `fvu` does not. `n_dead` depends on the number of "
+        f"Activations: {config.harvest.train_on}; scope of these numbers and of those on drift: {config.sae.scope}, "
+        "which is what the SAEs are for. `nmse` divides by the pooled variance of all elements, which a few "
+        "massive coordinates can dominate; `fvu` does not. `n_dead` depends on the number of "
         "tokens (`n_tokens`). All measures, with scopes and intervals, are in `measures.csv` of the release."
     )
-    _drift(report, drift, folder)
+    _drift(report, config.sae.scope, drift, folder)
     verdicts = _published(report, config, accuracy, headline, drift, published)
     report.write(folder)
     base, last = accuracy[config.base_stage], accuracy[config.harvested_stages()[-1]]
@@ -70,7 +78,7 @@ def headline_rows(config: ChainConfig, measures: Mapping[str, Sequence[Mapping[s
     for stage, found in measures.items():
         members: dict[tuple[str, str], dict[str, Any]] = {}
         for row in found:
-            if row["scope"] != "all" or row["texts"] not in (config.harvest.train_on, "held-out"):
+            if row["scope"] != config.sae.scope or row["texts"] not in (config.harvest.train_on, "held-out"):
                 continue
             member = members.setdefault(
                 (row["chain"], row["layer"]),
@@ -125,7 +133,7 @@ def _learning(
         )
 
 
-def _drift(report: Report, drift: Path, folder: Path) -> None:
+def _drift(report: Report, scope: str, drift: Path, folder: Path) -> None:
     report.heading("Drift")
     moves = [row for row in read_csv(drift / "drift_moves.csv") if row["against"] == "previous"]
     columns = ["chain", "layer", "k", "from_stage", "to_stage", "decoder_mean", "encoder_mean"]
@@ -135,7 +143,7 @@ def _drift(report: Report, drift: Path, folder: Path) -> None:
     )
     if (drift / "drift_control.csv").is_file():
         every = read_csv(drift / "drift_control.csv")
-        rows = [row for row in every if row["scope"] == "all" and row["metric"] in ("nmse_pooled", "fvu")]
+        rows = [row for row in every if row["scope"] == scope and row["metric"] in ("nmse_pooled", "fvu")]
         report.table("Change since the base, the control's at the same step, and what remains", "less_control", rows)
         report.text(
             "A warm-started chain improves by training alone. The control trains as long on the base model's "
@@ -144,7 +152,7 @@ def _drift(report: Report, drift: Path, folder: Path) -> None:
         )
     if (drift / "comparison.csv").is_file():
         every = read_csv(drift / "comparison.csv")
-        rows = [row for row in every if row["scope"] == "all" and row["metric"] in ("nmse_pooled", "fvu")]
+        rows = [row for row in every if row["scope"] == scope and row["metric"] in ("nmse_pooled", "fvu")]
         report.table("Beside other chains", "comparison", rows)
         report.text(
             "Rates include what training alone does: where the control falls as far as the chains, their agreement "

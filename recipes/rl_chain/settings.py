@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from hubsae.core.scopes import excluding
 from hubsae.core.settings import Settings
 from hubsae.recipes.standard import PublishSettings
 from hubsae.recipes.subject import DataSettings, ModelSettings
@@ -119,6 +120,11 @@ class SAESettings(Settings):
     """Token groups the SAEs are not for: position_0, special, massive ..."""
     control: bool = True
     """Also train as many stages on base activations alone."""
+
+    @property
+    def scope(self) -> str:
+        """The tokens that the SAEs are for, which every number of the report is about."""
+        return excluding(self.exclude).name
 
 
 class EvaluationSettings(Settings):

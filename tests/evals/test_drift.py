@@ -12,7 +12,7 @@ from hubsae.core.errors import DataError, NotFoundError
 from hubsae.evals.chains import make_groups
 from hubsae.evals.comparison import less_control
 from hubsae.evals.rates import change, make_series, rate_ratio, step_of
-from hubsae.evals.report import table_rows
+from hubsae.evals.report import summary, table_rows
 from hubsae.evals.weights import movement
 from hubsae.hub.sae import HubSAE
 
@@ -76,6 +76,27 @@ def test_the_cross_matrix_is_every_sae_on_every_stage(report, chain, activations
     assert rows["instruct_base"].nmse_before is None
     assert rows["ppo_step30"].fvu_before == matrix[1, 2]
     assert rows["ppo_step30"].fvu_after == matrix[2, 2]
+
+
+def test_numbers_of_saes_that_are_not_for_the_first_token_are_about_the_others(make_sae, activations):
+    base = make_sae(seed=4)
+    chain = {"step0": base, "step1": rotated(base, 0.1, 1)}
+    for sae in chain.values():
+        sae.metadata.training.exclude = ["position_0"]
+    held = dict(activations["instruct_base"])
+    held["x"] = torch.where((held["position"] == 0)[:, None], held["x"] * 1000, held["x"])
+    report = evals.drift(chain, held)
+    group, scope = report.group(), "not position_0"
+    alone = {name: evals.reconstruction(sae, held)["sae0"] for name, sae in chain.items()}
+    assert [(row.scope, row.n_tokens) for row in group.stages] == [(scope, 5850)] * 2
+    assert [row.fvu_after for row in group.stages] == [alone[s].value("fvu", scope) for s in chain]
+    assert [row.nmse_after for row in group.stages] == [alone[s].value("nmse_pooled", scope) for s in chain]
+    assert group.stages[1].fvu_before == group.matrix("fvu", scope)[0, 1]
+    said = summary(report)["groups"][0]
+    assert said["scope"] == scope and said["nmse_pooled_change"]["delta"] == pytest.approx(
+        group.stages[1].nmse_after - group.stages[0].nmse_after
+    )
+    assert alone["step0"].value("nmse_pooled", "all") != group.stages[0].nmse_after
 
 
 def test_births_and_deaths_are_counted(make_sae, activations):

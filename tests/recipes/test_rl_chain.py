@@ -69,6 +69,42 @@ def test_the_control_is_trained_as_long_on_base_activations_and_subtracted(stric
     assert "Change since the base" in (strict_run / "report/report.md").read_text()
 
 
+def test_the_report_is_about_the_tokens_that_the_saes_are_for():
+    config = RECIPE.config("small", "strict")
+    row = {"chain": "saes_k32", "layer": "15", "k": "32", "texts": "prompt+response", "n_tokens": "99"}
+    rows = [
+        {**row, "metric": "fvu", "scope": "all", "value": "0.9"},
+        {**row, "metric": "fvu", "scope": "not position_0", "value": "0.2"},
+    ]
+    assert config.sae.exclude == ("position_0",)
+    (found,) = RECIPE.module("report").headline_rows(config, {"instruct_base": rows})
+    assert found["fvu"] == 0.2
+
+
+def test_the_report_says_whether_anything_moved_from_the_numbers_alone():
+    config = RECIPE.config("small", "strict")  # 16 responses a step
+    say = RECIPE.module("conclusions").conclusions
+
+    def grades(*shares):
+        return {f"stage{i}": {"strict": share, "problems": 64} for i, share in enumerate(shares)}
+
+    nothing = say(config, grades(0.0, 0.0), [{"reward": "0.0"}] * 10, [], [])
+    assert "0 of 160 responses were rewarded: there was nothing to learn from" in nothing[0]
+    assert "from 0.000 to 0.000 on 64 problems" in nothing[1] and "not to be told from none" in nothing[1]
+    steps = [{"reward": str(reward)} for reward in [0.0] * 5 + [0.5] * 5]
+    net = {"layer": "15", "k": "32", "metric": "fvu", "delta_net": "-0.01"}
+    control = [
+        {**net, "scope": "not position_0", "step": "5.0", "low": "-0.02", "high": "-0.005"},
+        {**net, "scope": "not position_0", "step": "10.0", "low": "-0.02", "high": "0.001"},
+        {**net, "scope": "all", "step": "10.0", "low": "-0.02", "high": "-0.01"},
+    ]
+    learned = say(config, grades(0.1, 0.5), steps, [{"stage": "ppo_step10", "update": "0.0123"}], control)
+    assert "40 of 160" in learned[0] and "so it moved" in learned[0] and "so it moved" in learned[1]
+    assert "`ppo_step10` differ from the base's by 0.012 of their norm" in learned[2]
+    assert "layer 15 k 32 -0.01 [-0.02, +0.001]; 0 of 1 intervals leave out zero" in learned[3]
+    assert "not to be told from none" in say(config, grades(0.10, 0.15), [], [], [])[0]
+
+
 def test_the_card_and_the_report_show_drift(strict_run):
     card = (strict_run / "release/README.md").read_text()
     plots = [path.name for path in (strict_run / "release/plots").glob("*.png")]
