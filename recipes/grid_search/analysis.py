@@ -17,6 +17,7 @@ METRICS: dict[str, str] = {"mse": "squared error", "delta_ce": "added loss"}
 
 
 AT_SAME_L0: tuple[tuple[Kind, Kind], ...] = (
+    ("batch_topk", "topk"),
     ("jumprelu_trained", "topk"),
     ("jumprelu_trained", "batch_topk"),
     ("jumprelu_fixed", "topk"),
@@ -26,6 +27,9 @@ AT_SAME_L0: tuple[tuple[Kind, Kind], ...] = (
 TOLERANCE = 0.02
 """Cells whose L0 differs by less than this share count as equally sparse: a calibrated BatchTopK lies up to 1 % below
 the k it was trained with, and would be on every front for that alone."""
+
+ALIKE = 0.1
+"""Two widths are compared where their L0 differs by less than this share."""
 
 
 def front(points: Sequence[tuple[float, float]], tolerance: float = 0.0) -> list[int]:
@@ -93,7 +97,7 @@ class Analysis:
     failed: list[FailedCell]
     answers: dict[Question, list[Comparison]]
     wider: list[Comparison]
-    """Each cell against the next narrower one of the same kind and number, in squared error."""
+    """Each cell against the next narrower one of the same kind, number and about the same L0, in squared error."""
     fronts: dict[str, list[GridRow]]
     """Metric -> cells on the front with L0."""
     recoveries: list[Recovery] = field(default_factory=list)
@@ -159,20 +163,21 @@ def analyse(
         rows=ordered,
         failed=list(failed),
         answers=answers,
-        wider=_wider(units.get("mse", {}), resamples),
+        wider=_wider(units.get("mse", {}), l0, resamples),
         fronts={metric: front_rows(ordered, "l0", metric) for metric in ("fvu", "delta_ce")},
         recoveries=list(recoveries),
     )
 
 
-def _wider(units: Mapping[Cell, Units], resamples: int) -> list[Comparison]:
-    """Every cell of a chosen k against the next narrower cell of the same kind, k and seed."""
+def _wider(units: Mapping[Cell, Units], l0: Mapping[Cell, float], resamples: int) -> list[Comparison]:
+    """Every cell against the next narrower one of the same kind, number and seed, where both are about as sparse."""
     out = []
     for kind in KINDS:
         if kind == "jumprelu_fixed":
             continue  # a wider one fires more latents, so the two are not alike in sparsity
         cells = sorted((c for c in units if c.kind == kind), key=lambda c: (c.number, c.seed, c.expansion))
         for narrow, wide in pairwise(cells):
-            if (narrow.number, narrow.seed) == (wide.number, wide.seed):
+            alike = abs(l0.get(wide, 1.0) / l0.get(narrow, 1.0) - 1) < ALIKE
+            if alike and (narrow.number, narrow.seed) == (wide.number, wide.seed):
                 out.append(compare("mse", (wide.id, narrow.id), units[wide], units[narrow], resamples))
     return holm(out)

@@ -52,7 +52,7 @@ def pareto(path: Path, rows: Sequence[GridRow], metric: str, label: str) -> Path
     _log_x(axes, [r.value("l0") or 1.0 for r in have])
     values = [r.value(metric) or 0.0 for r in have]
     if values and min(values) > 0:
-        axes.set_yscale("log")
+        _log_y(axes)
     axes.set_xlabel("L0: active latents per token")
     axes.set_ylabel(label)
     axes.set_title(f"{label} against sparsity; grey band: the Pareto front", fontsize=10)
@@ -128,7 +128,7 @@ def beside_published(path: Path, rows: Sequence[GridRow], published: Sequence[Pu
                     )  # fmt: skip
             _log_x(panel, [p[2] for p in points])
             if row == 0:
-                panel.set_yscale("log")
+                _log_y(panel)
                 panel.set_title(title, fontsize=10)
             else:
                 panel.set_ylim(bottom=0)
@@ -181,6 +181,17 @@ def recovered_features(path: Path, found: Sequence[Recovery], n_features: int) -
 def _figure(width: float = 6.4, height: float = 4.4) -> tuple[Any, Any]:
     figure, axes = new_figure(1, width=width, height=height)
     return figure, axes[0][0]
+
+
+def _log_y(axes: Any) -> None:
+    """A logarithmic axis with plain numbers."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_major_formatter(plain)
+    axes.yaxis.set_minor_formatter(plain if high < 10 * low else NullFormatter())
 
 
 def _log_x(axes: Any, values: Sequence[float]) -> None:

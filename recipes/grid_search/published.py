@@ -135,7 +135,7 @@ def published_section(report: Report) -> None:
     base, _ = implied_base_loss(rows)
     report.heading("The published grid")
     report.text(
-        f"{len(rows)} cells on layer 12 of Qwen2.5-0.5B-Instruct. Another model than the tiny one, other tokens and "
+        f"{len(rows)} cells on layer 12 of Qwen2.5-0.5B-Instruct. Another model than this run's, other tokens and "
         "one seed: compare shapes, not values. `frac rec %` is L_base / L_sae, with L_base = "
         f"{base:.2f} nats in every row. What the release says, held against its own rows:"
     )

@@ -26,6 +26,7 @@ from hubsae.core.errors import TrainingError
 from hubsae.core.files import atomic_path, read_csv, read_json, write_csv_atomic, write_json_atomic, write_text_atomic
 from hubsae.core.hooks import HookPoint
 from hubsae.core.metadata import Metric
+from hubsae.core.scopes import excluding
 from hubsae.evals.plots import house_style
 from hubsae.recipes.report import Report
 from hubsae.recipes.run import follows
@@ -244,7 +245,8 @@ class _Grid:
             f"{measured['cells']} SAEs on layer {self.config.data.layer} of {about['model']}, all trained on the same "
             f"{tokens['train']:,} tokens ({self.config.train.epochs:g} epochs) and measured on "
             f"{tokens['validation']:,} tokens of prompts that no cell saw; loss on {measured['texts']} test texts. "
-            "Intervals are 95 % bootstrap over prompts."
+            f"Intervals are 95 % bootstrap over prompts. Scope: {excluding(self.config.train.exclude).name}, "
+            "which is what they were trained on; numbers of another scope say so."
         )
 
 
@@ -259,7 +261,8 @@ def draw(folder: Path, found: Analysis, tokens: int, features: int) -> list[Path
         label = "difference in squared error, % of the second"
         for question, comparisons in found.answers.items():
             if question.metric == "mse":
-                path = folder / f"{question.a}_against_{question.b}.png"
+                how = "_at_same_l0" if question.how == "same L0" else ""
+                path = folder / f"{question.a}_against_{question.b}{how}.png"
                 drawn.append(plots.differences(path, comparisons, question.title, label))
         drawn.append(plots.beside_published(folder / "beside_published.png", found.rows, published_rows()))
         if found.recoveries:

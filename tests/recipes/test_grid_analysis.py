@@ -214,6 +214,27 @@ def test_findings_say_what_the_numbers_hold() -> None:
     assert len(questions) == len(found.answers) + 1
 
 
+def test_cells_that_fire_otherwise_are_not_called_alike() -> None:
+    rows, units = _grid()
+    more = [
+        GridRow(row.cell, {**row.numbers, "l0": Number(row.cell.number * 1.1)})
+        if row.cell.kind == "batch_topk"
+        else row
+        for row in rows
+    ]
+    found = analysis.analyse(more, units)
+    text = findings.markdown(findings.findings(found, published.published_rows()))
+    assert "BatchTopK's L0 on held-out ones is +10.0 to +10.0 % beside TopK's" in text
+    assert "BatchTopK against TopK, matched by L0, squared error" in text
+    assert "The same k is not" not in findings.markdown(findings.findings(analysis.analyse(rows, units), []))
+    wide = [
+        GridRow(row.cell, {**row.numbers, "l0": Number(row.cell.number * row.cell.expansion / 2)})
+        if row.cell.kind == "jumprelu_trained" else row
+        for row in rows
+    ]  # fmt: skip
+    assert len(analysis.analyse(wide, units).wider) == 6  # those of the trained threshold are twice as dense when wide
+
+
 def test_nothing_is_said_about_what_was_not_measured() -> None:
     only = [GridRow(Cell("topk", 4, 8), {"l0": Number(8.0), "fvu": Number(0.2)})]
     text = findings.markdown(findings.findings(analysis.analyse(only, {}), published.published_rows()))
