@@ -177,7 +177,7 @@ def facts(section: str, records: Sequence[Metadata]) -> list[tuple[str, str]]:
     values: dict[str, list[Any]] = {}
     for record in records:
         part = getattr(record, section)
-        for name, value in part:
+        for name, value in part or ():
             if section == "normalizer" and part.kind == "none" and name == "folded":
                 continue
             if value not in (None, "", [], {}):
