@@ -20,7 +20,7 @@ BUNDLED = {
     "chains_reconstruction.csv": HERE / "published_reconstruction.csv",
     "chains_accuracy.csv": HERE / "published_accuracy.csv",
     "chains_decoder_cosine.csv": HERE / "published_decoder_cosine.csv",
-    "instruct_reconstruction.csv": HERE / "published_instruct.csv",
+    "instruct_reconstruction.csv": HERE.parent / "fast" / "published.csv",
     "grid_layer12.csv": HERE.parent / "grid_search" / "published.csv",
 }
 """Tables that come with the recipes, by the names they are known under."""

@@ -1,0 +1,209 @@
+"""What is measured of every SAE on the chats put aside: errors by group of tokens, L0, and what the model loses."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from hubsae.core.errors import ConfigError
+from hubsae.core.metadata import Metric
+from hubsae.core.sae import SAE
+from hubsae.core.scopes import parse
+from hubsae.evals import reconstruction
+from hubsae.evals.definitions import to_metrics
+from hubsae.evals.results import SAEReconstruction
+from hubsae.evals.splice import SpliceResult, splice_many
+from hubsae.train import TrainConfig
+from hubsae.train.gsnr import gsnr
+
+from . import matched
+from .cells import Cell, train_configs
+from .settings import LABELS, Config
+
+WEIGHTS_AT_ONCE = 4 << 30
+TOKENS = {
+    "st": "st",
+    "st_no0": "st & not position_0",
+    "all": "all",
+    "no0": "not position_0",
+}
+"""Short name -> scope. `st` are the tokens of the published MSE_st."""
+GROUPS = ("position 0", "delimiter", "role name", "template newline", "content")
+LABELLED = ("token_id", "position", "is_special", "is_template", "sample_id")
+NOTED = ("mse", "fvu", "mse_per_sequence", "l0", "l0_per_sequence", "dead_fraction", "relative_error")
+"""Metrics that go onto the record of an SAE, in the scopes above."""
+
+
+@dataclass
+class Measured:
+    """Everything measured of a run."""
+
+    tables: dict[str, list[dict[str, Any]]]
+    """cells, groups, advantage, splice, gsnr"""
+    chosen: list[str]
+    """Of each method, kind and expansion the SAE nearest to the middle level of L0."""
+    metrics: dict[str, list[Metric]]
+    """By SAE, for its record."""
+    density: dict[str, torch.Tensor]
+    """By SAE: log10 of how often each latent fires [d_sae]."""
+
+
+def measure_all(
+    config: Config, saes: Mapping[str, Callable[[], SAE]], held: Any, kept: Mapping[str, Path], model: Any,
+    tokenizer: Any, texts: Sequence[Any], progress: Any,
+) -> Measured:  # fmt: skip
+    """Measure every SAE; `kept` are, by method, rows of its training stream, on which gradients are taken."""
+    how, t = config.measure, config.train
+    columns = token_columns(held.columns(LABELLED), special_ids(tokenizer, config.data.special))
+    rows, groups, metrics, density = errors(saes, held, columns, progress)
+    whole = matched.whole(rows)
+    chosen = [
+        sae for kind in t.kinds for x in t.expansions
+        for sae in matched.representative(whole, kind, x, how.levels).values()
+    ]  # fmt: skip
+    spliced = splice_many(
+        model, tokenizer, {name: saes[name]() for name in chosen}, texts[: how.texts], max_length=how.text_length
+    )
+    for name, result in spliced.items():
+        metrics[name] += result.metrics()
+    gradients = []
+    for method in t.methods:
+        first = [c for c in train_configs(config, method, {"activations": {}}) if c.seed == t.seeds[0]]
+        first = [c for c in first if f"{method}/{c.name}" in saes]
+        gradients += gradient_ratios(first, saes, load_file(kept[method]), method, t.batch_size, how.gsnr_batches)
+    tables = {
+        "cells": rows, "groups": groups, "advantage": matched.advantage(whole, t.published, how.levels),
+        "splice": [_loss(name, result) for name, result in spliced.items()], "gsnr": gradients,
+    }  # fmt: skip
+    return Measured(tables, chosen, metrics, density)
+
+
+def special_ids(tokenizer: Any, names: Sequence[str]) -> list[int]:
+    """The ids of tokens by their text."""
+    found = []
+    for name in names:
+        ids = tokenizer(name, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1:
+            raise ConfigError(f"{name!r} is {len(ids)} tokens of this model, not one", hint="see data.special")
+        found.append(int(ids[0]))
+    return found
+
+
+def token_columns(labels: Mapping[str, np.ndarray], ids: Sequence[int]) -> dict[str, np.ndarray]:
+    """Columns [rows] that groups of tokens are scopes by: `st`, and `group`, one of GROUPS.
+
+    >>> labels = {"token_id": np.array([1, 7, 5, 9, 7]), "position": np.arange(5),
+    ...           "is_special": np.array([1, 0, 0, 0, 0], bool), "is_template": np.array([1, 1, 1, 0, 0], bool)}
+    >>> found = token_columns(labels, [1, 7])
+    >>> found["st"].tolist(), found["group"].tolist()
+    ([True, True, False, False, True], ['position 0', 'role name', 'template newline', 'content', 'content'])
+    """
+    st = np.isin(labels["token_id"], ids)
+    first, special, template = labels["position"] == 0, labels["is_special"], labels["is_template"]
+    group = np.select([first, special, template & st, template], GROUPS[:4], GROUPS[4])
+    return {"st": st, "group": group}
+
+
+def parts(saes: Mapping[str, Callable[[], SAE]]) -> Iterator[dict[str, SAE]]:
+    """SAEs loaded as many at a time as fit into WEIGHTS_AT_ONCE."""
+    held: dict[str, SAE] = {}
+    size = 0
+    for name, load in saes.items():
+        sae = load()
+        mine = sum(t.numel() * t.element_size() for t in sae.tensors().values())
+        if held and size + mine > WEIGHTS_AT_ONCE:
+            yield held
+            held, size = {}, 0
+            gc.collect()
+        held[name], size = sae, size + mine
+    if held:
+        yield held
+
+
+def errors(
+    saes: Mapping[str, Callable[[], SAE]], held: Any, columns: Mapping[str, np.ndarray], progress: Any
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, list[Metric]], dict[str, torch.Tensor]]:
+    """A row per SAE (ids are method/cell), a row per SAE and group, metrics for records, log10 densities."""
+    scopes = [*TOKENS.values(), *(f"group={name}" for name in GROUPS)]
+    rows, groups, metrics, density = [], [], {}, {}
+    wanted = {parse(scope).name for scope in TOKENS.values()}
+    for part in parts(saes):
+        found = reconstruction(part, held, scopes=scopes, columns=columns)
+        for name in part:
+            one = found[name]
+            rows.append(_row(name, one))
+            groups += _by_group(name, one)
+            metrics[name] = to_metrics([m for m in one.measures if m.name in NOTED and m.scope in wanted])
+            density[name] = one.features.log10_density()
+        progress(len(rows), len(saes), "SAEs measured")
+    return rows, groups, metrics, density
+
+
+def split_id(name: str) -> tuple[str, Cell]:
+    """Method and cell of an SAE's id."""
+    method, _, cell = name.partition("/")
+    return method, Cell.of(cell)
+
+
+def _row(name: str, one: SAEReconstruction) -> dict[str, Any]:
+    method, cell = split_id(name)
+    row: dict[str, Any] = {
+        "id": name, "method": method, "kind": cell.kind, "expansion": cell.expansion, "number": cell.number,
+        "seed": cell.seed, "l0": one.value("l0", TOKENS["no0"]), "l0_all": one.value("l0", "all"),
+        "dead_fraction": one.value("dead_fraction", "all"),
+    }  # fmt: skip
+    for short, scope in TOKENS.items():
+        mse = one.value("mse_per_sequence", scope)
+        row |= {f"mse_{short}": mse, f"log2_mse_{short}": math.log2(mse) if mse else None}
+        row[f"fvu_{short}"] = one.value("fvu", scope)
+    return row
+
+
+def _by_group(name: str, one: SAEReconstruction) -> list[dict[str, Any]]:
+    method, cell = split_id(name)
+    out = []
+    for group in GROUPS:
+        scope = parse(f"group={group}").name
+        if any(m.scope == scope and m.n_tokens for m in one.measures):
+            fvu, mse = one.get("fvu", scope), one.get("mse", scope)
+            low, high = fvu.interval or (None, None)
+            out.append(
+                {"id": name, "method": method, "kind": cell.kind, "number": cell.number, "seed": cell.seed,
+                 "tokens": group, "n_tokens": mse.n_tokens, "fvu": fvu.value, "low": low, "high": high,
+                 "mse": mse.value, "l0": one.value("l0", scope)}
+            )  # fmt: skip
+    return out
+
+
+def _loss(name: str, result: SpliceResult) -> dict[str, Any]:
+    low, high = result.get("delta_ce").interval or (None, None)
+    names = ("ce_clean", "delta_ce", "kl", "frac_recovered_mean")
+    return {"id": name, **{m: result.value(m) for m in names}, "delta_ce_low": low, "delta_ce_high": high,
+            "tokens": result.get("kl").n_tokens}  # fmt: skip
+
+
+def gradient_ratios(
+    configs: Sequence[TrainConfig], saes: Mapping[str, Callable[[], SAE]], kept: Mapping[str, torch.Tensor],
+    method: str, batch: int, batches: int,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """GSNR of one method's SAEs on rows of its own stream, in a random order, with position 0 and without."""
+    found = []
+    for tokens, rows in (("all tokens", kept["x"]), ("without position 0", kept["x"][kept["position"] != 0])):
+        chosen = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[: batch * batches]]
+        loaded = {config.name: saes[f"{method}/{config.name}"]() for config in configs}
+        for name, ratio in gsnr(configs, loaded, chosen[: len(chosen) // batch * batch].split(batch)).items():
+            cell = Cell.of(name)
+            found.append(
+                {"method": LABELS[method], "kind": cell.kind, "expansion": cell.expansion, "number": cell.number,
+                 "seed": cell.seed, "tokens": tokens, "gsnr": ratio.pooled, "gsnr_mean": ratio.mean,
+                 "batches": ratio.batches, "batch": batch}
+            )  # fmt: skip
+    return found

@@ -1,0 +1,259 @@
+"""FAST: SAEs for instruct models, trained on each chat alone or on packed blocks, and compared at equal sparsity.
+
+    corpus     the model; chats that share no run of 20 words, some put aside; plain texts
+    train/*    FAST, BT(F), BT(P): every SAE of a method from one pass of the model, mixed as published
+    heldout    activations of the chats that were put aside, each alone in its template
+    measure    errors by group of tokens, L0, gradients, loss with an SAE in place; methods at equal L0
+    interpret  an index of some SAEs, their features rated by a judge, beside controls
+    steer      the features of special tokens, in doses, beside random features and directions
+    release    every SAE with method and data mode in its record, card, index and pages
+    report     the one table, the published tables beside ours, and which claims either supports
+
+What was published, and where its numbers say something else than its words, is in README.md; the numbers in
+published.csv.
+"""
+
+from __future__ import annotations
+
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from hubsae.activations import harvest
+from hubsae.core.files import atomic_path, read_json, write_csv_atomic, write_json_atomic, write_text_atomic
+from hubsae.core.hooks import HookPoint
+from hubsae.core.metadata import Metric
+from hubsae.evals.plots import house_style
+from hubsae.formats import Release
+from hubsae.hub.card import card_of_release, render_card
+from hubsae.index import page
+from hubsae.index.build import Settings as IndexSettings
+from hubsae.index.build import index_activations
+from hubsae.index.files import FOLDER
+from hubsae.recipes.standard import Activations, package, pick_device, publish
+from hubsae.recipes.steps import Step, StepContext
+from hubsae.recipes.sweep import cells_in, outcomes, train_cells
+from hubsae.train.live import LiveActivations
+
+from . import corpus, interpret, matched, plots, report, steer
+from .cells import cells, train_configs
+from .estimates import estimates
+from .measure import measure_all, special_ids
+from .settings import Config
+
+
+def steps(config: Config) -> list[Step]:
+    """The steps, each with what it depends on."""
+    c, run, cost = config, _Fast(config), estimates(config)
+    about = {"seed": c.seed, "model": c.model, "layer": c.data.layer}
+    trained = tuple(f"train/{method}" for method in c.train.methods)
+    texts = {**about, "data": c.data}
+    found = [Step("corpus", run.corpus, texts, estimate=cost["corpus"])]
+    for method in c.train.methods:
+        found.append(
+            Step(f"train/{method}", partial(run.train, method), {**texts, "train": c.train}, ("corpus",), resumes=True,
+                 estimate=cost[f"train/{method}"])
+        )  # fmt: skip
+    held = {**about, "max_length": c.data.max_length, "tokens": c.measure.tokens}
+    of_all = ("corpus", *trained, "heldout")
+    found += [
+        Step("heldout", run.heldout, held, ("corpus",), resumes=True, estimate=cost["heldout"]),
+        Step("measure", run.measure, {"measure": c.measure, "special": c.data.special, "published": c.train.published},
+             of_all, estimate=cost["measure"]),
+        Step("interpret", run.interpret, c.interpret, (*of_all, "measure"), resumes=True, estimate=cost["interpret"]),
+        Step("steer", run.steer, {"steer": c.steer, "judge": c.interpret.judge}, (*of_all, "measure"),
+             estimate=cost["steer"]),
+        Step("release", run.package, {"name": c.name, "license": c.license}, (*of_all, "measure", "interpret", "steer"),
+             estimate=cost["release"]),
+        Step("report", run.report, needs=("corpus", "heldout", "measure", "interpret", "steer")),
+    ]  # fmt: skip
+    if c.publish.release:
+        found.append(Step("publish", run.publish, c.publish, ("release",)))
+    return found
+
+
+class _Fast:
+    """The steps' code; holds the config and nothing else."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.hook = HookPoint.parse(config.data.layer).name
+
+    def corpus(self, ctx: StepContext) -> dict[str, Any]:
+        """Model and texts: made, opened or downloaded, without repeats, and fixed."""
+        return corpus.gather(ctx.folder, self.config, ctx.progress)
+
+    def train(self, method: str, ctx: StepContext) -> dict[str, Any]:
+        """Every SAE of a method, from one stream of activations."""
+        c, subject = self.config, _subject(ctx)
+        model = subject.load(pick_device(), c.model.dtype)
+        stream, texts = corpus.streams(subject, ctx.path("corpus"), c, method, model, self.hook)
+        about = ctx.result("corpus")
+        dataset = about["text_dataset"] if method == "bt-p" else about["dataset"]
+        live = LiveActivations(
+            stream, texts, tokens=c.train.tokens, buffer_rows=c.train.buffer_rows, mixing="half", val_rows=0,
+            seed=c.seed, info={"model": subject.label, "revision": subject.revision, "dataset": dataset},
+        )  # fmt: skip
+        rows = live[self.hook]
+        with atomic_path(ctx.folder / "rows.safetensors") as scratch:
+            position = torch.from_numpy(rows.reserve.labels["position"]).long()
+            save_file({"x": rows.reserve.x.float().contiguous(), "position": position}, scratch)
+        configs = train_configs(c, method, self._place(subject, model, dataset))
+        ended = train_cells(configs, rows, ctx.folder, progress=ctx.progress)
+        return {"failed": {o.id: o.reason for o in ended if not o.ok}, "done": sum(o.ok for o in ended)}
+
+    def heldout(self, ctx: StepContext) -> dict[str, Any]:
+        """Activations of chats that no SAE saw."""
+        c, subject = self.config, _subject(ctx)
+        harvest(
+            subject.load(pick_device(), c.model.dtype), subject.test, [self.hook], out=ctx.folder,
+            tokenizer=subject.tokenizer(), mode="prompt+response", max_length=c.data.max_length,
+            max_tokens=c.measure.tokens, progress=False,
+            source={"model": subject.label, "text_dataset": subject.dataset},
+        )  # fmt: skip
+        return {"tokens": len(self._held(ctx.folder))}
+
+    def measure(self, ctx: StepContext) -> dict[str, Any]:
+        """Errors by group of tokens, gradients, and the model's loss; then the methods at equal L0."""
+        c, subject, saes = self.config, _subject(ctx), self._saes(ctx)
+        kept = {method: ctx.path(f"train/{method}") / "rows.safetensors" for method in c.train.methods}
+        found = measure_all(
+            c, saes, self._held(ctx.path("heldout")), kept, subject.load(pick_device(), c.model.dtype),
+            subject.tokenizer(), subject.test, ctx.progress,
+        )  # fmt: skip
+        for name, lines in found.tables.items():
+            write_csv_atomic(ctx.folder / f"{name}.csv", lines)
+        lists = {name: [m.model_dump(mode="json") for m in ms] for name, ms in found.metrics.items()}
+        write_json_atomic(ctx.folder / "metrics.json", lists)
+        with atomic_path(ctx.folder / "density.safetensors") as scratch:
+            save_file({name: t.contiguous() for name, t in found.density.items()}, scratch)
+        with house_style():
+            drawn = [
+                plots.fronts(ctx.folder / f"error_against_l0_x{x:g}.png", matched.whole(found.tables["cells"]), x)
+                for x in c.train.expansions
+            ]
+            drawn.append(plots.by_group(ctx.folder / "error_by_group.png", found.tables["groups"], found.chosen))
+        return {"chosen": found.chosen, **found.tables, "plots": [path.name for path in drawn]}
+
+    def interpret(self, ctx: StepContext) -> dict[str, Any]:
+        """An index of one SAE per method and kind, and what a judge says of its features."""
+        how, subject, saes = self.config.interpret, _subject(ctx), self._saes(ctx)
+        chosen = [name for name in ctx.result("measure")["chosen"] if _kind(name) in how.kinds]
+        folders = index_activations(
+            {name: saes[name]() for name in chosen}, self._held(ctx.path("heldout")), ctx.folder / "indexes",
+            IndexSettings(top=max(10, how.shown)), tokenizer=subject.tokenizer(), tokenizer_id=subject.label,
+            model=subject.load(), show=False,
+        )  # fmt: skip
+        ratings, scores = interpret.read_features(
+            dict(zip(chosen, folders, strict=True)), how.judge, features=how.features, shown=how.shown,
+            scored=how.scored, seed=self.config.seed, progress=ctx.progress,
+        )  # fmt: skip
+        return {"ratings": ratings, "scores": scores, "judge": interpret.open_judge(how.judge)[1]}
+
+    def steer(self, ctx: StepContext) -> dict[str, Any]:
+        """The features of special tokens added to the activations, beside controls."""
+        how, subject = self.config.steer, _subject(ctx)
+        fitting = [n for n in ctx.result("measure")["chosen"] if n.startswith(f"{how.method}/{how.kind}-")]
+        if not fitting:
+            return {"special_features": [], "rows": [], "plots": []}
+        sae, tokenizer = self._saes(ctx)[fitting[0]](), subject.tokenizer()
+        ids = special_ids(tokenizer, self.config.data.special)
+        features = steer.strongest(sae, self._held(ctx.path("heldout")), ids, self.config.data.special)
+        judge = self.config.interpret.judge
+        chat = None if judge.model in ("rule", "none") else interpret.open_judge(judge)[0]
+        rows, texts = steer.steered(
+            subject.load(pick_device(), self.config.model.dtype), tokenizer, sae, features, ids,
+            strengths=how.strengths, questions=how.questions, controls=how.controls, new_tokens=how.new_tokens,
+            chat=chat, seed=self.config.seed,
+        )  # fmt: skip
+        write_csv_atomic(ctx.folder / "answers.csv", texts)
+        with house_style():
+            path = plots.doses(ctx.folder / "steering.png", rows)
+        return {"sae": fitting[0], "special_features": features, "rows": rows, "plots": [path.name]}
+
+    def package(self, ctx: StepContext) -> dict[str, Any]:
+        """A release of every SAE, with tables, pictures, index, pages and the card over all of it."""
+        c, about, found, measured = self.config, ctx.result("corpus"), ctx.result("measure"), ctx.path("measure")
+        tables = self._tables(ctx)
+        public = [s.id for s in (*c.data.chats, c.data.texts)] if "world" not in about else []
+        metrics = read_json(measured / "metrics.json")
+        made = package(
+            ctx.folder, self._saes(ctx), name=c.name, base_model=about["label"], license=c.license, datasets=public,
+            description=" ".join([self._words(about), *report.findings(found["advantage"])]),
+            metrics={name: [Metric.model_validate(m) for m in lines] for name, lines in metrics.items()},
+            sparsity=load_file(measured / "density.safetensors"),
+            tables={name: rows for name, rows in tables.items() if rows}, plots=self._plots(ctx), card="instruct",
+            progress=ctx.progress,
+        )  # fmt: skip
+        shutil.copytree(ctx.path("interpret") / "indexes", ctx.folder / FOLDER, dirs_exist_ok=True)
+        page.build(ctx.folder, title=c.name)
+        Release.open(ctx.folder).refresh().verify()
+        # the card shows features once there are some to show
+        write_text_atomic(ctx.folder / "README.md", render_card(card_of_release(ctx.folder, f"you/{c.name}")).text)
+        return {"ids": made.ids}
+
+    def report(self, ctx: StepContext) -> dict[str, Any]:
+        """The report, and its lines for the terminal."""
+        about = ctx.result("corpus") | {
+            "held": ctx.result("heldout")["tokens"],
+            "judge": ctx.result("interpret")["judge"],
+        }
+        path = report.write(ctx.folder, self.config, about, self._tables(ctx), self._plots(ctx))
+        return {"report": path.name, "lines": report.findings(ctx.result("measure")["advantage"])}
+
+    def publish(self, ctx: StepContext) -> dict[str, Any]:
+        """Push the release."""
+        return publish(self.config.publish, ctx.path("release"))
+
+    def _tables(self, ctx: StepContext) -> dict[str, list[dict[str, Any]]]:
+        found, read, steered = ctx.result("measure"), ctx.result("interpret"), ctx.result("steer")
+        names = ("advantage", "cells", "groups", "splice", "gsnr")
+        return {
+            **{name: found[name] for name in names},
+            "chosen_groups": [row for row in found["groups"] if row["id"] in found["chosen"]],
+            "ratings": read["ratings"], "scores": read["scores"],
+            "special_features": steered["special_features"], "steering": steered["rows"],
+        }  # fmt: skip
+
+    def _plots(self, ctx: StepContext) -> list[Path]:
+        return [ctx.path(step) / name for step in ("measure", "steer") for name in ctx.result(step)["plots"]]
+
+    def _saes(self, ctx: StepContext) -> dict[str, Any]:
+        """Every SAE that was trained, as functions that load them, by `method/cell`."""
+        names = [cell.id for cell in cells(self.config.train)]
+        return {
+            f"{method}/{o.id}": partial(cells_in(folder).get, o.id, pick_device())
+            for method in self.config.train.methods
+            for folder in [ctx.path(f"train/{method}")]
+            for o in outcomes(folder, names) if o.ok
+        }  # fmt: skip
+
+    def _held(self, folder: Path) -> Any:
+        return Activations(folder).open(self.hook, "train")
+
+    def _place(self, subject: Any, model: Any, dataset: str) -> dict[str, Any]:
+        point = HookPoint.parse(self.hook)
+        return {
+            "base_model": {"id": subject.label, "revision": subject.revision, "dtype": self.config.model.dtype},
+            "hook": {"layer": point.layer, "kind": point.kind, "module_path": point.module_path(model),
+                     "transformer_lens": point.transformer_lens, "context_size": self.config.data.max_length},
+            "activations": {"text_dataset": dataset, "tokens": self.config.train.tokens},
+        }  # fmt: skip
+
+    def _words(self, about: dict[str, Any]) -> str:
+        return (
+            f"SAEs on layer {self.config.data.layer} of {about['label']}, trained on chats one at a time (FAST), on "
+            "the same chats packed into blocks (BT(F)) and on packed plain texts (BT(P)), and compared at equal L0."
+        )
+
+
+def _kind(name: str) -> str:
+    return name.partition("/")[2].partition("-")[0]
+
+
+def _subject(ctx: StepContext) -> Any:
+    return corpus.opened(ctx.path("corpus"), ctx.result("corpus"))
