@@ -26,7 +26,7 @@ def estimates(config: Config) -> dict[str, Estimate]:
     >>> from hubsae.recipes.registry import find_recipe
     >>> found = estimates(find_recipe("fast").config("full"))
     >>> found["train/fast"].what.split(" SAEs")[0], found["train/fast"].seconds > 3600
-    ('18', True)
+    ('FAST: 18', True)
     """
     t, m, data = config.train, config.model, config.data
     here = config.model.id in WORLDS

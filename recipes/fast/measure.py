@@ -21,7 +21,8 @@ from hubsae.evals import reconstruction
 from hubsae.evals.definitions import to_metrics
 from hubsae.evals.results import SAEReconstruction
 from hubsae.evals.splice import SpliceResult, splice_many
-from hubsae.train import TrainConfig
+from hubsae.recipes.standard import pick_device
+from hubsae.train import TrainConfig, train_many
 from hubsae.train.gsnr import gsnr
 
 from . import matched
@@ -74,11 +75,17 @@ def measure_all(
     )
     for name, result in spliced.items():
         metrics[name] += result.metrics()
+    first = [c for c in train_configs(config, "fast", {"activations": {}}) if c.seed == t.seeds[0]]
+    start = starts(first, load_file(kept["fast"])["x"])
     gradients = []
     for method in t.methods:
-        first = [c for c in train_configs(config, method, {"activations": {}}) if c.seed == t.seeds[0]]
-        first = [c for c in first if f"{method}/{c.name}" in saes]
-        gradients += gradient_ratios(first, saes, load_file(kept[method]), method, t.batch_size, how.gsnr_batches)
+        stream = load_file(kept[method])
+        for one in first:
+            own = saes.get(f"{method}/{one.name}")
+            for weights, sae in (("its own", own and own()), ("one start for all", start.get(one.name))):
+                if sae is not None:
+                    found = gradient_ratios(one, sae.cpu(), stream, how.gsnr_batches)
+                    gradients += [{"weights": weights, "method": LABELS[method], **row} for row in found]
     tables = {
         "cells": rows, "groups": groups, "advantage": matched.advantage(whole, t.published, how.levels),
         "splice": [_loss(name, result) for name, result in spliced.items()], "gsnr": gradients,
@@ -190,20 +197,25 @@ def _loss(name: str, result: SpliceResult) -> dict[str, Any]:
             "tokens": result.get("kl").n_tokens}  # fmt: skip
 
 
+def starts(configs: Sequence[TrainConfig], rows: torch.Tensor) -> dict[str, SAE]:
+    """One SAE of each architecture as training begins: the same weights for every method."""
+    one = {c.architecture: c for c in configs}.values()
+    begun = [c.model_copy(update={"tokens": c.batch_size, "lr": 1e-12}) for c in one]
+    found = train_many(begun, rows, quiet=True, device=pick_device())
+    return {result.name: result.sae for result in found if result.sae is not None}
+
+
 def gradient_ratios(
-    configs: Sequence[TrainConfig], saes: Mapping[str, Callable[[], SAE]], kept: Mapping[str, torch.Tensor],
-    method: str, batch: int, batches: int,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """GSNR of one method's SAEs on rows of its own stream, in a random order, with position 0 and without."""
-    found = []
+    config: TrainConfig, sae: SAE, kept: Mapping[str, torch.Tensor], batches: int
+) -> list[dict[str, Any]]:
+    """GSNR of an SAE on rows of a method's stream, in a random order, with position 0 and without."""
+    found, cell, size = [], Cell.of(config.name), config.batch_size
     for tokens, rows in (("all tokens", kept["x"]), ("without position 0", kept["x"][kept["position"] != 0])):
-        chosen = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[: batch * batches]]
-        loaded = {config.name: saes[f"{method}/{config.name}"]() for config in configs}
-        for name, ratio in gsnr(configs, loaded, chosen[: len(chosen) // batch * batch].split(batch)).items():
-            cell = Cell.of(name)
-            found.append(
-                {"method": LABELS[method], "kind": cell.kind, "expansion": cell.expansion, "number": cell.number,
-                 "seed": cell.seed, "tokens": tokens, "gsnr": ratio.pooled, "gsnr_mean": ratio.mean,
-                 "batches": ratio.batches, "batch": batch}
-            )  # fmt: skip
+        chosen = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[: size * batches]]
+        parts = chosen[: len(chosen) // size * size].split(size)
+        ratio = gsnr([config], {config.name: sae}, parts, device=pick_device())[config.name]
+        found.append(
+            {"kind": cell.kind, "expansion": cell.expansion, "number": cell.number, "seed": cell.seed, "tokens": tokens,
+             "gsnr": ratio.pooled, "gsnr_mean": ratio.mean, "batches": ratio.batches, "batch": size}
+        )  # fmt: skip
     return found

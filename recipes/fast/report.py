@@ -96,8 +96,9 @@ def write(folder: Path, config: Config, about: dict[str, Any], tables: dict[str,
     report.table("The model with an SAE in place, of SAEs at about equal L0", "splice", tables["splice"])
     report.heading("Gradients")
     report.text(
-        "Gradient signal-to-noise ratio at the trained weights, on batches of each method's own training tokens: "
-        "Σ (E g)² / Σ Var g, and the mean over parameters of their own ratio."
+        "Gradient signal-to-noise ratio on batches of each method's own training tokens: Σ (E g)² / Σ Var g, and the "
+        "mean over parameters of their own ratio. At their own weights a worse SAE has larger gradients, which agree "
+        "better, so the ratio also says how far training got; at one and the same start only the data differs."
     )
     report.table("GSNR", "gsnr", tables["gsnr"])
     report.heading("Features")
