@@ -3,143 +3,134 @@
 from __future__ import annotations
 
 import platform
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hubsae.core.config import SAEConfig
 from hubsae.core.fold import TrainedTensors, fold
-from hubsae.core.metadata import Metadata, Metric
+from hubsae.core.metadata import Metadata
 from hubsae.core.normalizer import Normalizer
 from hubsae.core.sae import SAE
+from hubsae.core.scopes import excluding
+from hubsae.core.settings import merge
 from hubsae.train.config import TrainConfig
+from hubsae.train.data import TokenSelection
+from hubsae.train.provenance import joined
+from hubsae.train.result import as_metadata
 from hubsae.train.state import Cell
 from hubsae.version import __version__
 
 
-def to_sae(
-    cell: Cell,
-    space: Normalizer | None,
-    t: dict[str, Tensor],
-    *,
-    space_out: Normalizer | None = None,
-    transcoder: bool = False,
-    **facts: Any,
-) -> SAE:
-    """The SAE of a cell with weights `t` (as `current` gives them) on raw activations.
+class Exporter(NamedTuple):
+    """Makes SAEs of the cells of a run, and says in their records what is known of it beside their settings."""
 
-    The normaliser and an untied pre-bias fold into the weights exactly; the statistics are kept beside them. So does
-    `space_out`, the normaliser of what a transcoder predicts.
-    """
-    config = cell.config
-    center = {"tied": t["b_dec"], "untied": t.get("b_pre"), "none": None}[config.pre_bias]
-    gated = config.architecture == "gated"
-    biases = {"b_gate": t["b_enc"], "b_mag": t["b_mag"]} if gated else {"b_enc": t["b_enc"]}
-    trained = TrainedTensors(
-        W_enc=t["W_enc"].float().t().contiguous().cpu(),
-        W_dec=t["W_dec"].float().clone().cpu(),
-        b_dec=t["b_dec"].float().clone().cpu(),
-        pre_bias=None if center is None else center.float().cpu(),
-        encoder_biases={name: bias.float().clone().cpu() for name, bias in biases.items()},
-        r_mag=t["r_mag"].float().cpu().clone() if gated else None,
-        W_skip=t["W_skip"].float().cpu().clone() if config.skip else None,
-    )
-    mean, std = (None, None) if space is None else (space.mean, space.std)
-    output = None if space_out is None else (space_out.mean, space_out.std)
-    tensors, subtract = fold(trained, mean, std, output=output, transcoder=transcoder)
-    if config.architecture == "jumprelu":
-        tensors["threshold"] = t["theta"].float().clone().cpu()
-    threshold = facts.pop("threshold")
-    sae_config = SAEConfig(
-        architecture=config.architecture,
-        d_in=t["W_enc"].shape[1],
-        d_sae=t["W_enc"].shape[0],
-        k=config.k,
-        topk_relu=config.topk_relu,
-        threshold=threshold if config.architecture == "batch_topk" else None,
-        apply_b_dec_to_input=subtract,
-        d_out=t["W_dec"].shape[1] if transcoder else None,
-        skip=config.skip or None,
-    )
-    return SAE.build(sae_config, tensors, metadata=record(config, sae_config, space, **facts), normalizer=space)
+    source: Any
+    tokens: TokenSelection
+    space: Normalizer | None
+    """Input normalisation."""
+    space_out: Normalizer | None
+    """That of what a transcoder predicts."""
+    steps_per_epoch: int
+    transcoder: bool
+
+    def sae(
+        self, cell: Cell, weights: dict[str, Tensor], moment: dict[str, Any], metrics: dict[str, float] | None = None
+    ) -> SAE:
+        """A cell with these weights on raw activations; `moment` has the `step`, `tokens` and `threshold` they are of.
+
+        The normalisers and an untied pre-bias fold into the weights exactly; the statistics are kept beside them.
+        """
+        config = cell.config
+        center = {"tied": weights["b_dec"], "untied": weights.get("b_pre"), "none": None}[config.pre_bias]
+        gated = config.architecture == "gated"
+        biases = {"b_gate": weights["b_enc"], "b_mag": weights["b_mag"]} if gated else {"b_enc": weights["b_enc"]}
+        trained = TrainedTensors(
+            W_enc=weights["W_enc"].float().t().contiguous().cpu(),
+            W_dec=weights["W_dec"].float().clone().cpu(),
+            b_dec=weights["b_dec"].float().clone().cpu(),
+            pre_bias=None if center is None else center.float().cpu(),
+            encoder_biases={name: bias.float().clone().cpu() for name, bias in biases.items()},
+            r_mag=weights["r_mag"].float().cpu().clone() if gated else None,
+            W_skip=weights["W_skip"].float().cpu().clone() if config.skip else None,
+        )
+        mean, std = (None, None) if self.space is None else (self.space.mean, self.space.std)
+        output = None if self.space_out is None else (self.space_out.mean, self.space_out.std)
+        tensors, subtract = fold(trained, mean, std, output=output, transcoder=self.transcoder)
+        if config.architecture == "jumprelu":
+            tensors["threshold"] = weights["theta"].float().clone().cpu()
+        sae_config = SAEConfig(
+            architecture=config.architecture,
+            d_in=weights["W_enc"].shape[1],
+            d_sae=weights["W_enc"].shape[0],
+            k=config.k,
+            topk_relu=config.topk_relu,
+            threshold=moment["threshold"] if config.architecture == "batch_topk" else None,
+            apply_b_dec_to_input=subtract,
+            d_out=weights["W_dec"].shape[1] if self.transcoder else None,
+            skip=config.skip or None,
+        )
+        metadata = self._record(cell, sae_config, moment, metrics or {})
+        return SAE.build(sae_config, tensors, metadata=metadata, normalizer=self.space)
+
+    def _record(self, cell: Cell, sae_config: SAEConfig, moment: dict[str, Any], metrics: dict[str, float]) -> Metadata:
+        """metadata.json; what is known besides, from the config and the activations, takes precedence."""
+        config, parent, resample = cell.config, cell.parent, cell.config.dead.resample
+        # what the harvest left out is not in the data, and belongs to the record all the same
+        before = getattr(self.source, "info", {}).get("exclude") or ()
+        excluded = [*dict.fromkeys((*before, *self.tokens.exclude))]
+        training = {
+            "tokens": moment["tokens"],
+            "steps": moment["step"],
+            "epochs": moment["step"] / self.steps_per_epoch,
+            "optimizer": f"Adam, betas {config.betas[0]:g} {config.betas[1]:g}, eps {config.eps:g}"
+            + (f", gradient norm clipped at {config.clip:g}" if config.clip else ""),
+            "lr": config.lr,
+            "lr_schedule": schedule_in_words(config),
+            "batch_size": config.batch_size,
+            "seed": config.seed,
+            "loss": loss_in_words(config),
+            "aux_loss": aux_in_words(config),
+            "dead_rule": dead_in_words(config),
+            "resampling": resample and f"{resample.method}; {cell.resampled} latents resampled",
+            "warm_start": parent and {"id": parent.metadata.id, "sha256": parent.metadata.provenance.weights_sha256},
+            "selection": f"best {moment['metric']}, step {moment['step']}" if "metric" in moment else "last step",
+            "split": f"contiguous tail of {config.val_fraction:g}" if config.val_fraction else None,
+            "exclude": excluded or None,
+            "massive_above": self.tokens.massive_above,
+        }
+        kind = {"none": "none", "mean_std": "mean_std"}.get(config.normalize, "scalar")
+        data: dict[str, Any] = {
+            "config": sae_config.model_dump(),
+            "training": {key: value for key, value in training.items() if value is not None},
+            "normalizer": {"kind": kind, "folded": self.space is not None},
+            "provenance": {
+                "converter": f"hubsae {__version__} (trained)",
+                "versions": {"hubsae": __version__, "torch": torch.__version__, "python": platform.python_version()},
+            },
+        }
+        made = Metadata.from_dict(merge(data, joined(config.record, self.source)))
+        made.set_metrics(as_metadata(metrics, excluding(excluded).name))
+        return made
 
 
-def current(cell: Cell) -> dict[str, Tensor]:
-    """The weights of a cell, as they are."""
-    return {"W_enc": cell.W_enc, "W_dec": cell.W_dec, **cell.vectors}
-
-
-def record(
-    config: TrainConfig,
-    sae_config: SAEConfig,
-    space: Normalizer | None,
-    *,
-    steps: int = 0,
-    tokens: int = 0,
-    epochs: float | None = None,
-    metrics: list[Metric] | None = None,
-    parent: dict[str, Any] | None = None,
-    selection: str | None = None,
-    resampled: int = 0,
-    split: str | None = None,
-    exclude: list[str] | None = None,
-    massive_above: float | None = None,
-    sections: dict[str, Any] | None = None,
-) -> Metadata:
-    """metadata.json of a training run; what is known besides, in `sections`, takes precedence."""
+def schedule_in_words(config: TrainConfig) -> str:
+    """The learning rate over the run, as recorded."""
     s = config.schedule
-    schedule = s.shape if s.shape == "constant" else f"{s.shape} to {s.floor:g} of the peak"
+    text = s.shape if s.shape == "constant" else f"{s.shape} to {s.floor:g}"
     if s.warmup_tokens or s.warmup_steps:
-        schedule = f"{s.warmup_tokens} tokens" * bool(s.warmup_tokens) or f"{s.warmup_steps} steps"
-        schedule = f"warm-up {schedule}, then " + (s.shape if s.shape == "constant" else f"{s.shape} to {s.floor:g}")
-    if s.cooldown_steps:
-        schedule += f", linear to 0 over the last {s.cooldown_steps} steps"
-    dead = config.dead
-    rule = (
-        f"not fired for {dead.tokens} tokens"
-        if dead.rule == "tokens"
-        else f"fired on a share of tokens below {dead.frequency:g} over an epoch"
-    )
-    training = {
-        "tokens": tokens,
-        "steps": steps,
-        "epochs": epochs,
-        "optimizer": f"Adam, betas {config.betas[0]:g} {config.betas[1]:g}, eps {config.eps:g}"
-        + (f", gradient norm clipped at {config.clip:g}" if config.clip else ""),
-        "lr": config.lr,
-        "lr_schedule": schedule,
-        "batch_size": config.batch_size,
-        "seed": config.seed,
-        "loss": loss_in_words(config),
-        "aux_loss": aux_in_words(config),
-        "dead_rule": rule,
-        "resampling": f"{dead.resample.method}; {resampled} latents resampled" if dead.resample else None,
-        "warm_start": parent,
-        "selection": selection,
-        "split": split,
-        "exclude": exclude or None,
-        "massive_above": massive_above,
-    }
-    kind = {"none": "none", "mean_std": "mean_std"}.get(config.normalize, "scalar")
-    data: dict[str, Any] = {
-        "config": sae_config.model_dump(),
-        "training": {key: value for key, value in training.items() if value is not None},
-        "normalizer": {"kind": kind, "folded": space is not None},
-        "provenance": {
-            "converter": f"hubsae {__version__} (trained)",
-            "versions": {"hubsae": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        },
-    }
-    for section, values in (sections or config.record).items():
-        if isinstance(values, dict) and isinstance(data.get(section), dict):
-            data[section] = {**data[section], **values}
-        else:
-            data[section] = values
-    made = Metadata.from_dict(data)
-    if metrics:
-        made.set_metrics(metrics)
-    return made
+        text = f"warm-up {f'{s.warmup_tokens} tokens' if s.warmup_tokens else f'{s.warmup_steps} steps'}, then {text}"
+    elif s.shape != "constant":
+        text += " of the peak"
+    return text + (f", linear to 0 over the last {s.cooldown_steps} steps" if s.cooldown_steps else "")
+
+
+def dead_in_words(config: TrainConfig) -> str:
+    """When a latent counts as dead, as recorded."""
+    if config.dead.rule == "tokens":
+        return f"not fired for {config.dead.tokens} tokens"
+    return f"fired on a share of tokens below {config.dead.frequency:g} over an epoch"
 
 
 def loss_in_words(config: TrainConfig) -> str:

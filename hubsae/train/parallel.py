@@ -11,10 +11,14 @@ Two ways to split the work under torchrun, both with the loss curve of one proce
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from hubsae.core.errors import ConfigError
+from hubsae.train.config import TrainConfig
 
 
 class Solo:
@@ -148,3 +152,21 @@ def connect(split: str) -> Solo:
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return Solo()
     return LatentParallel() if split == "latent" else DataParallel()
+
+
+def shares(configs: Sequence[TrainConfig], d: int, comm: Solo) -> list[tuple[int, int]] | None:
+    """Which latents of each SAE this rank holds, where ranks split them."""
+    if not comm.splits_latents:
+        return None
+    found = []
+    for config in configs:
+        if config.architecture == "gated":
+            raise ConfigError(f"{config.name}: gated SAEs cannot be split by latents", hint="use parallel: data")
+        width = config.width(d)
+        if width % comm.world or (config.k or 0) > width // comm.world:
+            raise ConfigError(
+                f"{config.name}: d_sae={width} does not split into {comm.world} ranks of equal width above k",
+                hint="choose d_sae as a multiple of the number of ranks, or parallel: data",
+            )
+        found.append((comm.rank * width // comm.world, (comm.rank + 1) * width // comm.world))
+    return found

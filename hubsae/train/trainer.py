@@ -5,11 +5,9 @@ Read `Run.fit` first: it is the whole story. A step itself is `learn`.
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,21 +17,22 @@ from torch import Tensor
 
 from hubsae import kernels
 from hubsae.activations.activation_set import Batch, PairedActivations
-from hubsae.core.errors import ConfigError, DataError, HubSAEError, TrainingInterrupted
+from hubsae.core.errors import DataError, HubSAEError, TrainingInterrupted
 from hubsae.core.extras import require
 from hubsae.core.files import read_json, write_json_atomic
 from hubsae.core.normalizer import Normalizer
 from hubsae.core.progress import Task, progress
 from hubsae.core.sae import SAE
-from hubsae.core.scopes import excluding
 from hubsae.kernels import linear
-from hubsae.train import checkpoint, data, dead, export, init, preflight, provenance, select, validate
+from hubsae.train import checkpoint, data, dead, init, preflight, select, validate
 from hubsae.train.best import Best
 from hubsae.train.config import TrainConfig
+from hubsae.train.export import Exporter
+from hubsae.train.interrupt import Signals, flushed_denormals
 from hubsae.train.learn import learn
 from hubsae.train.log import Log
-from hubsae.train.parallel import Solo, connect
-from hubsae.train.result import TrainResult, as_metadata
+from hubsae.train.parallel import Solo, connect, shares
+from hubsae.train.result import TrainResult
 from hubsae.train.schedule import learning_rate, sparsity_scale
 from hubsae.train.state import SHARED, Bank, Cell
 
@@ -79,7 +78,7 @@ class Run:
                 preflight.check_folder(out, settings, suffix=self.suffix)
             if self.comm.rank == 0:
                 write_json_atomic(out / "config.json", {**settings, "sha256": checkpoint.digest(settings)})
-        self.bank = Bank(configs, d, d_out=self.d_out, device=self.device, shares=self._shares(configs, d))
+        self.bank = Bank(configs, d, d_out=self.d_out, device=self.device, shares=shares(configs, d, self.comm))
         self.cells = self.bank.cells
         for cell, start in zip(self.cells, starts if starts is not None else [None] * len(configs), strict=True):
             cell.parent = init.resolve(start)
@@ -94,25 +93,11 @@ class Run:
             self._restore(*found)
         else:
             self._start(space)
+        self.exporter = Exporter(
+            self.source, self.tokens, self.space, self.space_out, self.steps_per_epoch, self.d_out is not None
+        )
 
     # ---- starting ---------------------------------------------------------------------------------------
-
-    def _shares(self, configs: Sequence[TrainConfig], d: int) -> list[tuple[int, int]] | None:
-        """Which latents this rank holds, where ranks split them."""
-        if not self.comm.splits_latents:
-            return None
-        world, rank, shares = self.comm.world, self.comm.rank, []
-        for config in configs:
-            if config.architecture == "gated":
-                raise ConfigError(f"{config.name}: gated SAEs cannot be split by latents", hint="use parallel: data")
-            width = config.width(d)
-            if width % world or (config.k or 0) > width // world:
-                raise ConfigError(
-                    f"{config.name}: d_sae={width} does not split into {world} ranks of equal width above k",
-                    hint="choose d_sae as a multiple of the number of ranks, or parallel: data",
-                )
-            shares.append((rank * width // world, (rank + 1) * width // world))
-        return shares
 
     def _start(self, space: Normalizer | None) -> None:
         self.log.fresh()
@@ -336,7 +321,7 @@ class Run:
         return self._validate([cell], val)[cell.config.name]
 
     def _validate(self, cells: list[Cell], val: data.Source) -> dict[str, dict[str, float]]:
-        saes = {cell.config.name: self._exported(cell, self._gathered(cell)).to(self.device) for cell in cells}
+        saes = {cell.config.name: self._standing(cell).to(self.device) for cell in cells}
         selection = self.tokens
         if val is not self.val:  # rows of training, already chosen, without labels
             selection = data.TokenSelection()
@@ -346,7 +331,7 @@ class Run:
 
     def _gathered(self, cell: Cell) -> dict[str, Tensor]:
         """The weights of a cell, over all ranks that hold a share of its latents."""
-        weights = export.current(cell)
+        weights = {"W_enc": cell.W_enc, "W_dec": cell.W_dec, **cell.vectors}
         if not self.comm.splits_latents:
             return weights
         return {n: t if n in SHARED else torch.cat(self.comm.gather(t)) for n, t in weights.items()}
@@ -396,11 +381,11 @@ class Run:
             chosen = cell.best.kept[0] if cell.best.kept and cell.config.select == "best" else None
             result.metrics = {k: v for k, v in cell.measured.items() if k.startswith(("val_", "train_"))}
             if chosen is None:
-                result.sae = self._exported(cell, self._gathered(cell), metrics=result.metrics)
+                result.sae = self._standing(cell, result.metrics)
             else:
                 result.best = {name: chosen[name] for name in ("step", "metric", "value")}
                 result.metrics = chosen["values"]
-                result.sae = self._exported(cell, cell.best.load(chosen), chosen, metrics=result.metrics)
+                result.sae = self.exporter.sae(cell, cell.best.load(chosen), chosen, result.metrics)
             if self.out is not None and self.comm.rank == 0:
                 # of a finished run as well: the files may have been damaged since
                 result.write(self.out / "sae" if len(self.cells) == 1 else self.out / "sae" / cell.config.name)
@@ -415,38 +400,10 @@ class Run:
         self.log.close()
         return results
 
-    def _exported(
-        self,
-        cell: Cell,
-        weights: dict[str, Tensor],
-        chosen: dict[str, Any] | None = None,
-        metrics: dict[str, float] | None = None,
-    ) -> SAE:
-        """A cell as an SAE on raw activations, as it stands or as it was at a `chosen` checkpoint."""
-        now = chosen or {"threshold": cell.threshold, "tokens": cell.tokens, "step": self.step}
-        parent = cell.parent
-        # what the harvest left out is not in the data, and belongs to the record all the same
-        before = getattr(self.source, "info", {}).get("exclude") or ()
-        excluded = [*dict.fromkeys((*before, *self.tokens.exclude))]
-        return export.to_sae(
-            cell,
-            self.space,
-            weights,
-            space_out=self.space_out,
-            transcoder=self.d_out is not None,
-            threshold=now["threshold"],
-            tokens=now["tokens"],
-            steps=now["step"],
-            epochs=now["step"] / self.steps_per_epoch,
-            metrics=as_metadata(metrics or {}, excluding(excluded).name),
-            parent=parent and {"id": parent.metadata.id, "sha256": parent.metadata.provenance.weights_sha256},
-            selection=f"best {chosen['metric']}, step {chosen['step']}" if chosen else "last step",
-            resampled=cell.resampled,
-            split=f"contiguous tail of {cell.config.val_fraction:g}" if cell.config.val_fraction else None,
-            exclude=excluded,
-            massive_above=self.tokens.massive_above,
-            sections=provenance.joined(cell.config.record, self.source),
-        )
+    def _standing(self, cell: Cell, metrics: dict[str, float] | None = None) -> SAE:
+        """A cell as an SAE on raw activations, as it is now."""
+        moment = {"step": self.step, "tokens": cell.tokens, "threshold": cell.threshold}
+        return self.exporter.sae(cell, self._gathered(cell), moment, metrics)
 
 
 def fit_together(runs: Sequence[Run]) -> list[list[TrainResult]]:
@@ -454,7 +411,7 @@ def fit_together(runs: Sequence[Run]) -> list[list[TrainResult]]:
     first = runs[0].first
     if first.kernels != "torch":
         require(first.kernels, extra="fast")
-    with torch.no_grad(), kernels.using(first.kernels), _flushed_denormals(), _Signals() as asked, ExitStack() as stack:
+    with torch.no_grad(), kernels.using(first.kernels), flushed_denormals(), Signals() as asked, ExitStack() as stack:
         for run in runs:
             name = "training" if len(runs) == 1 else f"training {run.first.name}"
             show = False if run.quiet else None
@@ -482,35 +439,3 @@ def _facts(space: Normalizer | None) -> dict[str, Any] | None:
 
 def _normalizer(facts: dict[str, Any] | None) -> Normalizer | None:
     return facts and Normalizer(torch.tensor(facts["mean"]), torch.tensor(facts["std"]), facts["count"])
-
-
-class _Signals:
-    """Ctrl-C, or the SIGTERM of a scheduler: the run ends after the step it is in; a second one ends it at once."""
-
-    number = 0
-
-    def __enter__(self) -> _Signals:
-        self.before: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _ask(self, number: int, frame: Any) -> None:
-        if self.number:
-            raise KeyboardInterrupt
-        self.number = number
-
-    def __exit__(self, *exception: Any) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def _flushed_denormals() -> Iterator[None]:
-    """Denormal moments of silent latents make fused Adam 1.35 times slower on the CPU."""
-    flushed = torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        if flushed:
-            torch.set_flush_denormal(False)
