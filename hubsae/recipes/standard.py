@@ -27,6 +27,7 @@ from hubsae.core.settings import Settings
 from hubsae.formats import Release, native
 from hubsae.hub.sae import HubSAE
 from hubsae.recipes.subject import Subject
+from hubsae.train.parallel import pick_device as pick_device
 
 
 @dataclass(frozen=True)
@@ -147,17 +148,6 @@ def publish(settings: PublishSettings, release: Path, activations: Path | None =
 def tables_in(*folders: Path) -> dict[str, list[dict[str, str]]]:
     """Every CSV in these folders, by name."""
     return {path.stem: read_csv(path) for folder in folders for path in sorted(folder.glob("*.csv"))}
-
-
-def pick_device(name: str = "auto") -> str:
-    """`auto` takes the GPU of this rank where there is one.
-
-    >>> pick_device("cpu")
-    'cpu'
-    """
-    if name != "auto":
-        return name
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
 @contextmanager

@@ -28,10 +28,11 @@ import torch
 
 from hubsae.core.errors import TrainingError
 from hubsae.core.files import read_json, write_json_atomic
-from hubsae.recipes.standard import Shelf, pick_device
+from hubsae.recipes.standard import Shelf
 from hubsae.train import TrainConfig, TrainResult, train_many
 from hubsae.train.data import as_source
 from hubsae.train.estimate import estimate
+from hubsae.train.parallel import pick_device
 
 POLL = 0.2
 """Seconds between two looks at what other ranks have finished."""

@@ -28,6 +28,7 @@ from hubsae.train.api import train, train_live, train_many
 from hubsae.train.config import TrainConfig
 from hubsae.train.estimate import Estimate, estimate
 from hubsae.train.live import LiveActivations, Mixing
+from hubsae.train.parallel import pick_device
 from hubsae.train.result import TrainResult
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -142,11 +143,7 @@ class Job(Settings):
 
     def chosen_device(self) -> torch.device:
         """The device of this rank."""
-        if self.device != "auto":
-            return torch.device(self.device)
-        if torch.cuda.is_available():
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        return torch.device("cpu")
+        return torch.device(pick_device(self.device))
 
     def open(self) -> tuple[Any, Any]:
         """The training and validation data."""

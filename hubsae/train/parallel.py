@@ -170,3 +170,14 @@ def shares(configs: Sequence[TrainConfig], d: int, comm: Solo) -> list[tuple[int
             )
         found.append((comm.rank * width // comm.world, (comm.rank + 1) * width // comm.world))
     return found
+
+
+def pick_device(name: str = "auto") -> str:
+    """`auto` takes the GPU of this rank where there is one.
+
+    >>> pick_device("cpu")
+    'cpu'
+    """
+    if name != "auto":
+        return name
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
