@@ -313,8 +313,8 @@ class Run:
         val = self.val
         if val is None:
             rows = data.sample(self.source, self.first.eval_rows, self.first.data_seed, self.tokens)
-            paired = rows.target is not None
-            val = PairedActivations.from_tensors(rows.x, rows.target) if paired else data.TensorSource(rows.x)
+            paired = rows.target is not None and PairedActivations.from_tensors(rows.x, rows.target)
+            val = paired or data.TensorSource(rows.x)
         cell = self.cells[0]
         if cell.threshold is None:
             self._calibrate()
@@ -438,4 +438,6 @@ def _facts(space: Normalizer | None) -> dict[str, Any] | None:
 
 
 def _normalizer(facts: dict[str, Any] | None) -> Normalizer | None:
-    return facts and Normalizer(torch.tensor(facts["mean"]), torch.tensor(facts["std"]), facts["count"])
+    if facts is None:
+        return None
+    return Normalizer(torch.tensor(facts["mean"]), torch.tensor(facts["std"]), facts["count"])
