@@ -185,7 +185,7 @@ def _by_group(name: str, one: SAEReconstruction) -> list[dict[str, Any]]:
             out.append(
                 {"id": name, "method": method, "kind": cell.kind, "number": cell.number, "seed": cell.seed,
                  "tokens": group, "n_tokens": mse.n_tokens, "fvu": fvu.value, "low": low, "high": high,
-                 "mse": mse.value, "l0": one.value("l0", scope)}
+                 "relative_error": one.value("relative_error", scope), "mse": mse.value, "l0": one.value("l0", scope)}
             )  # fmt: skip
     return out
 

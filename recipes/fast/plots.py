@@ -47,18 +47,20 @@ def _log(axis: Any) -> None:
 
 
 def by_group(path: Path, groups: Sequence[Row], chosen: Sequence[str]) -> Path:
-    """FVU by group of tokens of the SAEs that are compared at about equal L0."""
+    """Relative error by group of tokens, of the SAEs that are compared at about equal L0.
+
+    Not FVU: position 0 of a chat is the same vector in all of them, which has no variance.
+    """
     kinds = list(dict.fromkeys(r["kind"] for r in groups))
     figure, axes = new_figure(len(kinds))
     for ax, kind in zip(axes[0], kinds, strict=True):
         for shift, (method, colour) in enumerate(COLOUR.items()):
             mine = {r["tokens"]: r for r in groups if (r["kind"], r["method"]) == (kind, method) and r["id"] in chosen}
-            places = [(GROUPS.index(name), r) for name, r in mine.items() if r["fvu"]]
-            ax.bar([p + 0.27 * (shift - 1) for p, _ in places], [r["fvu"] for _, r in places], 0.25, color=colour,
-                   label=LABELS[method])  # fmt: skip
+            places = [GROUPS.index(name) + 0.27 * (shift - 1) for name in mine]
+            ax.bar(places, [r["relative_error"] for r in mine.values()], 0.25, color=colour, label=LABELS[method])
         ax.set_yscale("log")
         ax.set_xticks(range(len(GROUPS)), GROUPS, rotation=30, ha="right", fontsize=7)
-        ax.set_title(f"{kind}: FVU at about equal L0")
+        ax.set_title(f"{kind}: ‖x − x̂‖ / ‖x‖ at about equal L0", fontsize=8)
     axes[0][0].legend(fontsize=7)
     return save_figure(figure, path)
 

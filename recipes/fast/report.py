@@ -92,7 +92,7 @@ def write(folder: Path, config: Config, about: dict[str, Any], tables: dict[str,
     report.table(
         "L0 without position 0, errors as log2 and as they are", "cells", tables["cells"], columns=columns, most=60
     )
-    report.table("FVU by group of tokens, of SAEs at about equal L0", "groups", tables["chosen_groups"])
+    report.table("By group of tokens, of SAEs at about equal L0", "groups", tables["chosen_groups"])
     report.table("The model with an SAE in place, of SAEs at about equal L0", "splice", tables["splice"])
     report.heading("Gradients")
     report.text(
