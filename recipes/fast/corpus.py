@@ -136,6 +136,7 @@ def streams(
     """The stream of a method, and its texts from their beginning each time they are asked for."""
     data, tokenizer = config.data, subject.tokenizer()
     options: dict[str, Any] = {"tokenizer": tokenizer, "batch_tokens": config.train.batch_tokens}
+    options["window"] = config.train.window
     if method == "fast":
         stream = open_stream(model, [hook], mode="prompt+response", max_length=data.max_length, **options)
         return stream, lambda: subject.train

@@ -1,9 +1,9 @@
 """Methods compared at equal L0, beside the comparison as it was published: at equal coefficients, at any L0.
 
 Within a method and a seed, log2 of an error is interpolated over log2 of L0 between the SAEs of a sweep of
-coefficients, at levels of L0 that every method and seed reaches. TopK needs no interpolation: its L0 is chosen. Methods
-share seeds (of the weights and of the order of the data), so differences are taken within a seed; their interval is
-over seeds.
+coefficients, at levels of L0 that both methods reach with every seed. TopK needs no interpolation: its L0 is chosen.
+Methods share seeds (of the weights and of the order of the data), so differences are taken within a seed; their
+interval is over seeds.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def compared(rows: Sequence[Row], kind: str, expansion: float, other: str, colum
             for seed in seeds
         }
         return {"levels": numbers, "differences": {seed: float(d) for seed, d in found.items()}}
-    chosen = levels(mine, count)
+    chosen = levels([*of["fast"], *of[other]], count)
     if not chosen:
         return {"levels": [], "differences": {}}
     differences = {}

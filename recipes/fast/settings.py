@@ -94,6 +94,9 @@ class Train(Settings):
     dead_tokens: int = Field(default=128_000, description="A latent silent for this many counts as dead: 1,000 steps.")
     states: int = Field(default=20, ge=1, description="States left over a run, to go on from.")
     batch_tokens: int | None = Field(default=None, description="Tokens per pass of the model, padding included.")
+    window: int = Field(
+        default=1024, ge=1, description="Chats sorted by length together, longest first: few where the budget is small."
+    )
 
     @model_validator(mode="after")
     def _some(self) -> Train:
