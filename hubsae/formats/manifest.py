@@ -140,6 +140,7 @@ class Manifest(_Part):
     license: str | None = None
     datasets: list[str] = Field(default_factory=list, description="Hub ids of the datasets that were used.")
     description: str | None = None
+    limitations: list[str] | None = Field(default=None, description="What its card says of its limits.")
     card: str | None = Field(default=None, description="Template of its card; by default what it holds decides.")
     saes: list[SAEEntry]
     files: list[FileEntry] = Field(default_factory=list, description="Files that belong to no single SAE.")

@@ -328,7 +328,7 @@ def card_of(
         results=_results(find, paths),
         plots=[p for p in paths if p.startswith("plots/") and p.endswith((".png", ".svg"))],
         citation=options.citation or extra.get("citation"),
-        limitations=options.limitations or extra.get("limitations") or (),
+        limitations=options.limitations or manifest.limitations or (),
     )
     card.examples = example_features(find, {f.path: f.size for f in manifest.files}, card.example.id)
     return card

@@ -23,6 +23,7 @@ from hubsae.activations import ActivationDataset
 from hubsae.core.files import read_csv, write_text_atomic
 from hubsae.core.metadata import Metric
 from hubsae.core.quiet import quiet
+from hubsae.core.sae import SAE
 from hubsae.core.settings import Settings
 from hubsae.formats import Release, native
 from hubsae.hub.sae import HubSAE
@@ -84,7 +85,7 @@ class PublishSettings(Settings):
 
 def package(
     folder: Path,
-    saes: Mapping[str, Callable[[], HubSAE]],
+    saes: Mapping[str, Callable[[], SAE]],
     *,
     name: str,
     base_model: str,
@@ -95,14 +96,16 @@ def package(
     sparsity: Mapping[str, Tensor] | None = None,
     tables: Mapping[str, Sequence[dict[str, Any]]] | None = None,
     plots: Sequence[Path] = (),
+    also: Sequence[str] = (),
     card: str | None = None,
     subject: Subject | None = None,
     progress: Callable[..., None] | None = None,
 ) -> Release:
     """A release in `folder`, verified, with its card; SAEs are given as functions that load them.
 
-    `card` names its template; the release remembers it, so that a push renders the same. With a `subject` the SAEs of
-    no stage carry what its model has at their hook points, to check a model with.
+    `also` names further formats to write beside each SAE. `card` names its template; the release remembers it, so that
+    a push renders the same. With a `subject` the SAEs of no stage carry what its model has at their hook points, to
+    check a model with.
     """
     from hubsae.hub.card import card_of_release, render_card
 
@@ -118,7 +121,7 @@ def package(
             sae.metadata.set_metrics(list(metrics[sae_id]))
         if sparsity is not None:
             sae.sparsity = sparsity[sae_id]
-        made.add(sae, sae_id)
+        made.add(sae, sae_id, also=also)
     if subject is not None:
         made.add_fingerprints(subject.load(), subject.tokenizer())
     for title, rows in (tables or {}).items():

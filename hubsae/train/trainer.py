@@ -321,7 +321,7 @@ class Run:
         return self._validate([cell], val)[cell.config.name]
 
     def _validate(self, cells: list[Cell], val: data.Source) -> dict[str, dict[str, float]]:
-        saes = {cell.config.name: self._standing(cell).to(self.device) for cell in cells}
+        saes = {cell.config.name: self.standing(cell).to(self.device) for cell in cells}
         selection = self.tokens
         if val is not self.val:  # rows of training, already chosen, without labels
             selection = data.TokenSelection()
@@ -381,7 +381,7 @@ class Run:
             chosen = cell.best.kept[0] if cell.best.kept and cell.config.select == "best" else None
             result.metrics = {k: v for k, v in cell.measured.items() if k.startswith(("val_", "train_"))}
             if chosen is None:
-                result.sae = self._standing(cell, result.metrics)
+                result.sae = self.standing(cell, result.metrics)
             else:
                 result.best = {name: chosen[name] for name in ("step", "metric", "value")}
                 result.metrics = chosen["values"]
@@ -400,7 +400,7 @@ class Run:
         self.log.close()
         return results
 
-    def _standing(self, cell: Cell, metrics: dict[str, float] | None = None) -> SAE:
+    def standing(self, cell: Cell, metrics: dict[str, float] | None = None) -> SAE:
         """A cell as an SAE on raw activations, as it is now."""
         moment = {"step": self.step, "tokens": cell.tokens, "threshold": cell.threshold}
         return self.exporter.sae(cell, self._gathered(cell), moment, metrics)
