@@ -132,7 +132,7 @@ def test_two_runs_with_one_seed_are_equal_and_with_another_differ(whole):
 
 CHILD = """
     import sys, torch
-    sys.path.insert(0, {tests!r})
+    sys.path[:0] = {tests!r}
     torch.set_num_threads(1)
     from test_resume import CONFIG, tokens
     from hubsae.train import train
@@ -142,7 +142,7 @@ CHILD = """
 
 
 def child(out: Path) -> subprocess.Popen:
-    code = textwrap.dedent(CHILD).format(tests=str(Path(__file__).parent), out=str(out))
+    code = textwrap.dedent(CHILD).format(tests=[str(folder) for folder in Path(__file__).parents[:2]], out=str(out))
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
