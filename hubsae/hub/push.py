@@ -9,12 +9,13 @@ publish   one commit (see `upload`), then the tag
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hubsae.core.errors import HubSAEError, named_options
+from hubsae.core.progress import progress
 from hubsae.core.sae import SAE
 from hubsae.formats.manifest import Manifest
 from hubsae.formats.spec import PackageSpec
@@ -130,10 +131,10 @@ def push(
         mixed_widths=mixed_widths,
     )  # fmt: skip
     card = CardOptions(card_template, card_kind, force_card, title, citation, limitations)
-    with staged(client, source, target.repo_id, asked, Extras(id, also, keep_source, activations)) as staging:
+    with staged(client, source, target.repo_id, asked, Extras(id, also, keep_source, activations, bar)) as staging:
         files = files_of(staging.release, hashes=not staging.fresh)
         merge = Merge(client, target.repo_id, staging.release, files, card, prune, delete, overwrite_config)
-        rows = list(_verified(client, staging, activations, check_saelens))
+        rows = _verified(client, staging, activations, check_saelens, bar)
         plan = _planned(client, target, staging, merge, rows)
         if not allow_secrets:
             refuse_secrets(plan.diff.sent)
@@ -155,34 +156,36 @@ def push(
 # -- verify and plan ---------------------------------------------------------------------------------------------
 
 
-def _verified(client: HubClient, staging: Staging, activations: Any, check_saelens: bool) -> Iterator[PlanRow]:
+def _verified(
+    client: HubClient, staging: Staging, activations: Any, check_saelens: bool, bar: bool | None
+) -> list[PlanRow]:
     release = staging.release
     given = Activations(activations) if activations is not None else None
     only = one_place(release.manifest)
-    total = len(release)
-    step = max(1, total // 10)
-    if check_saelens and have_saelens() and total:
+    if check_saelens and have_saelens() and len(release):
         client.say("checking that stock SAELens computes the same (importing it takes a while)")
-    for number, entry in enumerate(release):
-        if total > 10 and number % step == 0:
-            client.say(f"checking {number + 1} of {total}: {entry.id}")
-        source = staging.sources.get(entry.id)
-        found = verify(
-            entry.id,
-            release.folder(entry.id),
-            source() if source is not None else None,
-            activations=given.of(entry.layer, entry.stage, only_place=only) if given is not None else None,
-            with_saelens=check_saelens,
-        )
-        if entry.id in staging.calibrations:
-            found.notes.append(str(staging.calibrations[entry.id]))
-        record = release.metadata(entry.id)
-        read_as = staging.read_as.get(entry.id) or record.provenance.source_format or "hubsae"
-        widths = [n for n in (entry.d_in, entry.d_sae, record.config.d_out) if n is not None]
-        yield PlanRow(
-            entry.id, read_as, record.config.selection, " x ".join(map(str, widths)), sum(f.size for f in entry.files),
-            found, record.own_scope, {metric.name: metric.value for metric in record.own_metrics},
-        )  # fmt: skip
+    rows = []
+    with progress("checking", len(release), "SAEs", show=bar) as task:
+        for entry in release:
+            source = staging.sources.get(entry.id)
+            found = verify(
+                entry.id,
+                release.folder(entry.id),
+                source() if source is not None else None,
+                activations=given.of(entry.layer, entry.stage, only_place=only) if given is not None else None,
+                with_saelens=check_saelens,
+            )
+            if entry.id in staging.calibrations:
+                found.notes.append(str(staging.calibrations[entry.id]))
+            record = release.metadata(entry.id)
+            read_as = staging.read_as.get(entry.id) or record.provenance.source_format or "hubsae"
+            widths = [n for n in (entry.d_in, entry.d_sae, record.config.d_out) if n is not None]
+            size = sum(file.size for file in entry.files)
+            metrics = {metric.name: metric.value for metric in record.own_metrics}
+            shape, scope = " x ".join(map(str, widths)), record.own_scope
+            rows.append(PlanRow(entry.id, read_as, record.config.selection, shape, size, found, scope, metrics))
+            task.advance()
+    return rows
 
 
 def _planned(client: HubClient, target: Target, staging: Staging, merge: Merge, rows: list[PlanRow]) -> PushPlan:

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from hubsae.core.errors import ConfigError, HubSAEError
 from hubsae.core.files import read_json
+from hubsae.core.progress import progress
 from hubsae.core.sae import SAE
 from hubsae.formats.detection import may_hold_weights
 from hubsae.formats.manifest import MANIFEST_NAME, Manifest
@@ -47,6 +48,7 @@ class Extras:
     also: Iterable[str] = ()
     keep_source: bool = False
     activations: Any = None
+    bar: bool | None = None
 
 
 @dataclass
@@ -89,11 +91,11 @@ def staged(
         elif on_the_hub(source):
             pile = fetch_pile(client, str(source))
             asked = PackageSpec(name=name.rpartition("/")[2]).updated(asked)
-            staging = _packaged(client, plan_package(pile, asked, prefix=False), extras, folder)
+            staging = _packaged(plan_package(pile, asked, prefix=False), extras, folder)
         elif (found := _release_of(Path(source).expanduser())) is not None:
             staging = _adjusted(found, asked, extras, folder)
         else:
-            staging = _packaged(client, plan_package(Path(source).expanduser(), asked), extras, folder)
+            staging = _packaged(plan_package(Path(source).expanduser(), asked), extras, folder)
         calibrate_all(staging, extras)
         yield staging
 
@@ -128,16 +130,15 @@ def _release_of(source: Path) -> Path | None:
     return None
 
 
-def _packaged(client: HubClient, todo: PackagePlan, extras: Extras, folder: Path) -> Staging:
-    step = max(1, len(todo.saes) // 10)
-
-    def report(item: Any, number: int, total: int) -> None:
-        if total > 8 and number % step == 0 and number < total:
-            client.say(f"packaging {number + 1} of {total}: {item.id}")
-
-    with warnings.catch_warnings(record=True) as caught:
+def _packaged(todo: PackagePlan, extras: Extras, folder: Path) -> Staging:
+    with (
+        warnings.catch_warnings(record=True) as caught,
+        progress("packaging", len(todo.saes), "SAEs", show=extras.bar) as task,
+    ):
         warnings.simplefilter("always")
-        release = package(todo, folder / "release", also=extras.also, progress=report)
+        release = package(
+            todo, folder / "release", also=extras.also, progress=lambda _, number, __: task.update(number)
+        )
     staging = Staging(
         release,
         True,

@@ -7,6 +7,7 @@ from typing import Any
 
 from hubsae.core.errors import ConfigError, HookError
 from hubsae.core.hooks import HookPoint
+from hubsae.core.settings import merge
 
 # section and field of metadata.json -> what a harvest calls it
 KNOWN = {
@@ -67,13 +68,7 @@ def joined(record: dict[str, Any], source: Any) -> dict[str, Any]:
             f"record.base_model says {model}, the activations are of {theirs}",
             hint="leave record.base_model out (base_model: null): it is read from the activations",
         )
-    out: dict[str, Any] = dict(found)
-    for section, values in record.items():
-        if isinstance(values, dict) and isinstance(out.get(section), dict):
-            out[section] = {**out[section], **values}
-        elif values is not None:
-            out[section] = values
-    return out
+    return merge(found, {section: values for section, values in record.items() if values is not None})
 
 
 def _point(hook: dict[str, Any]) -> HookPoint | None:
