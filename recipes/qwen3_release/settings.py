@@ -100,6 +100,7 @@ class Config(Settings):
 
     seed: int = 0
     threads: int | None = Field(default=None, description="Threads of torch; default: as they are.")
+    matmul: Literal["auto", "torch"] = Field(default="auto", description="torch: the same bits in every process.")
     model: ModelSettings
     data: ReleaseData
     live: LiveSettings = LiveSettings()

@@ -29,6 +29,7 @@ from hubsae.index.features import FeatureIndex
 from hubsae.localhub.settings import Token
 from hubsae.recipes.registry import find_recipe, prepare
 from hubsae.recipes.standard import Activations
+from hubsae.recipes.tour import STOCK_SAELENS
 
 QUICK = [
     "model.size=quick", "data.max_tokens=8000", "sae.tokens=16384", "sae.save_every=10", "sae.batch_size=256",
@@ -223,6 +224,29 @@ def test_the_table_of_dead_features_has_every_variant_over_both_seeds(run):
     assert float(rows["plain"]["gamma"]) == pytest.approx(gamma) and float(rows["centred"]["gamma"]) == 0
 
 
+def harvested(run: Path, folder: Path) -> Path:
+    """A run folder that begins where the harvest of another has ended."""
+    (folder / ".steps").mkdir(parents=True)
+    for step in ("subject", "activations"):
+        shutil.copytree(run / step, folder / step)
+        shutil.copy(run / ".steps" / f"{step}.json", folder / ".steps")
+    return folder
+
+
+def test_live_training_reads_conversations_behind_those_of_the_harvest(run, tmp_path):
+    overrides = [*QUICK, "live.on=true", "live.buffer_rows=2000", "sae.tokens=5120"]
+    prepared = prepare("qwen3_release", overrides=overrides, out=harvested(run, tmp_path / "live"))
+    outcomes = {one.name: one for one in prepared.run.execute(prepared.steps[:4])}
+    assert [one.ran for one in outcomes.values()] == [False, False, True, True]
+    assert outcomes["train"].result["steps"] == 20
+    record = Release.open(tmp_path / "live/checkpoints/step-000020").metadata("layer2")
+    assert record.own_scope == "not position_0" and record.activations.text_dataset == "quick-chats"
+    # its normaliser is that of the harvest all the same
+    stats = Activations(run / "activations").open(2, "train").stats
+    made = HubSAE.from_pretrained(tmp_path / "live/checkpoints/step-000020/layer2")
+    assert torch.allclose(made.normalizer.mean.double(), stats.mean_without_first, rtol=1e-6)
+
+
 # ---- halted and killed -------------------------------------------------------------------------------------------
 
 SCRIPT = """
@@ -255,12 +279,7 @@ LONG = [*QUICK, "sae.tokens=2560000"]
 
 
 def test_a_halted_run_is_rescued_published_and_goes_on_afterwards(run, tmp_path):
-    folder = tmp_path / "halted"
-    shutil.copytree(
-        run, folder, ignore=shutil.ignore_patterns("train", "checkpoints*", "measure*", "index*", "release*")
-    )
-    for name in ("train", "checkpoints", "measure", "index", "steering", "release", "report", "dead"):
-        (folder / ".steps" / f"{name}.json").unlink(missing_ok=True)
+    folder = harvested(run, tmp_path / "halted")
     halt(folder, LONG, 30, signal.SIGKILL)
     state = max(int(p.name[5:]) for p in (folder / "train/state").glob("step_*"))
     begun = (folder / ".steps/train.begun").read_text()
@@ -308,6 +327,34 @@ def test_a_run_killed_in_any_step_ends_as_if_nothing_had_happened(run, step, tmp
     prepare("qwen3_release", overrides=QUICK, out=folder).execute()
     for name in ("layer2/sae_weights.safetensors", "results/dead_features.csv", "results/steering.csv"):
         assert (folder / "release" / name).read_bytes() == (run / "release" / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_hubsae_stock_saelens_onnxruntime_and_raw_tensors_give_the_same_codes_of_a_release_on_a_hub(run, tmp_path):
+    pytest.importorskip("sae_lens")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    x, labels = Activations(run / "activations").open(2, "validation").rows(0, 300, columns=["position"])
+    x = x.float()[torch.from_numpy(labels["position"] > 0)]
+    torch.save(x, tmp_path / "x.pt")
+    with localhub.running(root=tmp_path / "hub", tokens=[Token.parse("me=hf_me")]) as hub:
+        where: Any = {"endpoint": hub.url, "token": "hf_me"}
+        push(run / "release", "me/release", bar=False, **where)
+        sae = HubSAE.from_pretrained("me/release", cache_dir=tmp_path / "cache", **where)
+        folder = Path(HfApi(**where).snapshot_download("me/release", cache_dir=tmp_path / "plain"))
+        env = {**os.environ, **hub.env(home=tmp_path / "home"), "HF_TOKEN": "hf_me"}
+        arguments = ["me/release", "layer2", str(tmp_path / "x.pt"), str(tmp_path / "theirs.pt")]
+        subprocess.run([sys.executable, "-c", STOCK_SAELENS, *arguments], env=env, check=True)
+    mine, theirs = sae.encode(x), torch.load(tmp_path / "theirs.pt", weights_only=True)
+    assert not theirs["hubsae"]
+    session = onnxruntime.InferenceSession(str(folder / "layer2/model.onnx"), providers=["CPUExecutionProvider"])
+    (by_onnx,) = session.run(["latents"], {"x": x.numpy()})
+    shapes = {n: e["shape"] for n, e in read_json(folder / "layer2/raw/tensors.json")["tensors"].items()}
+    raw = {n: torch.from_numpy(np.fromfile(folder / "layer2/raw" / n, "<f4").reshape(s)) for n, s in shapes.items()}
+    top = ((x - raw["b_dec"]) @ raw["W_enc"] + raw["b_enc"]).topk(sae.config.k or 0)
+    by_hand = torch.zeros_like(mine).scatter_(1, top.indices, top.values.relu())
+    for codes in (theirs["z"], torch.from_numpy(by_onnx), by_hand):
+        assert torch.equal(codes != 0, mine != 0)
+        assert float((codes - mine).norm() / mine.norm()) < 1e-6
 
 
 # ---- the seed's own repo -----------------------------------------------------------------------------------------
