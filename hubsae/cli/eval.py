@@ -159,9 +159,10 @@ def _by_group(
 
             try:
                 tokenizer = load_tokenizer(name)
-            except HubSAEError:
+            except HubSAEError as error:
                 if model:
                     raise
+                say(f"no tokenizer to tell special and template tokens by: {error.message}")
         rows += error_by_group(group, data, tokenizer, force=force, show=None)
     if as_json:
         print_json(rows)

@@ -138,10 +138,9 @@ def index_texts(
                 names.append(name)
                 missing = work.missing(name)
                 if missing:
-                    tables = {label: work.table(label) for label in missing}
+                    tables = {label: work.table(label, start) for label in missing}
                     stream = _stream(model, hook, encoded, first)
-                    offset = _Offset(list(tables.values()), start)
-                    run_pass(stream, {n: group[n] for n in missing}, [offset], ranks=Ranks())
+                    run_pass(stream, {n: group[n] for n in missing}, list(tables.values()), ranks=Ranks())
                     work.keep(name, tables)
                 start += sum(t.ids.numel() for t in encoded)
                 task.advance(len(some))
@@ -200,12 +199,13 @@ class _Work:
             for label, sae in saes.items()
         }  # fmt: skip
 
-    def table(self, label: str) -> FeatureTable:
+    def table(self, label: str, offset: int = 0) -> FeatureTable:
         sae, s = self.saes[label], self.settings
         scope = parse(sae.metadata.own_scope if s.scope is None else s.scope, sae.metadata.training.massive_above)
         return FeatureTable(
-            label, sae.d_sae, top=s.top, random=s.random, window=s.window, scope=scope, identity=self.identity[label]
-        )
+            label, sae.d_sae, top=s.top, random=s.random, window=s.window, scope=scope, identity=self.identity[label],
+            offset=offset,
+        )  # fmt: skip
 
     def folder(self, label: str) -> Path:
         return self.out / index_name(label)
@@ -238,34 +238,11 @@ class _Work:
                     whole.result(), root, tokenizer=self.tokenizer, sae=sae, model=model, settings=self.settings
                 )
                 shutil.rmtree(root / PARTS, ignore_errors=True)
+                for stale in root.glob(".*.tmp"):  # a kill leaves the file that was being written
+                    stale.unlink(missing_ok=True)
                 written.append(root)
                 task.advance()
         return written
-
-
-class _Offset:
-    """Hands a stream's blocks to tables as rows from `start` on."""
-
-    def __init__(self, tables: list[FeatureTable], start: int):
-        self.tables, self.start = tables, start
-        self.columns = tuple(dict.fromkeys(c for table in tables for c in table.columns))
-
-    def add(self, block: Any) -> None:
-        block.start += self.start
-        for table in self.tables:
-            table.add(block)
-
-    def merge(self, other: Any) -> None:
-        raise NotImplementedError
-
-    def save(self, path: Any) -> Path:
-        raise NotImplementedError
-
-    def load(self, path: Any) -> None:
-        raise NotImplementedError
-
-    def result(self) -> None:
-        """Nothing of its own."""
 
 
 def _stream(model: nn.Module, hook: HookPoint, texts: list[Tokens], first: int) -> Stream:

@@ -55,13 +55,17 @@ class FeatureTable:
         scope: Scope = ALL,
         identity: Mapping[str, Any] | None = None,
         rows: int = ROWS,
+        offset: int = 0,
     ):
-        """`identity` says what is indexed (hash of the SAE, tokenizer); states of another one are not merged."""
+        """`identity` says what is indexed (hash of the SAE, tokenizer); states of another one are not merged.
+
+        `offset` is the global id of the first row of the pass.
+        """
         if top < 1 or window < 0 or random < 0:
             raise DataError(f"top {top}, random {random}, window {window}: at least 1, 0 and 0 are needed")
         self.name, self.d_sae, self.top, self.random, self.window = name, d_sae, top, random, window
         self.scope, self.identity = scope, dict(identity or {})
-        self.rows = max(1, rows)
+        self.rows, self.offset = max(1, rows), offset
         self.columns = tuple(dict.fromkeys([*FeatureTable.columns, *scope.columns]))
         self.context = window
         self.n_tokens, self.n_rows = 0, 0
@@ -112,7 +116,8 @@ class FeatureTable:
     def add(self, block: PassBlock) -> None:
         """Take in a block; blocks come in the order of the rows."""
         codes = block.codes[self.name]
-        self.add_codes(codes.indices, codes.values, block.labels, block.start, halo=block.halo, scope=self.scope)
+        start = self.offset + block.start
+        self.add_codes(codes.indices, codes.values, block.labels, start, halo=block.halo, scope=self.scope)
 
     def add_codes(
         self,

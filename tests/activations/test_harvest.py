@@ -283,7 +283,7 @@ def test_a_model_folder_with_an_adapter_is_merged_in_float32(tmp_path, tokenizer
     assert torch.equal(base.model.layers[0].mlp.up_proj.weight, make_qwen().model.layers[0].mlp.up_proj.weight)
 
 
-def test_a_typo_in_the_model_is_said_to_be_one_with_the_endpoint_that_was_asked(tmp_path):
+def test_a_typo_in_the_model_and_a_hub_that_does_not_answer_are_said_to_be_what_they_are(tmp_path):
     from hubsae.localhub import running
 
     (tmp_path / "model").mkdir()
@@ -299,5 +299,9 @@ def test_a_typo_in_the_model_is_said_to_be_one_with_the_endpoint_that_was_asked(
         command = [sys.executable, "-c", code, "local/no-such-model", str(tmp_path / "modle")]
         said = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
         assert said.count(f"there is no model local/no-such-model: no such folder here, no such repo at {hub.url}") == 2
+    # a Hub that does not answer is not asked again and again for every file
+    gone = subprocess.run([*command[:3], "local/no-such-model"], env=env, capture_output=True, text=True, check=True)
+    assert gone.stdout.count("local/no-such-model cannot be loaded: We couldn't connect") == 2
+    assert "Retry" not in gone.stderr
     assert said.count(f"did you mean {tmp_path / 'model'}?") == 2
     assert "tokenizer=" not in said and "huggingface.co" not in said

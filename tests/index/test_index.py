@@ -1,10 +1,8 @@
 """Indexes of tiny models: the files say what the codes are, a killed run goes on, the terminal shows it."""
 
 import json
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -127,29 +125,42 @@ def test_the_same_rows_are_the_same_bytes_in_one_part_or_many(sae, data, tmp_pat
 
 
 KILLED = """
-import sys
+import os, random, shutil, signal, sys, time, torch
 import hubsae.index.build as build
 from hubsae.activations import ActivationDataset
 from hubsae.hub.sae import HubSAE
+torch.set_num_threads(1)
 build.PART_BLOCKS = 1
 sae = HubSAE.from_pretrained(sys.argv[2])
 data = ActivationDataset.open(sys.argv[1], "layers.1")
-print("ready", flush=True)
-build.index_activations({"a": sae}, data, sys.argv[3])
+def work():
+    build.index_activations({"a": sae}, data, sys.argv[3], show=False)
+    os._exit(0)
+begin = time.monotonic()
+os.waitpid(os.fork() or work(), 0)
+whole = time.monotonic() - begin
+shutil.rmtree(sys.argv[3])
+drawn, killed = random.Random(0), 0
+while killed < int(sys.argv[4]):  # each run goes on where the last one was killed
+    child = os.fork() or work()
+    time.sleep(drawn.uniform(0, whole))
+    os.kill(child, signal.SIGKILL)
+    if os.waitpid(child, 0)[1] == signal.SIGKILL:
+        killed += 1
+    else:  # it was done before
+        shutil.rmtree(sys.argv[3])
+print("killed", killed, flush=True)
+work()
 """
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(sae, data, tmp_path):
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_killed_run_goes_on_to_the_same_bytes(kills, sae, data, tmp_path):
     sae.save_pretrained(tmp_path / "sae")
     (whole,) = index_activations({"a": sae}, data, tmp_path / "whole")
-    command = [sys.executable, "-c", KILLED, str(data.path), str(tmp_path / "sae"), str(tmp_path / "out")]
-    for wait in (0.02, 0.15):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE)
-        process.stdout.readline()
-        time.sleep(wait)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
+    command = [sys.executable, "-c", KILLED, str(data.path), str(tmp_path / "sae"), str(tmp_path / "out"), str(kills)]
+    assert subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout == f"killed {kills}\n"
+    assert {p.name for p in whole.iterdir()} == {p.name for p in (tmp_path / "out" / "a").iterdir()}
     for file in whole.iterdir():
         assert file.read_bytes() == (tmp_path / "out" / "a" / file.name).read_bytes(), file.name
 
@@ -197,6 +208,27 @@ def test_logits_are_the_decoder_row_through_norm_and_unembedding(world, sae):
             logits = model.lm_head(model.model.norm(sae.W_dec[f] * 100))
         assert lens.top_ids[f].tolist() == logits.topk(5).indices.tolist()
         assert lens.bottom[f] == pytest.approx(logits.topk(5, largest=False).values.numpy(), rel=1e-4)
+
+
+def test_a_transcoder_is_indexed_by_its_inputs_and_speaks_by_what_it_writes(world, data, tmp_path):
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    _, tokenizer = world
+    wide = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), hidden_size=48, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, intermediate_size=32)).eval()  # fmt: skip
+    made = HubSAE.random(SAEConfig(architecture="topk", d_in=D, d_out=48, d_sae=D_SAE, k=4, apply_b_dec_to_input=False))
+    (folder,) = index_activations({"a": made}, data, tmp_path, Settings(top=2, logits=3), model=wide, force=True)
+    index = FeatureIndex.open(folder)
+    dense = made.encode(data.read_all(dtype=torch.float32))
+    f = int(dense.ne(0).sum(0).argmax())
+    assert index[f].count == int(dense[:, f].ne(0).sum()) and index[f].examples[0].value == dense[:, f].max()
+    with torch.no_grad():
+        logits = wide.lm_head(wide.model.norm(made.W_dec[f] * 100))
+    lens = [row for row in read(folder / "feature_logits.parquet") if row["feature"] == f]
+    assert [row["token_id"] for row in lens if row["side"] == "top"] == logits.topk(3).indices.tolist()
+    unit = torch.nn.functional.normalize(made.W_dec, dim=1)
+    others = (unit @ unit[f]).scatter(0, torch.tensor([f]), -2).topk(3).indices.tolist()
+    assert [other for other, _ in index[f].neighbours[:3]] == others
 
 
 def test_neighbours_are_those_of_a_direct_computation(sae):

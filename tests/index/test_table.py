@@ -140,6 +140,23 @@ def test_any_partition_and_order_of_parts_gives_the_same_bytes(seed, stream, tmp
     assert parts[0].save(tmp_path / "merged").read_bytes() == whole
 
 
+@pytest.mark.slow
+def test_two_hundred_shards_merged_as_random_trees_give_the_same_bytes(stream, tmp_path):
+    whole = table_of(stream).save(tmp_path / "whole").read_bytes()
+    for seed in range(5):
+        rng = random.Random(seed)
+        cuts = [0, *sorted(rng.sample(range(1, ROWS), 199)), ROWS]
+        tables = [FeatureTable("a", F, top=3, random=2, window=4) for _ in cuts[1:]]
+        spans = zip(tables, itertools.pairwise(cuts), strict=True)
+        parts = [blocks_with_halo(stream, table, *span).save(tmp_path / f"{span[0]}") for table, span in spans]
+        rng.shuffle(parts)
+        merged = [FeatureTable.open(path) for path in parts]
+        while len(merged) > 1:
+            one = merged.pop(rng.randrange(len(merged)))
+            merged[rng.randrange(len(merged))].merge(one)
+        assert merged[0].save(tmp_path / "merged").read_bytes() == whole
+
+
 def test_blocks_in_another_order_give_the_same_records(stream, tmp_path):
     whole = table_of(stream, window=0).save(tmp_path / "whole").read_bytes()
     table = FeatureTable("a", F, top=3, random=2, window=0)
