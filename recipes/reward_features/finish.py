@@ -1,0 +1,96 @@
+"""What follows the measurements: PPO against a probe, the index with scores in its labels, the release with probes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hubsae.core.files import read_csv, write_text_atomic
+from hubsae.evals.probes import Probe
+from hubsae.formats import Release
+from hubsae.hub.card import card_of_release, render_card
+from hubsae.hub.sae import HubSAE
+from hubsae.index import labels, page
+from hubsae.index.build import Settings, index_activations
+from hubsae.index.features import FeatureIndex
+from hubsae.index.files import FOLDER, mark
+from hubsae.recipes.standard import package
+from hubsae.recipes.subject import Subject
+from hubsae.rl.ppo import PPO
+from hubsae.rl.problems import PromptStyle, make_prompts
+from hubsae.rl.steps import StepReward
+
+from .settings import Config
+
+
+def against(
+    reward: StepReward, subject: Subject, config: Config, folder: Path, device: Any, progress: Any
+) -> dict[str, Any]:
+    """PPO of the base model; its reward in the first and last fifth of the steps, its accuracy before and after."""
+    rl = config.rl
+    assert rl is not None
+    tokenizer, style = subject.tokenizer(), PromptStyle(config.data.system)
+    train, test = (make_prompts(tokenizer, questions, style, max_prompt=rl.max_prompt)
+                   for questions in (subject.problems(), subject.problems("test")[: rl.test_problems]))  # fmt: skip
+    PPO(
+        rl, folder, model=subject.model, revision=subject.revision, tokenizer=tokenizer, train=train, test=test,
+        seed=config.seed, device=device, name=subject.label, reward=reward.responses,
+    ).run(progress)  # fmt: skip
+    earned = [float(row["reward"]) for row in read_csv(folder / "metrics.csv")]
+    right = [float(row["flexible"]) for row in read_csv(folder / "accuracy.csv")]
+    fifth = max(1, len(earned) // 5)
+    return {"first": float(np.mean(earned[:fifth])), "last": float(np.mean(earned[-fifth:])),
+            "accuracy": [right[0], right[-1]]}  # fmt: skip
+
+
+def index(
+    folder: Path, layer: int, sae: HubSAE, rows: Any, carriers: Sequence[Mapping[str, str]], tokenizer: Any, top: int
+) -> str:
+    """The reverse index of one SAE; each feature that carries the score has that in its label. The folder's name."""
+    sae.metadata.id = f"reward/layer{layer}"
+    saes = {sae.metadata.id: sae}
+    (made,) = index_activations(saes, rows, folder, Settings(top=top), tokenizer=tokenizer, show=False)
+    found = []
+    for row in carriers:
+        effect, where = float(row["effect"]), row["score_where_it_fires"]
+        text = f"{'raises' if effect > 0 else 'lowers'} the reward by {abs(effect):.3g}"
+        text += f"; without it R² loses {float(row['drop']):.2g}"
+        text += f"; the score is {float(where):.2f} where it fires" if where else ""
+        found.append(labels.Label(int(row["feature"]), text, "hubsae", "ridge probe", effect))
+    labels.write(made, found)
+    return made.name
+
+
+def contexts(folder: Path, names: Mapping[str, str], probes: Path) -> dict[tuple[int, int], str]:
+    """Where the carriers fire, by layer and feature."""
+    carriers, found = read_csv(probes / "carriers.csv"), {}
+    for layer, name in names.items():
+        opened = FeatureIndex.open(folder / name)
+        for row in (r for r in carriers if r["layer"] == layer):
+            prompts = opened[int(row["feature"])].prompts[:2]
+            found[int(layer), int(row["feature"])] = " | ".join(mark(e.tokens, e.center) for e in prompts)
+    return found
+
+
+def release(
+    folder: Path, name: str, saes: Mapping[tuple[str, int], tuple[HubSAE, Probe]], tables: Mapping[str, Any],
+    models: Mapping[str, str], indexes: Path,
+) -> dict[str, Any]:  # fmt: skip
+    """SAEs by model and layer, a probe beside each, the tables, the pages, the card over all of it."""
+    ids = {(of, layer): f"{of}/layer{layer}" for of, layer in saes}
+    package(folder, {ids[where]: (lambda s=sae: s) for where, (sae, _) in saes.items()}, name=name,
+            base_model=models["reward"], tables=tables, card="release")  # fmt: skip
+    made = Release.open(folder)
+    for (of, layer), (_, probe) in saes.items():
+        about = {"sae": ids[of, layer], "model": models[of], "score_of": models["reward"], "layer": layer}
+        Probe(probe.weights, probe.bias, probe.record | about).save(made.folder(ids[of, layer]))
+    shutil.copytree(indexes, folder / FOLDER, dirs_exist_ok=True)
+    page.build(folder, title=name)
+    made.refresh().verify()
+    # the card shows features once there are some to show
+    write_text_atomic(folder / "README.md", render_card(card_of_release(folder, f"you/{name}")).text)
+    return {"ids": made.ids}

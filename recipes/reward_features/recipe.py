@@ -1,0 +1,302 @@
+"""Reward features: which SAE features carry a process reward, how early, and whether the base model has them too.
+
+subject      base model and problems, fixed
+prm          a process reward model: given, or made here from solutions with errors made by rule
+scores       solutions to problems it never saw, each step with its score
+harvest/M    activations of reward model, base model and a model with random weights, on the same steps
+saes/M       one SAE per layer
+probes/M     the score from SAE, raw activations, a random dictionary, shuffled scores, baselines: the table
+truncation   the probe at layer L as the reward, without the layers above it
+base         reward features matched in the base model, and one of them steered under the reward
+rl           PPO against the probe (where the profile asks for it): its accuracy beside its reward
+release      SAEs with probes, index and pages; report: the slides' takeaways judged
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from typing import Any
+
+import numpy as np
+import torch
+
+from hubsae.activations import harvest
+from hubsae.activations.models import load_tokenizer
+from hubsae.core.extras import require
+from hubsae.core.files import read_csv, write_csv_atomic
+from hubsae.core.quiet import quiet
+from hubsae.evals import reconstruction
+from hubsae.evals.probes import Probe
+from hubsae.hub.sae import HubSAE
+from hubsae.recipes.standard import Activations, Shelf, pick_device
+from hubsae.recipes.steps import Step, StepContext
+from hubsae.recipes.subject import Subject, fetch_subject, open_subject
+from hubsae.rl.problems import PromptStyle
+from hubsae.rl.reward_models import RewardModel, load_reward_model
+from hubsae.rl.truncated import TruncatedReward
+from hubsae.train import TrainConfig, train_many
+from hubsae.train.config import DeadConfig
+
+from . import base, data, estimates, finish, prm, table, truncate
+from .errors import RIGHT, Solution, solutions
+from .report import write_report
+from .settings import Config
+
+HELD_OUT = 1_000_000
+"""Problems held out are numbered from here on"""
+MOST_ROWS = 4096
+"""Ends of steps that the features of two models are compared on"""
+
+
+def steps(config: Config) -> list[Step]:
+    """The steps, each with what it depends on."""
+    c, run, cost = config, _Run(config), estimates.of(config)
+    texts: dict[str, Any] = {"seed": c.seed, "model": c.model, "data": c.data}
+    plan = [
+        Step("subject", run.subject, texts, estimate=cost["subject"]),
+        Step("prm", run.prm, {"prm": c.prm, **texts}, ("subject",), estimate=cost["prm"]),
+        Step("scores", run.scores, texts, ("subject", "prm"), estimate=cost["scores"]),
+    ]
+    probes = {"probe": c.probe, "seed": c.seed}
+    for of, layers in run.layers.items():
+        plan.append(Step(f"harvest/{of}", run.harvest, {"of": of, "layers": layers, **texts},
+                         ("subject", "prm", "scores"), resumes=True, estimate=cost[f"harvest/{of}"]))  # fmt: skip
+        plan.append(Step(f"saes/{of}", run.saes, {"of": of, "sae": c.sae, "seed": c.seed}, (f"harvest/{of}",),
+                         resumes=True, estimate=cost[f"saes/{of}"]))  # fmt: skip
+        plan.append(Step(f"probes/{of}", run.probes, {"of": of, **probes}, (f"harvest/{of}", f"saes/{of}"),
+                         estimate=cost[f"probes/{of}"]))  # fmt: skip
+    every = tuple(f"{step}/{of}" for step in ("harvest", "saes", "probes") for of in run.layers)
+    made = ("subject", "prm", "scores", "saes/reward", "probes/reward")
+    plan.append(Step("truncation", run.truncation, {"problems": c.truncation}, made, estimate=cost["truncation"]))
+    if c.base_layers:
+        plan.append(Step("base", run.base, {"steer": c.steer, "seed": c.seed}, ("subject", "prm", "scores", *every),
+                         estimate=cost["base"]))  # fmt: skip
+    if c.rl is not None:
+        plan.append(Step("rl", run.rl, {"rl": c.rl, "layer": c.rl_layer, "seed": c.seed}, made, resumes=True,
+                         estimate=cost["rl"]))  # fmt: skip
+    later = tuple(step.name for step in plan if step.name in ("truncation", "base", "rl"))
+    plan.append(Step("index", run.index, {"top": c.top}, ("prm", *every), estimate=cost["index"]))
+    plan.append(Step("release", run.release, {"name": c.name}, ("subject", "prm", "index", *every, *later)))
+    plan.append(Step("report", run.report, {"name": c.name}, ("subject", "prm", "scores", "index", *every, *later)))
+    return plan
+
+
+class _Run:
+    """The steps' code; holds the config and nothing else."""
+
+    def __init__(self, config: Config):
+        self.config, self.device = config, pick_device(config.device)
+        of = {"reward": config.layers, "base": config.base_layers, "untrained": config.untrained_layers}
+        self.layers = {name: layers for name, layers in of.items() if layers}
+
+    def subject(self, ctx: StepContext) -> dict[str, Any]:
+        """Base model and problems: made, opened or downloaded, and fixed."""
+        return fetch_subject(ctx.folder, self.config.model, self.config.data, self.config.seed, ctx.progress)
+
+    def prm(self, ctx: StepContext) -> dict[str, Any]:
+        """A reward model that exists, or one made here; how well it tells wrong steps from right ones."""
+        c, subject = self.config, _subject(ctx)
+        if c.prm.id is not None:
+            return {"model": c.prm.id, "label": c.prm.id, "next": 0}
+        chosen = self._solutions(subject, subject.train, most=c.data.prm, seed=c.seed)
+        losses = prm.train_prm(
+            c.prm, ctx.folder, subject.model, subject.tokenizer(), chosen, c.data.formats()[0], seed=c.seed,
+            device=self.device, revision=subject.revision, progress=ctx.progress,
+        )  # fmt: skip
+        held = self._solutions(subject, subject.test, most=c.data.test, first=HELD_OUT, seed=c.seed + 1)
+        rows = prm.step_auc(load_reward_model(ctx.folder / "model", device=self.device), held)
+        write_csv_atomic(ctx.folder / "auc.csv", rows)
+        loss = float(np.mean([row["loss"] for row in losses[-20:]]))
+        return {"model": "model", "label": f"{subject.label}-prm", "next": chosen[-1].problem + 1,
+                "solutions": len(chosen), "loss": loss, "auc": rows[0]}  # fmt: skip
+
+    def scores(self, ctx: StepContext) -> dict[str, Any]:
+        """Solutions to problems that the reward model did not learn from, with the score of every step."""
+        c, subject, reward, first = self.config, _subject(ctx), self._reward(ctx), ctx.result("prm")["next"]
+        candidates = (0.0, *[1.0] * (c.data.candidates - 1))
+        parts = {
+            "train": self._solutions(subject, subject.train[first:], most=c.data.train, first=first, seed=c.seed),
+            "test": self._solutions(subject, subject.test, most=c.data.test, first=HELD_OUT, seed=c.seed,
+                                    wrong=candidates),
+        }  # fmt: skip
+        counts = {}
+        for name, found in parts.items():
+            ctx.progress(0, None, f"{name}: {len(found)} solutions")
+            scored = [dataclasses.replace(s, scores=tuple(v.tolist()))
+                      for s, v in zip(found, reward.score([s.text for s in found]), strict=True)]  # fmt: skip
+            data.write(ctx.folder / f"{name}.jsonl", scored)
+            counts[name] = {"solutions": len(scored), "problems": len({s.problem for s in scored}),
+                            "steps": sum(len(s.steps) for s in scored),
+                            "wrong": sum(s.kind != RIGHT for s in scored)}  # fmt: skip
+        return counts
+
+    def harvest(self, ctx: StepContext) -> dict[str, Any]:
+        """Activations of one of the models on every solution, with the steps' scores as columns."""
+        c, subject, of = self.config, _subject(ctx), ctx.settings["of"]
+        reward = self._reward(ctx)
+        how = c.data.formats()[of == "base"]
+        tokenizer = subject.tokenizer() if of == "base" else reward.tokenizer
+        model = reward.backbone
+        if of == "base":
+            model = subject.load(self.device, c.model.dtype)
+        elif of == "untrained":
+            transformers = require("transformers", extra="train")
+            with quiet(), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(c.seed)
+                model = transformers.AutoModel.from_config(reward.backbone.config).to(reward.backbone.device)
+        label = {"reward": ctx.result("prm")["label"], "base": subject.label, "untrained": "random weights"}[of]
+        for split in ("train", "test"):
+            items = data.items_of(tokenizer, data.read(ctx.path("scores") / f"{split}.jsonl"), how)
+            harvest(
+                model, items, list(self.layers[of]), out=ctx.folder / split, tokenizer=tokenizer, stage=of,
+                columns=data.COLUMNS, max_tokens=c.data.tokens, progress=False,
+                source={"model": label, "text_dataset": subject.dataset},
+            )  # fmt: skip
+        first = Activations(ctx.folder / "train").open(self.layers[of][0], "train", of)
+        return {"label": label, "tokens": len(first)}
+
+    def saes(self, ctx: StepContext) -> dict[str, Any]:
+        """One SAE per layer of one of the models."""
+        s, of, acts = self.config.sae, ctx.settings["of"], self._acts(ctx, ctx.settings["of"], "train")
+        configs = [
+            TrainConfig(
+                name=f"layer{layer}", architecture="topk", d_sae=s.width, k=s.k, lr=s.lr, seed=self.config.seed,
+                epochs=s.epochs, batch_size=s.batch_size, exclude=s.exclude, dead=DeadConfig(tokens=s.dead_tokens),
+            )
+            for layer in self.layers[of]
+        ]  # fmt: skip
+        rows = [acts.open(layer, "train", of) for layer in self.layers[of]]
+        out, fvu = ctx.folder / "training", {}
+        for layer, result in zip(self.layers[of], train_many(configs, rows, out=out, device=self.device, quiet=True),
+                                 strict=True):  # fmt: skip
+            if result.error is not None:
+                raise result.error
+            Shelf(ctx.folder).put(f"layer{layer}", result.sae)
+            held = self._acts(ctx, of, "test").open(layer, "train", of)
+            measured = reconstruction({"sae": result.sae}, held)["sae"]
+            fvu[f"layer{layer}"] = measured.value("fvu", result.sae.metadata.own_scope)
+        shutil.rmtree(out)
+        return fvu
+
+    def probes(self, ctx: StepContext) -> list[dict[str, Any]]:
+        """The table of one model: every layer, every way to predict the score; the features that carry it."""
+        of, how, rows, carriers = ctx.settings["of"], self.config.probe, [], []
+        for layer in self.layers[of]:
+            ctx.progress(0, None, f"layer {layer}")
+            sae, train = self._sae(ctx, of, layer), self._acts(ctx, of, "train")
+            found = table.probe_layer(of, layer, sae, train, self._acts(ctx, of, "test"), how, self.config.seed)
+            rows += found.rows
+            carriers += table.carriers_of(of, layer, found.fits[table.SAE_CODES], sae, train)
+            for name in (table.SAE_CODES, table.RAW):
+                found.fits[name].probe.save(ctx.folder / f"layer{layer}" / name.split()[0].lower())
+        write_csv_atomic(ctx.folder / "table.csv", rows)
+        write_csv_atomic(ctx.folder / "carriers.csv", carriers)
+        return rows
+
+    def truncation(self, ctx: StepContext) -> list[dict[str, Any]]:
+        """Probes as rewards on solutions held out, beside the whole model."""
+        found = data.read(ctx.path("scores") / "test.jsonl")
+        some = sorted({s.problem for s in found})[: self.config.truncation]
+        probes = {
+            layer: (self._sae(ctx, "reward", layer), *(self._probe(ctx, layer, kind) for kind in ("sae", "raw")))
+            for layer in self.config.layers
+        }
+        reward, chosen = self._reward(ctx), [s for s in found if s.problem in set(some)]
+        rows = truncate.truncated(reward, probes, chosen, reward.backbone.config.num_hidden_layers)
+        write_csv_atomic(ctx.folder / "truncation.csv", rows)
+        return rows
+
+    def base(self, ctx: StepContext) -> dict[str, Any]:
+        """Reward features looked for in the base model; the partner of the strongest is steered."""
+        c, subject = self.config, _subject(ctx)
+        layer = max(set(c.layers) & set(c.base_layers), default=None)
+        if layer is None:
+            return {"matched": None}
+        ours, theirs = (self._sae(ctx, of, layer) for of in ("reward", "base"))
+        here, there = data.aligned(*(data.rows_at(self._acts(ctx, of, "train").open(layer, "train", of), "step_end")
+                                     for of in ("reward", "base")), most=MOST_ROWS)  # fmt: skip
+        carriers = [r for r in read_csv(ctx.path("probes/reward") / "carriers.csv") if int(r["layer"]) == layer]
+        chosen = [int(row["feature"]) for row in carriers]
+        found = base.match(ours, theirs, here, there, chosen)
+        random = base.match(ours, table.random_like(theirs, c.seed + 1), here, there, chosen)
+        effect = {int(row["feature"]): float(row["effect"]) for row in carriers}
+        rows = [{"layer": layer, **m._asdict(), "effect": effect[m.feature]} for m in found]
+        write_csv_atomic(ctx.folder / "matched.csv", rows)
+        steered = []
+        up = [m for m in found if effect[m.feature] > 0]
+        if c.steer.prompts and up:
+            best = max(up, key=lambda m: effect[m.feature] * max(m.firing, 0))
+            asked = [s.prompt for s in data.read(ctx.path("scores") / "test.jsonl") if s.kind == RIGHT]
+            steered = base.steer(
+                subject.load(self.device, c.model.dtype), subject.tokenizer(), theirs, layer, best.partner, there,
+                asked[: c.steer.prompts], self._reward(ctx), c.steer, c.seed,
+            )  # fmt: skip
+            write_csv_atomic(ctx.folder / "steering.csv", steered)
+        return {"matched": base.summary(found, random), "layer": layer, "steered": len(steered)}
+
+    def rl(self, ctx: StepContext) -> dict[str, Any]:
+        """PPO of the base model against the probe; accuracies by rule stand beside the reward that it is given."""
+        c, subject, reward = self.config, _subject(ctx), self._reward(ctx)
+        layer = c.two_thirds() if c.rl_layer is None else c.rl_layer
+        probe = TruncatedReward(
+            reward.backbone, reward.tokenizer, self._probe(ctx, layer, "sae"), sae=self._sae(ctx, "reward", layer),
+            hook=layer, how=reward.how, aggregate=reward.aggregate,
+        )  # fmt: skip
+        return {"layer": layer, **finish.against(probe, subject, c, ctx.folder, self.device, ctx.progress)}
+
+    def index(self, ctx: StepContext) -> dict[str, str]:
+        """What the features of the reward model fire on; those that carry the score say so in their label."""
+        carriers, found = read_csv(ctx.path("probes/reward") / "carriers.csv"), {}
+        tokenizer = load_tokenizer(self._model(ctx), revision=self.config.prm.revision)
+        for layer in self.config.layers:
+            rows = self._acts(ctx, "reward", "train").open(layer, "train", "reward")
+            own = [row for row in carriers if int(row["layer"]) == layer]
+            sae = self._sae(ctx, "reward", layer)
+            found[str(layer)] = finish.index(ctx.folder, layer, sae, rows, own, tokenizer, self.config.top)
+        return found
+
+    def release(self, ctx: StepContext) -> dict[str, Any]:
+        """The release: SAEs of reward and base model, each with its probe; tables, index, pages, card."""
+        tables = {f"{name}_{of}": read_csv(ctx.path(f"probes/{of}") / f"{name}.csv")
+                  for of in self.layers for name in ("table", "carriers")}  # fmt: skip
+        tables["truncation"] = read_csv(ctx.path("truncation") / "truncation.csv")
+        saes = {(of, layer): (self._sae(ctx, of, layer), self._probe(ctx, layer, "sae", of))
+                for of in ("reward", "base") for layer in self.layers.get(of, ())}  # fmt: skip
+        models = {of: ctx.result(f"harvest/{of}")["label"] for of in self.layers}
+        return finish.release(ctx.folder, self.config.name, saes, tables, models, ctx.path("index"))
+
+    def report(self, ctx: StepContext) -> dict[str, Any]:
+        """The tables, and the takeaways judged by them."""
+        shown = finish.contexts(ctx.path("index"), ctx.result("index"), ctx.path("probes/reward"))
+        return write_report(self.config, ctx, self.layers, shown)
+
+    def _solutions(self, subject: Subject, rows: Any, **options: Any) -> list[Solution]:
+        d, tokenizer = self.config.data, subject.tokenizer()
+        style = PromptStyle(d.system)
+        render = (lambda q: style.render(tokenizer, q)) if d.chat else (lambda q: f"{q}\n")
+        return solutions(rows, render, longest=d.longest, **options)
+
+    def _model(self, ctx: StepContext) -> str:
+        """Where the reward model is: made here, or named."""
+        made = ctx.path("prm") / "model"
+        return str(made) if made.is_dir() else ctx.result("prm")["model"]
+
+    def _reward(self, ctx: StepContext) -> RewardModel:
+        p = self.config.prm
+        return load_reward_model(self._model(ctx), revision=p.revision, separator=self.config.data.separator,
+                                 device=self.device, dtype=p.dtype)  # fmt: skip
+
+    def _acts(self, ctx: StepContext, of: str, split: str) -> Activations:
+        return Activations(ctx.path(f"harvest/{of}") / split)
+
+    def _sae(self, ctx: StepContext, of: str, layer: int) -> HubSAE:
+        where = ctx.folder if ctx.step.name == f"saes/{of}" else ctx.path(f"saes/{of}")
+        return Shelf(where).get(f"layer{layer}", self.device)
+
+    def _probe(self, ctx: StepContext, layer: int, kind: str, of: str = "reward") -> Probe:
+        return Probe.load(ctx.path(f"probes/{of}") / f"layer{layer}" / kind)
+
+
+def _subject(ctx: StepContext) -> Subject:
+    return open_subject(ctx.path("subject"), ctx.result("subject"))
