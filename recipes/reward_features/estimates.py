@@ -23,12 +23,14 @@ def of(config: Config) -> dict[str, Estimate]:
     tokens = min(d.train * each, d.tokens or float("inf"))
     forward = 2.0 * model.parameters
     made = config.prm.id is None
+    # what comes back: through an adapter only the states' gradients, else those of the weights too
+    learning = 1 + (1 if config.prm.lora else 2) * (1 - config.prm.from_layer / model.layers)
     found = {
         "subject": Estimate(f"{model.label}, {d.id}", disk=weights),
         "prm": Estimate(
             f"{d.prm:,} solutions, {'LoRA' if config.prm.lora else 'all weights'}" if made else f"{config.prm.id}",
             disk=weights, memory=(2 if config.prm.lora else 4) * weights if made else weights,
-            seconds=3 * forward * d.prm * each * config.prm.epochs / rate if made else 0,
+            seconds=learning * forward * d.prm * each * config.prm.epochs / rate if made else 0,
         ),
         "scores": Estimate(f"{d.train + held:,} solutions", memory=weights,
                            seconds=forward * (d.train + held) * each / rate),
@@ -64,6 +66,6 @@ def of(config: Config) -> dict[str, Estimate]:
         found[f"probes/{name}"] = Estimate(
             f"ridge on {sae.width:,} latents, {config.probe.folds} folds, {config.probe.shuffles} shuffles; memory if "
             "every latent fires", memory=sums,
-            seconds=(1 + PROBE_SHARE) * encode / each * 4 / rate + solves / (rate / 10),
+            seconds=(1 + PROBE_SHARE) * encode / each * 4 / rate + solves / (rate / 3),
         )  # fmt: skip
     return found
