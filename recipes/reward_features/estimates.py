@@ -28,9 +28,10 @@ def of(config: Config) -> dict[str, Estimate]:
     found = {
         "subject": Estimate(f"{model.label}, {d.id}", disk=weights),
         "prm": Estimate(
-            f"{d.prm:,} solutions, {'LoRA' if config.prm.lora else 'all weights'}" if made else f"{config.prm.id}",
+            f"{d.prm * config.prm.versions:,} solutions, {'LoRA' if config.prm.lora else 'all weights'}" if made
+            else f"{config.prm.id}",
             disk=weights, memory=(2 if config.prm.lora else 4) * weights if made else weights,
-            seconds=learning * forward * d.prm * each * config.prm.epochs / rate if made else 0,
+            seconds=learning * forward * d.prm * config.prm.versions * each * config.prm.epochs / rate if made else 0,
         ),
         "scores": Estimate(f"{d.train + held:,} solutions", memory=weights,
                            seconds=forward * (d.train + held) * each / rate),

@@ -30,7 +30,7 @@ from .settings import Config
 def against(
     reward: StepReward, subject: Subject, config: Config, folder: Path, device: Any, progress: Any
 ) -> dict[str, Any]:
-    """PPO of the base model; its reward in the first and last fifth of the steps, its accuracy before and after."""
+    """PPO of the base model; reward and accuracy of its samples in the first and last fifth of the steps."""
     rl = config.rl
     assert rl is not None
     tokenizer, style = subject.tokenizer(), PromptStyle(config.data.system)
@@ -40,11 +40,12 @@ def against(
         rl, folder, model=subject.model, revision=subject.revision, tokenizer=tokenizer, train=train, test=test,
         seed=config.seed, device=device, name=subject.label, reward=reward.responses,
     ).run(progress)  # fmt: skip
-    earned = [float(row["reward"]) for row in read_csv(folder / "metrics.csv")]
-    right = [float(row["flexible"]) for row in read_csv(folder / "accuracy.csv")]
-    fifth = max(1, len(earned) // 5)
-    return {"first": float(np.mean(earned[:fifth])), "last": float(np.mean(earned[-fifth:])),
-            "accuracy": [right[0], right[-1]]}  # fmt: skip
+    rows, held = read_csv(folder / "metrics.csv"), read_csv(folder / "accuracy.csv")
+    fifth = max(1, len(rows) // 5)
+    found: dict[str, Any] = {"held_out": [float(held[i]["flexible"]) for i in (0, -1)]}
+    for name in ("reward", "score_strict", "score_flexible", "length"):
+        found[name] = [float(np.mean([float(r[name]) for r in some])) for some in (rows[:fifth], rows[-fifth:])]
+    return found
 
 
 def index(

@@ -99,7 +99,7 @@ class _Run:
         c, subject = self.config, _subject(ctx)
         if c.prm.id is not None:
             return {"model": c.prm.id, "label": c.prm.id, "next": 0}
-        chosen = self._solutions(subject, subject.train, most=c.data.prm, seed=c.seed)
+        chosen = self._solutions(subject, subject.train, most=c.data.prm, wrong=(0.5,) * c.prm.versions, seed=c.seed)
         losses = prm.train_prm(
             c.prm, ctx.folder, subject.model, subject.tokenizer(), chosen, c.data.formats()[0], seed=c.seed,
             device=self.device, revision=subject.revision, progress=ctx.progress,

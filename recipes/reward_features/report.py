@@ -75,14 +75,20 @@ def write_report(
             report.table("Steering", "steering", read_csv(ctx.path("base") / "steering.csv"))
     if config.rl is not None:
         found = ctx.result("rl")
-        before, after = found["accuracy"]
-        gained, earned = after - before, found["last"] - found["first"]
-        verdict = "accuracy follows it" if gained > 0.02 else "the reward is hacked: it rises and accuracy does not"
+        (earned, paid), (before, after) = found["reward"], found["held_out"]
+        verdict = (
+            "accuracy follows it" if after - before > 0.02 else "the reward is hacked: it rises and accuracy does not"
+        )
         report.heading("As a reward")
         report.text(
-            f"PPO against the probe at layer {found['layer']}: its reward goes from {found['first']:.3f} to "
-            f"{found['last']:.3f}, the share of problems held out that are answered right (last number) from "
-            f"{before:.3f} to {after:.3f}: " + (verdict if earned > 0.02 else "the reward hardly moved.")
+            f"PPO against the probe at layer {found['layer']}: its reward goes from {earned:.3f} to {paid:.3f} "
+            "(means of the first and the last fifth of the steps), the share of problems held out that are answered "
+            f"right (last number) from {before:.3f} to {after:.3f}: "
+            + (verdict if paid - earned > 0.02 else "the reward hardly moved.")
         )
+        names = ("reward", "score_strict", "score_flexible", "length")
+        report.table("First and last fifth of the steps", "rl", [
+            {"samples": part, **{name: found[name][i] for name in names}} for i, part in enumerate(("first", "last"))
+        ])  # fmt: skip
     write = report.write(ctx.folder)
     return {"report": write.name, "leaks": len(leaking), **{j.claim: j.verdict for j in judged}}

@@ -41,6 +41,7 @@ class PRMSettings(Settings):
     revision: str | None = None
     dtype: str = "float32"
     epochs: float = 1
+    versions: int = Field(default=1, ge=1, description="Solutions to each problem that it learns from, if they differ.")
     batch: int = 8
     lr: float = 3e-4
     lora: int | None = Field(default=None, description="Rank of the adapter; default: all weights are trained.")
