@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +102,26 @@ def test_every_token_has_the_score_of_its_step_and_every_step_its_two_ends(recip
     assert item["good"][item["step"] == 1].all() and not item["good"][item["step"] == 2].any()
     assert [text[i] for i in np.flatnonzero(item["is_format"] & (item["step"] == 1))] == ["+", "=", "\n"]
     assert item["length"][inside][0] == 1 and (np.diff(item["length"][item["step"] == 1]) == 1).all()
+
+
+def test_traces_without_labels_are_read_at_the_same_steps_by_both_models(recipe, quick_world):
+    """As in the full profile: chats split at blank lines, `<extra_0>` for one tokenizer and none for the other."""
+    errors, items_of = recipe.module("errors"), recipe.module("data").items_of
+    answer = "First 2+3=5.\n\nThen 5-1=4.\n\nSo it is 4."
+    rows = [{"messages": [{"role": "user", "content": "Ann?"}, {"role": "assistant", "content": answer}]}]
+    (found,) = errors.solutions(rows, lambda q: f"user\n{q}\n")
+    assert found.steps == tuple(answer.split("\n\n")) and found.good == ()
+    scored = replace(found, scores=(0.9, 0.4, 0.8))
+    marked = copy.deepcopy(quick_world.tokenizer)
+    marked.add_special_tokens({"additional_special_tokens": ["<extra_0>"]})
+    read = []
+    for tokenizer, how in zip((marked, quick_world.tokenizer), recipe.config("full").data.formats(), strict=True):
+        (item,) = items_of(tokenizer, [scored], how)
+        ends = np.flatnonzero(item["step_end"])
+        read.append([tokenizer.decode([item["input_ids"][i]]) for i in ends])
+        assert [float(item["score"][i]) for i in ends] == [0.9, 0.4, 0.8]
+        assert item["step"][ends].tolist() == [1, 2, 3] and item["good"][ends].tolist() == [True, False, True]
+    assert read == [["<extra_0>"] * 3, ["."] * 3]
 
 
 def ends_of(run: Path, of: str, split: str) -> dict:
