@@ -119,7 +119,7 @@ def plot_nmse(report: DriftReport, path: Path, metric: str = "nmse_pooled") -> P
     axes.flat[0].set_ylabel(f"{metric}\n(scope: {scope})")
     _blank(axes, len(shown))
     handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels) if columns > 1 else 1)
     return save_figure(figure, path)
 
 
