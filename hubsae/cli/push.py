@@ -142,9 +142,12 @@ def show_plan(plan: PushPlan) -> None:
     """The plan as a table that a person can check in ten seconds."""
     from rich.table import Table
 
+    from hubsae.formats.table import HEADLINE
+
     console = out()
     columns = ["SAE", "read as", "selection", "d_in x d_sae", "size", "on the Hub", "SAELens"]
-    recorded = list(dict.fromkeys(name for row in plan.rows for name in row.metrics))[:4]
+    known = dict.fromkeys(name for row in plan.rows for name in row.metrics)
+    recorded = [name for name in HEADLINE if name in known] or list(known)[:4]
     quality = any(row.check.fvu is not None for row in plan.rows)
     table = Table(header_style="bold")
     numbers = [*recorded, *(["FVU now", "L0 now"] if quality else [])]

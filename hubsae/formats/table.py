@@ -9,11 +9,11 @@ from typing import Any
 from hubsae.core.extras import require
 from hubsae.core.text import format_bytes, printable
 
-COLUMNS = ("id", "layer", "stage", "architecture", "d_sae", "k")
-HEADLINE = ("fvu", "l0", "dead_fraction", "frac_recovered_mean", "kl")
-"""Metrics that are shown first, in the scope that the SAE is for."""
-NOT_METRICS = frozenset({*COLUMNS, "d_in", "hook_point", "scope", "bytes", "format", "file"})
-MOST_METRICS = 5
+COLUMNS = ("id", "layer", "stage", "architecture", "d_sae", "k", "scope")
+HEADLINE = ("fvu", "l0", "dead_fraction", "frac_recovered_mean", "kl", "delta_ce")
+"""Metrics that are shown first, in the scope that the SAE is for, which is named where it is not all tokens."""
+NOT_METRICS = frozenset({*COLUMNS, "d_in", "hook_point", "bytes", "format", "file"})
+MOST_METRICS = 6
 
 
 class SAETable(list[dict[str, Any]]):

@@ -35,7 +35,8 @@ def test_few_columns_are_printed_and_all_are_there(release: Release):
     table = list_saes(release.path)
     lines = str(table).splitlines()
     assert lines[0].split() == [
-        "id", "layer", "architecture", "d_sae", "k", "fvu", "l0", "dead_fraction", "frac_recovered_mean", "kl", "size",
+        "id", "layer", "architecture", "d_sae", "k", "scope",
+        "fvu", "l0", "dead_fraction", "frac_recovered_mean", "kl", "size",
     ]  # fmt: skip
     assert all(len(line) <= 120 for line in lines)
     assert len(table.columns(all=True)) > 60 and "ce_sae@response" in table.text(all=True)
