@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from hubsae.core.errors import HubRequestError, HubSAEError, NotFoundError, nearest
-from hubsae.core.text import printable
+from hubsae.core.text import format_bytes, printable
 from hubsae.hub.errors import (
     AccessError,
     CacheError,
@@ -256,7 +256,7 @@ def _disk_full(client: Asker, error: BaseException) -> HubSAEError:
     folder = getattr(error, "filename", None) or client.cache_dir
     room = ""
     try:
-        room = f" ({shutil.disk_usage(client.cache_dir).free / 1e9:.1f} GB free in {client.cache_dir})"
+        room = f" ({format_bytes(shutil.disk_usage(client.cache_dir).free)} free in {client.cache_dir})"
     except OSError:
         pass
     return DiskFullError(

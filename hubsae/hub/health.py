@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from hubsae.core.text import format_bytes
 from hubsae.hub.retry import describe, without_password
 
 State = Literal["ok", "note", "problem"]
@@ -91,7 +92,7 @@ def _cache(cache: Path) -> Check:
     if not os.access(there, os.W_OK):
         return Check("cache", "problem", f"{cache} cannot be written", "set HF_HOME to a folder of yours")
     free = shutil.disk_usage(there).free
-    found = f"{cache}, {free / 2**30:.1f} GiB free"
+    found = f"{cache}, {format_bytes(free)} free"
     if free < LOW_SPACE:
         return Check("cache", "note", found, "free space with `hf cache prune`, or set HF_HOME elsewhere")
     return Check("cache", "ok", found)
