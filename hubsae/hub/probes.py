@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hubsae.core.errors import DataError, NotFoundError
+from hubsae.core.metadata import Metadata
 from hubsae.formats import saelens
 from hubsae.hub.errors import IntegrityError
 
@@ -211,23 +212,23 @@ class Activations:
     def __init__(self, source: Any, *, most: int = 16_384):
         self.source = source
         self.most = most
+        self._read: Any = None
 
-    def of(self, layer: int | None, stage: str | None, *, only_place: bool) -> Tensor | None:
-        """Vectors [n, d_in] of this place; None where a dataset has none for it."""
+    def of(self, record: Metadata, *, only_place: bool) -> Tensor | None:
+        """Vectors [n, d_in] of where an SAE reads, by its record; None where a dataset has none for it."""
         if isinstance(self.source, Tensor):
             return self._one(_two_dimensional(self.source, "the activations"), only_place)
         from hubsae.activations import ActivationDataset
+        from hubsae.evals.record import activation_reader
 
         path = Path(str(self.source))
         if path.is_file():
             return self._one(_sample(ActivationDataset.open(path), self.most), only_place)
-        names = [f"{stage}.layers.{layer}", f"layers.{layer}"] if layer is not None else [None]
-        for name in names:
-            try:
-                return _sample(ActivationDataset.open(str(self.source), name), self.most)
-            except NotFoundError:
-                continue
-        return None
+        read = self._read = self._read or activation_reader(str(self.source), split="train")
+        try:
+            return _sample(read(record.base_model.stage, record.hook.layer, record.hook.kind), self.most)
+        except NotFoundError:
+            return None
 
     def _one(self, vectors: Tensor, only_place: bool) -> Tensor:
         if not only_place:

@@ -167,17 +167,16 @@ def _verified(
     rows = []
     with progress("checking", len(release), "SAEs", show=bar) as task:
         for entry in release:
-            source = staging.sources.get(entry.id)
+            source, record = staging.sources.get(entry.id), release.metadata(entry.id)
             found = verify(
                 entry.id,
                 release.folder(entry.id),
                 source() if source is not None else None,
-                activations=given.of(entry.layer, entry.stage, only_place=only) if given is not None else None,
+                activations=given.of(record, only_place=only) if given is not None else None,
                 with_saelens=check_saelens,
             )
             if entry.id in staging.calibrations:
                 found.notes.append(str(staging.calibrations[entry.id]))
-            record = release.metadata(entry.id)
             read_as = staging.read_as.get(entry.id) or record.provenance.source_format or "hubsae"
             widths = [n for n in (entry.d_in, entry.d_sae, record.config.d_out) if n is not None]
             size = sum(file.size for file in entry.files)

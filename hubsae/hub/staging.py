@@ -209,7 +209,7 @@ def calibrate_all(staging: Staging, extras: Extras) -> None:
     given, only = Activations(extras.activations), one_place(release.manifest)
     with release.one_manifest():
         for entry in [release.entry(id) for id in uncut]:
-            vectors = given.of(entry.layer, entry.stage, only_place=only)
+            vectors = given.of(release.metadata(entry.id), only_place=only)
             if vectors is None:
                 staging.notes.append(f"{entry.id}: no activations for it in {extras.activations}, so no threshold")
                 continue

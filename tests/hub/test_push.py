@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from hubsae import HubSAE, list_saes, push
+from hubsae import HubSAE, Metadata, SAEConfig, list_saes, push
+from hubsae.activations.convert import convert
 from hubsae.core.errors import ConfigError, FormatError, HubSAEError
 from hubsae.formats import Release, package
 from hubsae.hub.client import HubClient
 from hubsae.hub.errors import RepoNotFoundError
+from hubsae.hub.probes import Activations
 from hubsae.localhub import LocalHub
 from tests.hub.conftest import ABOUT, seed_folder, titles
 
@@ -190,6 +192,20 @@ def test_a_batch_topk_gets_a_threshold_from_activations(hub: LocalHub, tmp_path:
     said = next(note for note in result.plan.notes if "L0" in note)
     assert "MSE" in said and "batch rule" in said
     assert result.plan.rows[0].check.l0 == pytest.approx(8, rel=0.05)
+
+
+def test_an_sae_is_not_checked_on_activations_of_another_place_in_its_block(tmp_path: Path):
+    torch.save(torch.randn(64, 8), tmp_path / "acts.pt")
+    convert(tmp_path / "acts.pt", tmp_path / "acts", config="layers.3")
+    given = Activations(tmp_path / "acts")
+    record = Metadata(config=SAEConfig(architecture="topk", d_in=8, d_sae=16, k=2))
+    record.hook.layer = 3
+    vectors = given.of(record, only_place=False)
+    assert vectors is not None and vectors.shape == (64, 8)
+    record.hook.kind = "mlp_out"
+    assert given.of(record, only_place=False) is None
+    record.hook.kind, record.hook.layer = "resid_post", 4
+    assert given.of(record, only_place=False) is None
 
 
 def test_signed_top_k_is_told_with_numbers(hub: LocalHub, tmp_path: Path):
