@@ -193,7 +193,9 @@ def _by_group(name: str, one: SAEReconstruction) -> list[dict[str, Any]]:
 def _loss(name: str, result: SpliceResult) -> dict[str, Any]:
     low, high = result.get("delta_ce").interval or (None, None)
     names = ("ce_clean", "delta_ce", "kl", "frac_recovered_mean")
-    return {"id": name, **{m: result.value(m) for m in names}, "delta_ce_low": low, "delta_ce_high": high,
+    values = {m: result.value(m) for m in names}
+    percent = 100 * (values["delta_ce"] or 0.0) / (values["ce_clean"] or 1.0)
+    return {"id": name, **values, "delta_percent": percent, "delta_ce_low": low, "delta_ce_high": high,
             "tokens": result.get("kl").n_tokens}  # fmt: skip
 
 

@@ -48,24 +48,45 @@ def findings(advantage: Sequence[Row]) -> list[str]:
     return lines
 
 
-def judged(advantage: Sequence[Row]) -> list[Row]:
+def judged(tables: dict[str, list[Row]]) -> list[Row]:
     """The published claims, what the published tables say of them, and what this run does."""
     rows = []
     for claim in published.claims():
+        here = [r for r in tables["advantage"] if (r["kind"], r["tokens"]) == OURS.get(claim.claim)]
         row = {"claim": claim.claim, "published numbers": claim.numbers, "they support it": claim.supported}
-        here = [
-            r for r in advantage if claim.claim in OURS and (r["kind"], r["tokens"]) == OURS[claim.claim]
-        ]  # fmt: skip
         row["this run, same coefficient"] = "; ".join(
             f"{r['error ratio, same coefficient']:.3g} x {r['FAST against']}" for r in here
         )
-        row["this run, equal L0"] = "; ".join(
+        row["this run, at equal L0 or beside a control"] = "; ".join(
             "no common L0" if r["error ratio, equal L0"] is None
             else f"{r['error ratio, equal L0']:.3g} x {r['FAST against']} ({r['holds']})"
             for r in here
-        )  # fmt: skip
+        ) or _measured(claim.claim, tables)  # fmt: skip
         rows.append(row)
     return rows
+
+
+def _measured(claim: str, tables: dict[str, list[Row]]) -> str:
+    """What this run says of a claim that is not about errors, in one line."""
+    if claim.startswith("21.1 %"):
+        shares = [f"{r['clear']:.1%} [{r['low']:.1%}, {r['high']:.1%}]" for r in tables["ratings"] if r["features"]]
+        names = [r["method"] for r in tables["ratings"] if r["features"]]
+        pairs = zip(names[::2], shares[::2], shares[1::2], strict=False)
+        return "; ".join(f"{name} {own}, control {other}" for name, own, other in pairs)
+    if "signal-to-noise" in claim:
+        start = [r for r in tables["gsnr"] if r["weights"] == "one start for all" and r["tokens"] == "all tokens"]
+        return "at one start: " + "; ".join(f"{r['kind']} {r['method']} {r['gsnr']:.3g}" for r in start)
+    if "loss with an SAE" in claim:
+        return "; ".join(f"{r['id']} {r['delta_percent']:+.3g} %" for r in tables["splice"])
+    if claim.startswith("steering"):
+        strongest = max((r["strength"] for r in tables["steering"]), default=0)
+        found = [
+            (kind, [r["kl"] for r in tables["steering"] if r["kind"] == kind and r["strength"] == strongest])
+            for kind in ("feature", "random feature", "random direction")
+        ]
+        text = "; ".join(f"{kind} {sum(kl) / len(kl):.3g}" for kind, kl in found if kl)
+        return f"mean KL at strength {strongest:g}: {text}" if text else ""
+    return ""
 
 
 def write(folder: Path, config: Config, about: dict[str, Any], tables: dict[str, list[Row]], plots: list[Path]) -> Path:
@@ -117,7 +138,7 @@ def write(folder: Path, config: Config, about: dict[str, Any], tables: dict[str,
         "steering", tables["steering"], columns=columns, most=60,
     )  # fmt: skip
     report.heading("The published claims")
-    report.table("What their tables support, and what this run does", "claims", judged(advantage))
+    report.table("What their tables support, and what this run does", "claims", judged(tables))
     report.table("Published: settings in which each method has the lowest error", "published_wins",
                  published.win_rows(published.table()))  # fmt: skip
     report.table("Published: the SAE of the abstract, as log2 and as it is", "published_headline", published.beside())
