@@ -133,6 +133,8 @@ def verdict(differences: Sequence[float]) -> str:
 def representative(rows: Sequence[Row], kind: str, expansion: float, count: int) -> dict[str, str]:
     """By method, the SAE (of the first seed) nearest to the middle level of L0, for what is measured of few."""
     mine = [r for r in rows if (r["kind"], float(r["expansion"])) == (kind, expansion)]
+    if not mine:
+        return {}
     numbers = sorted({float(r["number"]) for r in mine})
     common = levels(mine, count) if kind != "topk" else [numbers[len(numbers) // 2]]
     found = {}

@@ -69,7 +69,7 @@ def steps(config: Config) -> list[Step]:
              estimate=cost["steer"]),
         Step("release", run.package, {"name": c.name, "license": c.license}, (*of_all, "measure", "interpret", "steer"),
              estimate=cost["release"]),
-        Step("report", run.report, needs=("corpus", "heldout", "measure", "interpret", "steer")),
+        Step("report", run.report, needs=(*of_all, "measure", "interpret", "steer")),
     ]  # fmt: skip
     if c.publish.release:
         found.append(Step("publish", run.publish, c.publish, ("release",)))
@@ -102,7 +102,7 @@ class _Fast:
         with atomic_path(ctx.folder / "rows.safetensors") as scratch:
             position = torch.from_numpy(rows.reserve.labels["position"]).long()
             save_file({"x": rows.reserve.x.float().contiguous(), "position": position}, scratch)
-        configs = train_configs(c, method, self._place(subject, model, dataset))
+        configs = train_configs(c, method, self._place(method, subject, model, dataset))
         ended = train_cells(configs, rows, ctx.folder, progress=ctx.progress)
         return {"failed": {o.id: o.reason for o in ended if not o.ok}, "done": sum(o.ok for o in ended)}
 
@@ -201,6 +201,7 @@ class _Fast:
         about = ctx.result("corpus") | {
             "held": ctx.result("heldout")["tokens"],
             "judge": ctx.result("interpret")["judge"],
+            "failed": {m: ctx.result(f"train/{m}")["failed"] for m in self.config.train.methods},
         }
         path = report.write(ctx.folder, self.config, about, self._tables(ctx), self._plots(ctx))
         return {"report": path.name, "lines": report.findings(ctx.result("measure")["advantage"])}
@@ -235,12 +236,13 @@ class _Fast:
     def _held(self, folder: Path) -> Any:
         return Activations(folder).open(self.hook, "train")
 
-    def _place(self, subject: Any, model: Any, dataset: str) -> dict[str, Any]:
-        point = HookPoint.parse(self.hook)
+    def _place(self, method: str, subject: Any, model: Any, dataset: str) -> dict[str, Any]:
+        point, data = HookPoint.parse(self.hook), self.config.data
         return {
             "base_model": {"id": subject.label, "revision": subject.revision, "dtype": self.config.model.dtype},
             "hook": {"layer": point.layer, "kind": point.kind, "module_path": point.module_path(model),
-                     "transformer_lens": point.transformer_lens, "context_size": self.config.data.max_length},
+                     "transformer_lens": point.transformer_lens,
+                     "context_size": data.max_length if method == "fast" else data.block},
             "activations": {"text_dataset": dataset, "tokens": self.config.train.tokens},
         }  # fmt: skip
 

@@ -103,6 +103,9 @@ def write(folder: Path, config: Config, about: dict[str, Any], tables: dict[str,
         f"intervals are 95 % over {len(t.seeds)} seeds (Student's t)"
         + (", wide by nature: the column `seeds lower` says how many agree." if len(t.seeds) < 4 else ".")
     )
+    for method, failed in about["failed"].items():
+        for cell, reason in failed.items():
+            report.text(f"Not trained, and compared with nothing: {LABELS[method]} {cell}: {reason}.")
     report.heading("Does the advantage survive equal L0, and leaving out position 0?")
     report.table("FAST's error over that of the others", "advantage", advantage, columns=SHORT)
     report.text("\n".join(f"- {line}" for line in findings(advantage)))
