@@ -307,7 +307,7 @@
         "a", { class: `row cells${place === state.at ? " on" : ""}${dead ? " dead" : ""}`, href: link(sae, i) },
         el("span", { class: "id num" }, String(i)),
         data.label[i] ? el("span", { class: "mid-col" }, data.label[i])
-          : el("span", { class: "mid-col quiet" }, dead ? "never fires" : visible(data.top_tokens?.[i])),
+          : el("span", { class: "mid-col quiet" }, dead ? "never fires" : visible(data.top_tokens?.[i] || data.top_token?.[i])),
         el("span", { class: "tok" }, data.label[i] && innerWidth <= 640 ? data.label[i] : visible(data.top_token[i])),
         el("span", { class: "r num bar" }, el("i", { "--w": width }), el("b", {}, dead ? "–" : share(data.density[i]))),
         el("span", { class: "r num mid-col" }, dead ? "–" : value(data.max[i])),
