@@ -217,7 +217,7 @@ class _Release:
         c, subject = self.config.steering, _subject(ctx)
         index = FeatureIndex.open(ctx.path("index") / ctx.result("index")["folder"])
         tokenizer, sae = subject.tokenizer(), self._load(ctx, ctx.result("checkpoints")["published"])
-        words = tables.words_of(index, c.features)
+        words = tables.words_of(index, c.features, sae.W_dec.detach().norm(dim=1).tolist())
         peaks = index.metrics["max"].to_pylist()
         alive = [f for f, peak in enumerate(peaks) if peak > 0]
         chosen = steering.directions(
@@ -233,7 +233,7 @@ class _Release:
         verdicts = [{"feature": r.feature, "word": named[r.feature], **r._asdict()} for r in result.reliability()]
         write_csv_atomic(ctx.folder / "dose_response.csv", [row.flat() for row in result.rows()])
         write_csv_atomic(ctx.folder / "steering.csv", verdicts)
-        write_csv_atomic(ctx.folder / "steered_tables.csv", tables.examples(result, named))
+        write_csv_atomic(ctx.folder / "steered_texts.csv", tables.examples(result, named))
         return {"prompts": len(result.prompts), "verdicts": {v["feature"]: v["verdict"] for v in verdicts}}
 
     def dead(self, ctx: StepContext) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from .settings import Config
 HEADLINES = (
     "fve_normalised", "mse_normalised", "fve", "mse", "dead_fraction", "frac_recovered_zero", "kl_score", "delta_ce",
 )  # fmt: skip
-LEAST_PURITY, LEAST_WORD = 0.5, 3
+LEAST_PURITY, LEAST_WORD = 0.8, 4
 INTERVAL = "95 % percentile bootstrap over conversations"
 
 
@@ -74,18 +74,19 @@ def prompt_rows(folder: Path) -> int:
     return int((kinds.to_numpy(zero_copy_only=False) == "prompt").sum())
 
 
-def words_of(index: FeatureIndex, count: int) -> dict[int, str]:
-    """Features that fire on one word, with the word: the purest first, one feature per word.
+def words_of(index: FeatureIndex, count: int, norms: Sequence[float]) -> dict[int, str]:
+    """Features that fire on one whole word, with the word: those that add most at their strongest, one per word.
 
-    Where too few do, features whose strongest token is anything; where nothing can be read, those that fire most.
+    `norms` are those of the decoder rows. Where too few fire so, features whose strongest token is anything follow.
     """
     known = {name: index.metrics[name].to_pylist() for name in ("purity", "count", "top_token", "max")}
     readable = index.readable() or [f for f, n in enumerate(known["count"]) if n]
 
     def rank(feature: int) -> tuple[bool, float]:
-        word = (known["top_token"][feature] or "").strip()
+        token = known["top_token"][feature] or ""
         pure = (known["purity"][feature] or 0) >= LEAST_PURITY
-        return not (pure and word.isalpha() and len(word) >= LEAST_WORD), -(known["purity"][feature] or 0)
+        whole = token.startswith(" ") and token.strip().isalpha() and len(token.strip()) >= LEAST_WORD
+        return not (pure and whole), -known["max"][feature] * norms[feature]
 
     found: dict[str, int] = {}
     for feature in sorted(readable, key=rank):

@@ -62,6 +62,8 @@ def test_the_full_profile_is_the_card_line_by_line():
     assert (c.data.max_tokens, c.data.samples) == (280_280_758, 978_471)
     assert round(2_293_760_000 / c.data.max_tokens, 2) == 8.18
     assert c.name == "qwen3-8b-sae-l36-topk64"
+    # where the card's scores rest on 106 tokens
+    assert c.measure.texts * c.measure.text_length > 100_000 < c.data.max_tokens * c.data.validation_fraction
 
 
 def test_the_full_plan_agrees_with_the_cards_figures():
@@ -210,6 +212,8 @@ def test_the_card_says_which_features_steer_and_which_checkpoint_this_is(run):
         assert row["verdict"] in card and row["feature"].removeprefix("feature ") in card
     kinds = {row["kind"] for row in read_csv(run / "release/results/dose_response.csv")}
     assert kinds == {"feature", "random feature", "random direction"}
+    written = read_csv(run / "release/results/steered_texts.csv")
+    assert {row["word"] for row in written} == {row["word"] for row in verdicts}
 
 
 def test_the_table_of_dead_features_has_every_variant_over_both_seeds(run):
