@@ -12,7 +12,7 @@ from hubsae.recipes.subject import DataSettings, ModelSettings
 from hubsae.train import TrainConfig
 from hubsae.train.config import AuxConfig, DeadConfig, ResampleConfig, ScheduleConfig
 
-Variant = Literal["plain", "centred", "normalised", "auxk", "resampled", "batch_topk"]
+Variant = Literal["plain", "centred", "normalised", "auxk", "resampled", "batch_topk", "release"]
 
 
 class ReleaseData(DataSettings):
@@ -90,9 +90,12 @@ class SteeringSettings(Settings):
 class DeadSettings(Settings):
     """The table of dead features: variants on the same data, each over several seeds."""
 
-    variants: tuple[Variant, ...] = ("plain", "centred", "normalised", "auxk", "resampled", "batch_topk")
+    variants: tuple[Variant, ...] = (
+        "plain", "centred", "normalised", "auxk", "resampled", "batch_topk", "release",
+    )  # fmt: skip
     seeds: tuple[int, ...] = (0, 1)
     tokens: int = Field(description="Training tokens of each.")
+    lr: float = Field(description="So high that features die within so few tokens.")
 
 
 class Config(Settings):
@@ -142,33 +145,37 @@ class Config(Settings):
         )  # fmt: skip
 
     def variants(self) -> dict[str, TrainConfig]:
-        """The cells of the dead-feature table by name, `variant-seed`: one change from the one before, where it can be.
+        """The cells of the dead-feature table by name, `variant-seed`: raw activations, and one thing changed at a time.
 
-        plain       raw activations, no pre-bias, nothing against dead latents
+        plain       raw activations, nothing against dead latents
         centred     the mean subtracted, one scale for all dimensions
         normalised  mean and std of each dimension
-        auxk        normalised, and AuxK: the release
-        resampled   normalised, and a new start for dead latents three times
-        batch_topk  normalised, BatchTopK in place of TopK
+        auxk        raw, and AuxK
+        resampled   raw, and a new start for dead latents three times
+        batch_topk  raw, and BatchTopK in place of TopK
+        release     what is released: mean and std of each dimension, and AuxK
         """
+        # dead within such a short run: not fired for a fifth of it
+        dead = DeadConfig(tokens=max(1, self.dead.tokens // 5))
+        raw = {"normalize": "none", "pre_bias": "none"}
+        aux = AuxConfig(coefficient=self.sae.aux_coefficient, k=self.sae.aux_k)
         base = self.training().model_copy(
             update={
-                "aux": None, "tokens": self.dead.tokens, "checkpoint_every": None, "eval_every": None, "keep_best": 0,
+                "aux": None, "dead": dead, "tokens": self.dead.tokens, "lr": self.dead.lr, "keep_best": 0,
+                "checkpoint_every": None, "eval_every": None,
                 "schedule": ScheduleConfig(warmup_tokens=min(self.sae.warmup_tokens, self.dead.tokens // 10)),
             }
         )  # fmt: skip
         steps = self.dead.tokens // self.sae.batch_size
         again = ResampleConfig(method="anthropic", at_steps=tuple(steps * n // 5 for n in (1, 2, 3) if steps >= 5))
-        # dead within such a short run: not fired for a fifth of it
-        dead = DeadConfig(tokens=max(1, self.dead.tokens // 5))
-        base = base.model_copy(update={"dead": dead})
         changes: dict[str, dict[str, object]] = {
-            "plain": {"normalize": "none", "pre_bias": "none"},
+            "plain": raw,
             "centred": {"normalize": "center_scalar"},
-            "normalised": {},
-            "auxk": {"aux": AuxConfig(coefficient=self.sae.aux_coefficient, k=self.sae.aux_k)},
-            "resampled": {"dead": dead.model_copy(update={"resample": again})},
-            "batch_topk": {"architecture": "batch_topk"},
+            "normalised": {"normalize": "mean_std"},
+            "auxk": {**raw, "aux": aux},
+            "resampled": {**raw, "dead": dead.model_copy(update={"resample": again})},
+            "batch_topk": {**raw, "architecture": "batch_topk"},
+            "release": {"aux": aux},
         }
         return {
             f"{name}-{seed}": base.model_copy(update={"name": f"{name}-{seed}", "seed": seed, **changes[name]})
