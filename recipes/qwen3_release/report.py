@@ -75,8 +75,8 @@ def write(report: Report, ctx: StepContext, config: Config) -> None:
         report.text(
             f"‖mean‖ / ‖std‖ of the activations: {gamma['all']:.3g} over all tokens, {gamma['not position_0']:.3g} "
             f"without position 0; after centring it is 0. Every variant on {config.dead.tokens:,} tokens at a learning "
-            f"rate of {config.dead.lr:g}, at which features die within so few; dead: never fired on the activations put "
-            "aside. So short a training says which variant loses fewer, not how many the full one loses."
+            f"rate of {config.dead.lr:g}, at which features die within so few; dead: never fired on the activations "
+            "put aside. So short a training says which variant loses fewer, not how many the full one loses."
         )
         report.table("Variants, over seeds", "dead_features", read_csv(ctx.path("dead") / "dead_features.csv"))
 

@@ -145,7 +145,7 @@ class Config(Settings):
         )  # fmt: skip
 
     def variants(self) -> dict[str, TrainConfig]:
-        """The cells of the dead-feature table by name, `variant-seed`: raw activations, and one thing changed at a time.
+        """The cells of the dead-feature table by name, `variant-seed`: one thing changed at a time.
 
         plain       raw activations, nothing against dead latents
         centred     the mean subtracted, one scale for all dimensions

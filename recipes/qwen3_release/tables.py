@@ -143,13 +143,14 @@ def dead_row(cell: Outcome, measured: SAEReconstruction, scope: str) -> dict[str
 def dead_summary(cells: Sequence[Mapping[str, Any]], stats: ActivationStats, config: Config) -> list[dict[str, Any]]:
     """One row per variant: mean over seeds and the range, beside the norm ratio of the space it was trained in."""
     scope = "not position_0" if "position_0" in config.sae.exclude else "all"
-    rows, spaces = [], {name.rpartition("-")[0]: cell.normalize for name, cell in config.variants().items()}
+    rows, ratio = [], gamma(stats)[scope]
+    spaces = {name.rpartition("-")[0]: cell.normalize for name, cell in config.variants().items()}
     for variant in dict.fromkeys(row["variant"] for row in cells):
         mine = [row for row in cells if row["variant"] == variant]
         dead, fve = ([row[name] for row in mine] for name in ("dead", "fve"))
         rows.append(
             {
-                "variant": variant, "gamma": gamma(stats)[scope] if spaces[variant] == "none" else 0.0, "seeds": len(mine),
+                "variant": variant, "gamma": ratio if spaces[variant] == "none" else 0.0, "seeds": len(mine),
                 "dead": float(np.mean(dead)), "dead_from": min(dead), "dead_to": max(dead),
                 "fve": float(np.mean(fve)), "fve_from": min(fve), "fve_to": max(fve), "on_tokens": mine[0]["on_tokens"],
             }
