@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from typing import Any
 
 import torch
 
@@ -39,7 +40,7 @@ def main() -> None:
     found: dict[str, list[float]] = {"encoding": [], "with sums": []}
     for run in range(args.runs + 1):
         for name in found:
-            sums = Nothing() if name == "encoding" else RidgeSums(["score"], sae="a", group="problem", folds=2)
+            sums: Any = Nothing() if name == "encoding" else RidgeSums(["score"], sae="a", group="problem", folds=2)
             began = time.process_time()
             run_pass(x, {"a": sae}, [sums], columns=columns)
             if run:

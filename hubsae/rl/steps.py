@@ -120,7 +120,8 @@ class StepReward:
     """Whatever scores the steps of solutions; subclasses say what a batch of tokens gives (`read`)."""
 
     def __init__(self, tokenizer: Any, how: StepFormat = StepFormat(), aggregate: Aggregate = "min"):
-        self.tokenizer, self.how, self.aggregate = tokenizer, how, aggregate
+        self.tokenizer, self.how = tokenizer, how
+        self.aggregate: Aggregate = aggregate
 
     def read(self, ids: Tensor, mask: Tensor, keep: Tensor) -> Tensor:
         """Scores [kept] at the tokens that `keep` marks, row by row."""

@@ -23,6 +23,7 @@ import torch
 
 from hubsae.activations import harvest
 from hubsae.activations.models import load_tokenizer
+from hubsae.core.errors import TrainingError
 from hubsae.core.extras import require
 from hubsae.core.files import read_csv, write_csv_atomic
 from hubsae.core.quiet import quiet
@@ -170,12 +171,12 @@ class _Run:
         out, fvu = ctx.folder / "training", {}
         for layer, result in zip(self.layers[of], train_many(configs, rows, out=out, device=self.device, quiet=True),
                                  strict=True):  # fmt: skip
-            if result.error is not None:
-                raise result.error
-            Shelf(ctx.folder).put(f"layer{layer}", result.sae)
+            sae = result.sae
+            if sae is None:
+                raise result.error or TrainingError(f"no SAE came of layer {layer}")
+            Shelf(ctx.folder).put(f"layer{layer}", sae)
             held = self._acts(ctx, of, "test").open(layer, "train", of)
-            measured = reconstruction({"sae": result.sae}, held)["sae"]
-            fvu[f"layer{layer}"] = measured.value("fvu", result.sae.metadata.own_scope)
+            fvu[f"layer{layer}"] = reconstruction({"sae": sae}, held)["sae"].value("fvu", sae.metadata.own_scope)
         shutil.rmtree(out)
         return fvu
 
@@ -199,7 +200,7 @@ class _Run:
         found = data.read(ctx.path("scores") / "test.jsonl")
         some = sorted({s.problem for s in found})[: self.config.truncation]
         probes = {
-            layer: (self._sae(ctx, "reward", layer), *(self._probe(ctx, layer, kind) for kind in ("sae", "raw")))
+            layer: (self._sae(ctx, "reward", layer), self._probe(ctx, layer, "sae"), self._probe(ctx, layer, "raw"))
             for layer in self.config.layers
         }
         reward, chosen = self._reward(ctx), [s for s in found if s.problem in set(some)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,9 +55,9 @@ def probe_layer(
         for mark in ("step_end", "content_end")
     }
     chance = [f"shuffled_{n}" for n in range(how.shuffles)]
-    for (split, _), rows in tables.items():
+    for (split, _), part in tables.items():
         for n, name in enumerate(chance):
-            rows[name] = shuffled(rows["score"], rows["problem"], 2 * (seed + n) + (split == "test"))
+            part[name] = shuffled(part["score"], part["problem"], 2 * (seed + n) + (split == "test"))
     common: dict[str, Any] = {"group": "problem", "folds": how.folds, "seed": seed}
     at_ends = {
         SAE_CODES: RidgeSums(["score", *chance], sae="sae", **common),
@@ -142,7 +142,8 @@ class Company:
 def carriers_of(of: str, layer: int, fit: Fit, sae: SAE, acts: Activations) -> list[dict[str, Any]]:
     """The features that carry the score, with what they fire on."""
     data = acts.open(layer, "train", of)
-    (seen,) = run_pass(data, {"sae": sae}, [Company(sae.d_sae)], blocks=(0, MOST_BLOCKS))
+    company: Any = Company(sae.d_sae)
+    (seen,) = run_pass(data, {"sae": sae}, [company], blocks=(0, MOST_BLOCKS))
     rows = []
     for carrier in fit.carriers:
         f = carrier.feature
@@ -155,6 +156,6 @@ def carriers_of(of: str, layer: int, fit: Fit, sae: SAE, acts: Activations) -> l
     return rows
 
 
-def rows_of(table: Sequence[dict[str, Any]], **where: Any) -> list[dict[str, Any]]:
+def rows_of(table: Sequence[Mapping[str, Any]], **where: Any) -> list[Mapping[str, Any]]:
     """The rows of a table with these values, which may have come from a CSV."""
     return [row for row in table if all(str(row.get(key)) == str(value) for key, value in where.items())]

@@ -35,9 +35,9 @@ def truncated(reward: RewardModel, probes: Probes, solutions: Sequence[Solution]
         rows[0] |= scores.best_of_n(whole, right, problem).columns("best_of_n")
         rows.append({"reward": GUESS, **chance.columns("best_of_n")})
     for layer, (sae, on_codes, on_states) in probes.items():
-        for name, options in ((SAE_CODES, {"sae": sae, "probe": on_codes}), (RAW, {"probe": on_states})):
+        for name, of, probe in ((SAE_CODES, sae, on_codes), (RAW, None, on_states)):
             short = TruncatedReward(
-                reward.backbone, reward.tokenizer, hook=layer, how=reward.how, aggregate=reward.aggregate, **options
+                reward.backbone, reward.tokenizer, probe, sae=of, hook=layer, how=reward.how, aggregate=reward.aggregate
             )
             found, seconds = _timed(short, texts)
             row = {"reward": name, "layer": layer, "layers_run": (layer + 1) / layers, "seconds": seconds,
