@@ -55,7 +55,7 @@ class ChatLayout:
 
     def __init__(self, tokenizer: Any, options: Mapping[str, Any] | None = None):
         self.tokenizer, self.options = tokenizer, dict(options or {})
-        self.known: dict[Key, list[Piece]] = {}
+        self.known: dict[Key, tuple[list[Piece], dict[str, np.ndarray]]] = {}
 
     def label(
         self, messages: Sequence[Mapping[str, str]], text: str, offsets: Sequence[tuple[int, int]], *, ask: bool = False
@@ -66,19 +66,21 @@ class ChatLayout:
         """
         key = tuple(m["role"] for m in messages), ask
         if key not in self.known:
-            self.known[key] = self._skeleton(*key)
-        pieces = self.known[key]
+            pieces = self._skeleton(*key)
+            columns = {
+                "role": np.array([p.role for p in pieces], dtype=object),
+                "turn": np.array([p.turn for p in pieces], dtype=np.int32),
+                "is_template": np.array([p.template for p in pieces]),
+                "is_assistant": np.array([p.assistant for p in pieces]),
+            }
+            self.known[key] = pieces, columns
+        pieces, columns = self.known[key]
         ends = _walk(pieces, [m["content"] for m in messages], text)
         if ends is None:
             return None
         starts = np.array([start for start, _ in offsets], dtype=np.int64)
         which = np.minimum(np.searchsorted(np.array(ends), starts, side="right"), len(pieces) - 1)
-        return {
-            "role": np.array([p.role for p in pieces], dtype=object)[which],
-            "turn": np.array([p.turn for p in pieces], dtype=np.int32)[which],
-            "is_template": np.array([p.template for p in pieces])[which],
-            "is_assistant": np.array([p.assistant for p in pieces])[which],
-        }
+        return {name: column[which] for name, column in columns.items()}
 
     def _render(self, roles: Sequence[str], ask: bool) -> str:
         messages = [{"role": role, "content": _mark(number)} for number, role in enumerate(roles)]

@@ -200,8 +200,10 @@ def _plain(kind: str, column: np.ndarray) -> bytes:
     if kind == "bool":
         return np.packbits(column.astype(bool), bitorder="little").tobytes()
     if kind == "string":
-        texts = [str(value).encode() for value in column]
-        return b"".join(struct.pack("<I", len(text)) + text for text in texts)
+        values = column.tolist()  # few differ (roles, stages): each is encoded once
+        texts = {value: str(value).encode() for value in set(values)}
+        encoded = {value: struct.pack("<I", len(text)) + text for value, text in texts.items()}
+        return b"".join(map(encoded.__getitem__, values))
     return np.ascontiguousarray(column.astype(np.dtype(kind).newbyteorder("<"), copy=False)).tobytes()
 
 

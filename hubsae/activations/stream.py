@@ -286,6 +286,8 @@ class Stream:
         return sample.labels(self.special, extra)
 
     def _kept(self, sample: Sample) -> np.ndarray:
+        if self.select == "all" and not self.exclude.terms:
+            return np.ones(len(sample.ids), dtype=bool)
         return kept_rows(self._labels(sample), self.select, self.exclude)
 
     def _forward(self, batch: list[Sample]) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
