@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from hubsae.core.errors import ConfigError
 from hubsae.core.metadata import Metric
 from hubsae.core.sae import SAE
 from hubsae.core.scopes import parse
@@ -93,29 +92,44 @@ def measure_all(
     return Measured(tables, chosen, metrics, density)
 
 
-def special_ids(tokenizer: Any, names: Sequence[str]) -> list[int]:
-    """The ids of tokens by their text."""
-    found = []
-    for name in names:
-        ids = tokenizer(name, add_special_tokens=False)["input_ids"]
-        if len(ids) != 1:
-            raise ConfigError(f"{name!r} is {len(ids)} tokens of this model, not one", hint="see data.special")
-        found.append(int(ids[0]))
+def special_ids(tokenizer: Any, names: Sequence[str]) -> dict[str, list[int]]:
+    """The ids of special tokens by their text; a role name may be several tokens of a model."""
+    return {name: [int(i) for i in tokenizer(name, add_special_tokens=False)["input_ids"]] for name in names}
+
+
+def places_of(labels: Mapping[str, np.ndarray], special: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
+    """Where each special token stands [rows]: all tokens of a name that is several, one behind the other in a chat.
+
+    >>> labels = {"token_id": np.array([1, 7, 8, 7, 8]), "sample_id": np.array([0, 0, 0, 0, 1])}
+    >>> {name: places.tolist() for name, places in places_of(labels, {"<s>": [1], "role": [7, 8]}).items()}
+    {'<s>': [True, False, False, False, False], 'role': [False, True, True, False, False]}
+    """
+    token, sample = labels["token_id"], labels["sample_id"]
+    found = {}
+    for name, ids in special.items():
+        starts = np.ones(max(0, len(token) - len(ids) + 1), bool)
+        for shift, number in enumerate(ids):
+            here = slice(shift, shift + len(starts))
+            starts &= (token[here] == number) & (sample[here] == sample[: len(starts)])
+        mask = np.zeros(len(token), bool)
+        for shift in range(len(ids)):
+            mask[shift : shift + len(starts)] |= starts
+        found[name] = mask
     return found
 
 
-def token_columns(labels: Mapping[str, np.ndarray], ids: Sequence[int]) -> dict[str, np.ndarray]:
+def token_columns(labels: Mapping[str, np.ndarray], special: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
     """Columns [rows] that groups of tokens are scopes by: `st`, and `group`, one of GROUPS.
 
-    >>> labels = {"token_id": np.array([1, 7, 5, 9, 7]), "position": np.arange(5),
+    >>> labels = {"token_id": np.array([1, 7, 5, 9, 7]), "position": np.arange(5), "sample_id": np.zeros(5, int),
     ...           "is_special": np.array([1, 0, 0, 0, 0], bool), "is_template": np.array([1, 1, 1, 0, 0], bool)}
-    >>> found = token_columns(labels, [1, 7])
+    >>> found = token_columns(labels, {"<s>": [1], "user": [7]})
     >>> found["st"].tolist(), found["group"].tolist()
     ([True, True, False, False, True], ['position 0', 'role name', 'template newline', 'content', 'content'])
     """
-    st = np.isin(labels["token_id"], ids)
-    first, special, template = labels["position"] == 0, labels["is_special"], labels["is_template"]
-    group = np.select([first, special, template & st, template], GROUPS[:4], GROUPS[4])
+    st = np.any(list(places_of(labels, special).values()), axis=0)
+    first, delimiter, template = labels["position"] == 0, labels["is_special"], labels["is_template"]
+    group = np.select([first, delimiter, template & st, template], GROUPS[:4], GROUPS[4])
     return {"st": st, "group": group}
 
 

@@ -42,7 +42,7 @@ from hubsae.train.live import LiveActivations
 from . import corpus, interpret, matched, plots, report, steer
 from .cells import cells, train_configs
 from .estimates import estimates
-from .measure import measure_all, special_ids
+from .measure import measure_all, places_of, special_ids
 from .settings import Config
 
 
@@ -161,8 +161,9 @@ class _Fast:
         if not fitting:
             return {"special_features": [], "rows": [], "plots": []}
         sae, tokenizer = self._saes(ctx)[fitting[0]](), subject.tokenizer()
-        ids = special_ids(tokenizer, self.config.data.special)
-        features = steer.strongest(sae, self._held(ctx.path("heldout")), ids, self.config.data.special)
+        special, held = special_ids(tokenizer, self.config.data.special), self._held(ctx.path("heldout"))
+        features = steer.strongest(sae, held, places_of(held.columns(("token_id", "sample_id")), special))
+        ids = [ids[0] for ids in special.values() if len(ids) == 1]
         judge = self.config.interpret.judge
         chat = None if judge.model in ("rule", "none") else interpret.open_judge(judge)[0]
         rows, texts = steer.steered(

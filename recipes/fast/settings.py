@@ -58,7 +58,7 @@ class Data(Settings):
     block: int = Field(default=2048, ge=8, description="BT(F), BT(P): tokens of a block.")
     special: tuple[str, ...] = Field(
         default=("<|im_start|>", "<|im_end|>", "user", "assistant"),
-        description="The tokens of MSE_st, wherever they stand.",
+        description="The tokens of MSE_st, wherever they stand; a name may be several tokens of a model.",
     )
 
 

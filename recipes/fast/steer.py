@@ -33,36 +33,32 @@ JUDGE = (
 
 
 class MaximaByToken:
-    """Mean over chats of the largest value of each feature on one token: an accumulator of a pass."""
+    """Mean over chats of the largest value of each feature on the tokens of a column: an accumulator of a pass."""
 
-    columns = ("token_id", "sample_id")
-
-    def __init__(self, name: str, d_sae: int, ids: Sequence[int]):
-        self.name, self.ids = name, list(ids)
-        self.d_sae = d_sae
+    def __init__(self, name: str, d_sae: int, places: Sequence[str]):
+        self.name, self.places = name, list(places)
+        self.columns = (*places, "sample_id")
         self.chats: dict[tuple[int, int], torch.Tensor] = {}
-        """(token, chat) -> largest value of each feature [d_sae], kept while a chat goes on"""
-        self.sums = torch.zeros(len(self.ids), d_sae, dtype=torch.float64)
-        self.counts = torch.zeros(len(self.ids), dtype=torch.int64)
+        """(place, chat) -> largest value of each feature [d_sae], kept while a chat goes on"""
+        self.sums = torch.zeros(len(self.places), d_sae, dtype=torch.float64)
+        self.counts = torch.zeros(len(self.places), dtype=torch.int64)
 
     def add(self, block: PassBlock) -> None:
         """Take in one block."""
-        token, sample = (block.labels[name] for name in self.columns)
-        rows = np.flatnonzero(np.isin(token, self.ids))
-        if len(rows):
-            codes = block.codes[self.name]
+        sample, codes = block.labels["sample_id"], block.codes[self.name]
+        for place, column in enumerate(self.places):
+            rows = np.flatnonzero(block.labels[column])
             picked = codes._replace(indices=codes.indices[rows], values=codes.values[rows])
-            for row, values in zip(rows.tolist(), picked.dense().cpu(), strict=True):
-                key = int(token[row]), int(sample[row])
+            for row, values in zip(rows.tolist(), picked.dense().cpu() if len(rows) else (), strict=True):
+                key = place, int(sample[row])
                 self.chats[key] = torch.maximum(self.chats[key], values) if key in self.chats else values
         last = int(sample[-1])
         self._close([key for key in self.chats if key[1] != last])
 
     def _close(self, keys: list[tuple[int, int]]) -> None:
         for key in keys:
-            place = self.ids.index(key[0])
-            self.sums[place] += self.chats.pop(key)
-            self.counts[place] += 1
+            self.sums[key[0]] += self.chats.pop(key)
+            self.counts[key[0]] += 1
 
     def merge(self, other: Any) -> None:
         """Of the rows of another rank."""
@@ -79,18 +75,19 @@ class MaximaByToken:
         raise NotImplementedError
 
     def result(self) -> torch.Tensor:
-        """[tokens, d_sae]"""
+        """[places, d_sae]"""
         self._close(list(self.chats))
         return self.sums / self.counts.clamp_min(1)[:, None]
 
 
-def strongest(sae: SAE, held: Any, ids: Sequence[int], names: Sequence[str]) -> list[dict[str, Any]]:
-    """For each special token the feature with the largest mean maximum on it."""
-    (means,) = run_pass(held, {"sae": sae}, [MaximaByToken("sae", sae.d_sae, ids)])
+def strongest(sae: SAE, held: Any, places: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+    """For each special token, given by where it stands [rows], the feature with the largest mean maximum on it."""
+    columns = {f"place_{number}": mask for number, mask in enumerate(places.values())}
+    (means,) = run_pass(held, {"sae": sae}, [MaximaByToken("sae", sae.d_sae, list(columns))], columns=columns)
     best = means.max(1)
     return [
         {"token": name, "feature": int(feature), "mean_maximum": float(value)}
-        for name, value, feature in zip(names, best.values, best.indices, strict=True)
+        for name, value, feature in zip(places, best.values, best.indices, strict=True)
     ]
 
 

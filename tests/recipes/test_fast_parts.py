@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from hubsae.core.config import SAEConfig
-from hubsae.core.errors import ConfigError
 from hubsae.core.sae import SAE
 from hubsae.index import explain, rubric
 from hubsae.recipes.registry import find_recipe
@@ -186,10 +185,18 @@ def test_the_representatives_of_the_methods_have_about_the_same_l0():
 
 
 def test_special_tokens_are_named_by_their_text(quick_world):
-    ids = measure.special_ids(quick_world.tokenizer, ["<|im_start|>", "<|im_end|>"])
-    assert ids == quick_world.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
-    with pytest.raises(ConfigError, match="tokens of this model, not one"):
-        measure.special_ids(quick_world.tokenizer, ["a long text of words"])
+    tokenizer = quick_world.tokenizer
+    ids = measure.special_ids(tokenizer, ["<|im_start|>", "apples and"])
+    assert ids["<|im_start|>"] == [tokenizer.convert_tokens_to_ids("<|im_start|>")] and len(ids["apples and"]) > 1
+    text = tokenizer("<|im_start|>user\napples and apples, apples and", add_special_tokens=False)["input_ids"]
+    labels = {"token_id": np.array(text), "sample_id": np.zeros(len(text), int)}
+    places = measure.places_of(labels, ids)
+    assert np.flatnonzero(places["<|im_start|>"]).tolist() == [0]
+    assert places["apples and"].sum() >= len(ids["apples and"])
+    assert tokenizer.decode(labels["token_id"][places["apples and"]]).strip().startswith("apples and")
+    # a name that is cut by the end of a chat is none
+    labels["sample_id"][-1] = 1
+    assert not measure.places_of(labels, ids)["apples and"][-1]
 
 
 def contexts(tokens: list[str]) -> list[dict]:
@@ -220,7 +227,8 @@ def test_the_features_of_special_tokens_are_those_of_the_largest_mean_maximum():
     x = torch.randn(9000, 8, generator=generator)
     rng = np.random.default_rng(0)
     token, sample = rng.integers(0, 6, 9000), np.sort(rng.integers(0, 300, 9000))
-    found = steer.strongest(sae, {"x": x, "token_id": token, "sample_id": sample}, [2, 5], ["two", "five"])
+    places = {"two": token == 2, "five": token == 5}
+    found = steer.strongest(sae, {"x": x, "sample_id": sample}, places)
     z = sae.encode(x).detach().numpy()
     for row, wanted in zip(found, (2, 5), strict=True):
         maxima = [z[(token == wanted) & (sample == s)].max(0) for s in set(sample[token == wanted].tolist())]
