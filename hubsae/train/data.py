@@ -163,7 +163,7 @@ class TokenSelection:
             return batch
         labels = dict(batch.labels)
         if NORM in scope.columns:
-            labels[NORM] = batch.x.float().norm(dim=1).cpu()
+            labels[NORM] = batch.x.float().norm(dim=1).cpu().numpy()
         chosen = torch.from_numpy(scope.mask(labels, len(batch))).to(batch.x.device)
         return batch if bool(chosen.all()) else batch.part(chosen)
 
@@ -233,7 +233,7 @@ def spaces(config: TrainConfig, source: Any, selection: TokenSelection) -> tuple
     if config.normalize == "none":
         return None, None
     stats = getattr(source, "stats", None)
-    if hasattr(stats, "mean") and hasattr(stats, "std") and not selection.exclude:
+    if stats is not None and hasattr(stats, "mean") and hasattr(stats, "std") and not selection.exclude:
         mean, std = (torch.as_tensor(t, dtype=torch.float64) for t in (stats.mean, stats.std))
         second = float((std.square() + mean.square()).sum())
         mean_norm = float(getattr(stats, "mean_norm", second**0.5))

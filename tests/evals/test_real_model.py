@@ -73,7 +73,8 @@ def by_hand(real) -> dict[str, float]:
     w = load_file(real.release / real.name / "sae_weights.safetensors")
     rows = ActivationDataset.open(real.acts, split="validation")
     model, tokenizer = real.world.model, real.world.tokenizer
-    sums, states = dict.fromkeys(("n", "clean", "sae", "mean", "kl"), 0.0), []
+    sums: dict[str, float] = dict.fromkeys(("n", "clean", "sae", "mean", "kl"), 0.0)
+    states: list[torch.Tensor] = []
 
     def rebuilt(x):
         z = ((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]).relu()
@@ -134,7 +135,7 @@ def test_record_card_listing_and_plan_show_the_same_numbers_with_the_same_scope(
     assert {m.name: m.value for m in record.metrics if m.scope == SCOPE and m.name in names} == {
         name: told[name] for name in names
     }
-    with localhub.running(root=tmp_path / "hub", tokens=[Token.parse("me=hf_me")]) as hub:
+    with localhub.running(root=tmp_path / "hub", tokens=(Token.parse("me=hf_me"),)) as hub:
         for name, value in (("HF_ENDPOINT", hub.url), ("HF_TOKEN", "hf_me"), ("HF_HUB_CACHE", str(tmp_path / "cache"))):
             monkeypatch.setenv(name, value)
         texts = {"plan": run("push", real.release, "me/real", "--dry-run")}
