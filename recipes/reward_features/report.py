@@ -76,9 +76,12 @@ def write_report(
     if config.rl is not None:
         found = ctx.result("rl")
         (earned, paid), (before, after) = found["reward"], found["held_out"]
-        verdict = (
-            "accuracy follows it" if after - before > 0.02 else "the reward is hacked: it rises and accuracy does not"
-        )
+        strict = found["score_strict"]
+        verdict = "the reward is hacked: it rises and accuracy does not"
+        if after - before > 0.02:
+            verdict = "accuracy follows it"
+        elif strict[1] - strict[0] > 0.02:
+            verdict = "what it pays for is the form of answers (more of them pass the strict rule), not their numbers"
         report.heading("As a reward")
         report.text(
             f"PPO against the probe at layer {found['layer']}: its reward goes from {earned:.3f} to {paid:.3f} "
