@@ -10,7 +10,7 @@ from hubsae.formats.manifest import FileEntry, Manifest, SAEEntry
 from hubsae.formats.package import PackagePlan, PlannedSAE, package, plan
 from hubsae.formats.registry import convert, read, write, write_also
 from hubsae.formats.release import Release
-from hubsae.formats.saelens import Fidelity, fidelity
+from hubsae.formats.saelens_config import Fidelity, fidelity
 from hubsae.formats.select import pick, select
 from hubsae.formats.spec import PackageSpec
 from hubsae.formats.thresholds import estimate_threshold

@@ -23,7 +23,7 @@ from hubsae.formats.manifest import MANIFEST_NAME, Manifest
 from hubsae.formats.planning import plan
 from hubsae.formats.registry import read
 from hubsae.formats.release import Release
-from hubsae.formats.saelens import fidelity
+from hubsae.formats.saelens_config import fidelity
 from hubsae.formats.table import SAETable
 
 ROWS_FOR_NORMS = 4096

@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from hubsae.core.metadata import Metadata, Section
 from hubsae.core.text import printable
-from hubsae.formats.saelens import fidelity
+from hubsae.formats.saelens_config import fidelity
 
 T = TypeVar("T")
 

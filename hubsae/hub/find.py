@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hubsae.core.errors import HubSAEError, nearest
-from hubsae.formats.saelens import hub_id
+from hubsae.formats.saelens_config import hub_id
 from hubsae.hub import registered
 from hubsae.hub.client import HubClient
 

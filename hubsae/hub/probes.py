@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hubsae.core.errors import DataError, NotFoundError
 from hubsae.core.metadata import Metadata
-from hubsae.formats import saelens
+from hubsae.formats import saelens_config
 from hubsae.hub.errors import IntegrityError
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def verify(
         )
     notes: list[str] = []
     verdict, error, rows = "not checked", None, None
-    known = saelens.fidelity(written.config)
+    known = saelens_config.fidelity(written.config)
     if with_saelens and known.loads and have_saelens():
         rows, error = compare_with_saelens(folder, written, x)
         verdict = "same" if rows == 1.0 and error <= TOLERANCE else "differs"
@@ -144,6 +144,11 @@ def verify(
             )
         if written.config.architecture == "topk" and activations is not None:
             notes.append(_negatives(written, activations))
+    if saelens_config.architecture_in(written.config) == "topk" and not saelens_config.has_unit_rows(written):
+        notes.append(
+            "decoder rows are not of norm one (a normaliser is folded in, say), and a top-k cannot be rescaled: "
+            "SAEDashboard and Neuronpedia's runner refuse it (fold_W_dec_norm)"
+        )
     # the error of a transcoder is against the activations of its output, which are not here
     measured = None if written.config.is_transcoder else activations
     fvu, l0 = (None, None) if measured is None else quality(written, measured)
