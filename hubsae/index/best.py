@@ -79,7 +79,8 @@ def rank_in_group(group: np.ndarray) -> np.ndarray:
     [0, 1, 0, 1, 2]
     """
     starts = np.flatnonzero(_starts(group))
-    return np.arange(len(group)) - np.repeat(starts, np.diff(np.append(starts, len(group))))
+    lengths = np.diff(np.append(starts, len(group)))
+    return np.arange(len(group), dtype=np.int32) - np.repeat(starts.astype(np.int32), lengths)
 
 
 def order_by(*keys: np.ndarray) -> np.ndarray:
@@ -125,19 +126,13 @@ def keep(
     token = rank_in_group(group)
     token[token >= top] = -1
     # this order is stable, so the first of each (feature, sample) is its strongest
-    of = _from_zero(sample)[order]
-    by_sample = order_by(group, of)
-    leads = np.zeros(len(order), bool)
-    leads[by_sample[_starts(group[by_sample], of[by_sample])]] = True
-    prompt = _ranks_of(group, leads)
+    prompt = _ranks_of(group, _leaders(group, _from_zero(sample)[order]))
     prompt[prompt >= top] = -1
-    chosen = np.zeros(len(order), bool)
+    drawn = np.full(len(order), -1, np.int32)
     if random:
-        hashed = (mix(index) if hashes is None else hashes)[order]
-        by_hash = order_by(group, hashed)
-        chosen[by_hash[rank_in_group(group[by_hash]) < random]] = True
-    drawn = _ranks_of(group, chosen)
-    held = (token >= 0) | (prompt >= 0) | chosen
+        hashed = mix(index) if hashes is None else hashes
+        drawn = _ranks_of(group, _smallest(group, hashed[order], random))
+    held = (token >= 0) | (prompt >= 0) | (drawn >= 0)
     return Kept(order[held], token[held], prompt[held], drawn[held])
 
 
@@ -155,8 +150,22 @@ def _starts(*columns: np.ndarray) -> np.ndarray:
     return first
 
 
+def _leaders(group: np.ndarray, sample: np.ndarray) -> np.ndarray:
+    """The first of each (group, sample). bool"""
+    order, leads = order_by(group, sample), np.zeros(len(group), bool)
+    leads[order[_starts(group[order], sample[order])]] = True
+    return leads
+
+
+def _smallest(group: np.ndarray, key: np.ndarray, count: int) -> np.ndarray:
+    """The `count` smallest keys of each group. bool"""
+    order, chosen = order_by(group, key), np.zeros(len(group), bool)
+    chosen[order[rank_in_group(group[order]) < count]] = True
+    return chosen
+
+
 def _ranks_of(group: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     """How many of the chosen ones of the same group stand before each chosen one; −1 for the others."""
-    rank = np.full(len(group), -1)
+    rank = np.full(len(group), -1, np.int32)
     rank[chosen] = rank_in_group(group[chosen])
     return rank

@@ -333,9 +333,11 @@ class FeatureTable:
     def _cut(self) -> Kept:
         """Cut the records to what is kept, sorted."""
         held = np.flatnonzero(self._used())
-        feature, value, index, sample = (column[held] for column in self.records[:4])
-        kept = keep(feature, value, index, sample, self.top, self.random)
-        # column by column, so that what is left out is freed
+        all_of = self.records
+        keys = all_of.feature[held], all_of.value[held], all_of.index[held], all_of.sample[held]
+        kept = keep(*keys, self.top, self.random)
+        del keys, all_of
+        # column by column, so that what was gathered is freed
         columns, self.records, self._free = list(self.records), Records.none(0), np.zeros(0, np.int64)
         rows = held[kept.rows]
         for number, column in enumerate(columns):
