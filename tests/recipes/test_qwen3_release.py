@@ -10,10 +10,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from huggingface_hub import HfApi
@@ -199,8 +201,10 @@ def test_the_index_has_the_seeds_files_and_counts(run):
     counts = index.metrics["count"].to_numpy()
     assert found["n_active"] == int((counts > 0).sum()) and found["n_active"] + found["n_dead"] == 1024
     # at most five conversations each, as many as there are
-    assert found["prompt_rows"] == sum(len(index[f].prompts) for f in range(1024))
-    assert max(len(index[f].prompts) for f in range(0, 1024, 64)) <= 5
+    table = pq.read_table(folder / "feature_prompts.parquet", columns=["feature", "kind"]).to_pylist()
+    kept = Counter(row["feature"] for row in table if row["kind"] == "prompt")
+    assert found["prompt_rows"] == kept.total() and max(kept.values()) == 5
+    assert set(kept) == set(np.flatnonzero(counts).tolist())
 
 
 def test_the_card_says_which_features_steer_and_which_checkpoint_this_is(run):
