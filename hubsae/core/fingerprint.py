@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -183,12 +184,15 @@ def _activations(model: nn.Module, ids: Tensor, hooks: list[HookPoint]) -> dict[
     device = next(model.parameters()).device
     training = model.training
     model.eval()
+
+    def keep(hidden: Tensor, hook: HookPoint) -> None:
+        seen.setdefault(hook, hidden[0].float().cpu())
+
     try:
         with ExitStack() as stack:
             for number, hook in enumerate(hooks):
                 try:
-                    keep = lambda hidden, hook=hook: seen.setdefault(hook, hidden[0].float().cpu())  # noqa: E731
-                    stack.enter_context(read_hook(model, hook, keep))
+                    stack.enter_context(read_hook(model, hook, partial(keep, hook=hook)))
                 except HookError:
                     if number == 0:
                         raise

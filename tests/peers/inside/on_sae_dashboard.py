@@ -33,7 +33,7 @@ def neuronpedia(name: str) -> str:
     _, data = dashboards(name)
     config = SimpleNamespace(
         n_prompts_total=32, n_tokens_in_prompt=24, huggingface_dataset_path="none", model_id="tiny", layer=1,
-        sae_set="release", np_set_name=None, np_sae_id_suffix=None,
+        sae_set="release", np_set_name=None, np_sae_id_suffix=None, vector_names=None,
     )  # fmt: skip
     text = NeuronpediaConverter.convert_to_np_json(MODEL, data, config, {i: f"w{i}" for i in range(VOCABULARY)})
     return f"a batch of {len(json.loads(text)['features'])} features"
