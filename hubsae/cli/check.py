@@ -45,9 +45,8 @@ def command(
         if not taken:
             out().print(f"no SAE of {'stage ' + stage if stage else 'no stage'}: name one with --stage", markup=False)
         return
-    filters = {"stage": stage} if stage is not None else {}
     found = []
-    for name, sae in HubSAE.iter_pretrained(target, id, **filters):
+    for name, sae in HubSAE.iter_pretrained(target, id, stage=stage):
         result = None if sae.fingerprint is None else sae.check(loaded, tokenizer)
         found.append((name, result))
         if not as_json:

@@ -184,7 +184,8 @@ class Rows:
                 f"cannot read activations from {type(data).__name__}",
                 hint="pass a tensor [tokens, d], a mapping with 'x' and label columns, or an ActivationDataset",
             )
-        self.data, self.stored, self.batch_size = data, stored, batch_size or BLOCK_ROWS
+        self.data: Any = data
+        self.stored, self.batch_size = stored, batch_size or BLOCK_ROWS
         self.d_out: int | None = getattr(data, "d_out", None)
         self.extra = {name: as_column(name, value) for name, value in extra.items()}
         for name, value in self.extra.items():
@@ -200,7 +201,8 @@ class Rows:
         """Rows first to last in order, with the label columns asked for."""
         names = [c for c in columns if c in self.stored and c not in self.extra]
         start = first
-        for batch in (Batch(*read) for read in self._read(first, last, names)):
+        for read in self._read(first, last, names):
+            batch = read if isinstance(read, Batch) else Batch(read.x, read.labels)
             rows = slice(start, start + len(batch))
             labels = {**batch.labels, **{c: self.extra[c][rows] for c in columns if c in self.extra}}
             yield Batch(batch.x, labels, batch.target)

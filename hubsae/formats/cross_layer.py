@@ -57,7 +57,7 @@ def read_cross_layer(
     `hook` and `hook_out` are kinds of hook points (`mlp_in`, `mlp_out`, or TransformerLens' `hook_resid_mid`) where the
     folder does not say; circuit-tracer's own default is resid_mid to mlp_out, and Gemma Scope's mlp_in to mlp_out.
     """
-    probe = Probe(path)
+    probe = Probe(Path(path))
     with reading(probe.path):
         if not probe.is_dir or not is_cross_layer(probe):
             raise FormatError(

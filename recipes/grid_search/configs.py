@@ -40,7 +40,7 @@ def train_configs(
     ...                                        TrainSettings(batch_size=64), x)]
     ['jumprelu', 'topk']
     """
-    from hubsae.train.data import as_source, normalizer, sample
+    from hubsae.train.data import TokenSelection, as_source, sample, spaces
 
     source = as_source(activations)
     steps = max(1, round(settings.epochs * (source.n_rows // settings.batch_size)))
@@ -83,9 +83,9 @@ def train_configs(
         else:
             jump = settings.jumprelu
             if rows is None:
-                raw = sample(source, SAMPLE, seed)
-                space = normalizer(TrainConfig(d_sae=1, k=1, normalize=settings.normalize), source)
-                rows = _centred(raw, space)
+                taken = TokenSelection(tuple(settings.exclude))
+                space, _ = spaces(TrainConfig(d_sae=1, k=1, normalize=settings.normalize), source, taken)
+                rows = _centred(sample(source, SAMPLE, seed, taken).x, space)
             start = first_threshold(rows, cell.number / cell.d_sae(source.d), seed + cell.seed)
             training["threshold_rule"] = (
                 f"trained by a straight-through estimator towards an L0 of {cell.number:g}; start {start:.4g}"

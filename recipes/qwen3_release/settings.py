@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -168,7 +168,7 @@ class Config(Settings):
         )  # fmt: skip
         steps = self.dead.tokens // self.sae.batch_size
         again = ResampleConfig(method="anthropic", at_steps=tuple(steps * n // 5 for n in (1, 2, 3) if steps >= 5))
-        changes: dict[str, dict[str, object]] = {
+        changes: dict[str, dict[str, Any]] = {
             "plain": raw,
             "centred": {"normalize": "center_scalar"},
             "normalised": {"normalize": "mean_std"},
