@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from contextlib import suppress
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -250,5 +252,12 @@ class ParquetSource(Source):
         for number, first, last in self._spans(start, stop):
             table = self._group(number, tuple(sorted(names)))
             for name in names:
-                parts[name].append(table[name].slice(first, last - first).to_numpy())
+                parts[name].append(_numpy(table[name].slice(first, last - first)))
         return {name: np.concatenate(found) if found else np.empty(0) for name, found in parts.items()}
+
+
+def _numpy(column: Any) -> np.ndarray:
+    # pyarrow imports pandas at its first conversion and swallows a Ctrl-C that arrives meanwhile; here it is heard
+    with suppress(ImportError):
+        import_module("pandas")
+    return column.to_numpy()

@@ -29,10 +29,11 @@ def read_cross_layer(
     hook_out: str | None = None,
     base_model: str | None = None,
 ) -> CrossLayerTranscoder:
-    """A cross-layer transcoder, from a folder or a repo (`subfolder` of it) on the Hub.
+    """A cross-layer transcoder, from a folder or a repo on the Hub (`repo_or_path`, or `subfolder` in it).
 
     circuit-tracer's layout and Gemma Scope 2's; `hook` and `hook_out` say where it reads and writes (`mlp_in`,
-    `mlp_out`) if its files do not. `revision`, `token`, `cache_dir` and `local_files_only` are as everywhere.
+    `mlp_out`), and `base_model` of what model, if its files do not. `revision`, `token`, `cache_dir` and
+    `local_files_only` are as for `HubSAE.from_pretrained`.
 
     >>> clt = read_cross_layer("mntss/clt-gemma-2-2b-426k")  # doctest: +SKIP
     >>> with clt.attach(model) as codes: model(ids)  # doctest: +SKIP

@@ -23,7 +23,10 @@ def load_probe(
     local_files_only: bool = False,
     force_download: bool = False,
 ) -> Probe:
-    """The probe of an SAE: what predicts a score from its codes. `id`, `layer` and `stage` name the SAE.
+    """The probe of an SAE: what predicts a score from its codes.
+
+    `repo_or_path` is a repo on the Hub or a release folder; `id`, `layer` and `stage` name the SAE. `revision`,
+    `token`, `endpoint`, `cache_dir`, `local_files_only` and `force_download` are as for `HubSAE.from_pretrained`.
 
     >>> import tempfile, torch
     >>> from hubsae import HubSAE, Release, SAEConfig

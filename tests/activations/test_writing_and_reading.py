@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -302,3 +305,22 @@ def test_a_batch_that_is_kept_is_never_overwritten(written):
     kept = list(data.batches(300, seed=2))
     again = [b.clone() for b in data.batches(300, seed=2)]
     assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
+
+
+def test_ctrl_c_is_heard_while_labels_are_read_for_the_first_time(written, tmp_path):
+    out, _ = written()
+    slow = tmp_path / "slow" / "pandas"
+    slow.mkdir(parents=True)
+    (slow / "__init__.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    code = f"""
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from hubsae.activations import ActivationDataset
+try:
+    next(iter(ActivationDataset.open({str(out)!r}).labelled_batches(["position"], 100)))
+except KeyboardInterrupt:
+    print("heard")
+"""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(slow.parent), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
+    assert done.stdout == "heard\n", done.stderr
