@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -100,14 +99,6 @@ def write_statistics(path: Path, stats: ActivationStats) -> None:
     metadata = {"hubsae": json.dumps(facts)}  # one key, because safetensors writes several in no fixed order
     with atomic_path(path) as temporary:
         save_file({k: v.to(torch.float64).contiguous() for k, v in tensors.items()}, temporary, metadata)
-
-
-def content_id(manifest: dict[str, Any]) -> str:
-    """A short id of what a dataset holds, for provenance records: rows, sources and statistics of its configs."""
-    text = repr(
-        [(n, c["d"], c["dtype"], c["scale"], c["source"], c["statistics"]) for n, c in manifest["configs"].items()]
-    )
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def describe(path: str | Path, *, config: str | int | None = None) -> dict[str, Any]:
