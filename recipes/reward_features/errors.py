@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -102,6 +103,7 @@ def solutions(
     the prompt of a question; `longest` leaves out answers of more characters, prompt included.
     """
     found: list[Solution] = []
+    made_of: Counter[str] = Counter()
     taken = 0
     for number, row in enumerate(rows, start=first):
         if most is not None and taken >= most:
@@ -120,9 +122,11 @@ def solutions(
         made: list[Solution] = []
         for chance in wrong:
             kinds = rng.sample(KINDS, len(KINDS)) if rng.random() < chance else []
+            kinds.sort(key=made_of.__getitem__)  # the rarest so far first: most kinds fit only some solutions
             other = next(((k, w) for k in kinds if (w := corrupt(question, steps, k, rng)) is not None), None)
             if other is not None and other[1] not in {m.steps for m in made}:
                 made.append(Solution(number, prompt, other[1], (*[True] * (len(other[1]) - 1), False), other[0]))
+                made_of[other[0]] += 1
             elif chance < 1 and steps not in {m.steps for m in made}:
                 made.append(Solution(number, prompt, steps, (True,) * len(steps)))
         found += made

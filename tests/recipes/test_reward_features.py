@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,6 +103,15 @@ def test_every_token_has_the_score_of_its_step_and_every_step_its_two_ends(recip
     assert item["good"][item["step"] == 1].all() and not item["good"][item["step"] == 2].any()
     assert [text[i] for i in np.flatnonzero(item["is_format"] & (item["step"] == 1))] == ["+", "=", "\n"]
     assert item["length"][inside][0] == 1 and (np.diff(item["length"][item["step"] == 1]) == 1).all()
+
+
+def test_kinds_of_errors_are_spread_over_the_solutions_they_fit(recipe):
+    """Another final answer fits every solution; it is not made where a rarer kind fits too."""
+    fits_all = {"question": QUESTION, "answer": "\n".join(STEPS)}
+    fits_one = {"question": "How many?", "answer": "All of them.\n#### 9"}
+    found = recipe.module("errors").solutions([fits_all, fits_one] * 30, lambda q: f"{q}\n", wrong=(1.0,))
+    kinds = Counter(s.kind for s in found)
+    assert kinds["final"] <= 31 and min(kinds.values()) >= 9 and len(kinds) == 4
 
 
 def test_traces_without_labels_are_read_at_the_same_steps_by_both_models(recipe, quick_world):
