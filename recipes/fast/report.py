@@ -92,14 +92,15 @@ def _measured(claim: str, tables: dict[str, list[Row]]) -> str:
 def write(folder: Path, config: Config, about: dict[str, Any], tables: dict[str, list[Row]], plots: list[Path]) -> Path:
     """Everything that was measured, and the published numbers."""
     t, advantage = config.train, tables["advantage"]
+    left_out = f"; left out of training, which was not published: {', '.join(t.exclude)}" if t.exclude else ""
     report = Report(f"FAST and block training at equal sparsity: {about['label']}, layer {config.data.layer}")
     report.text(
         f"{len(tables['cells'])} SAEs: {', '.join(LABELS[m] for m in t.methods)}, each with {', '.join(t.kinds)} SAEs "
-        f"of a sweep of coefficients and seeds {', '.join(map(str, t.seeds))}, {t.tokens:,} training tokens each. "
-        f"Measured on {about['held']:,} tokens of {about['dataset']} that were put aside, each chat alone in its "
-        "template: the distribution of FAST and BT(F); plain texts, on which BT(P) trains, are out of it. Errors are "
-        "means over chats of the mean over their tokens, as published; the published numbers are their log2. Ratios "
-        "below 1 favour FAST; "
+        f"of a sweep of coefficients and seeds {', '.join(map(str, t.seeds))}, {t.tokens:,} training tokens each"
+        f"{left_out}. Measured on {about['held']:,} tokens of {about['dataset']} that were put aside, each chat alone "
+        "in its template: the distribution of FAST and BT(F); plain texts, on which BT(P) trains, are out of it. "
+        "Errors are means over chats of the mean over their tokens, as published; published numbers are their log2. "
+        "Ratios below 1 favour FAST; "
         f"intervals are 95 % over {len(t.seeds)} seeds (Student's t)"
         + (", wide by nature: the column `seeds lower` says how many agree." if len(t.seeds) < 4 else ".")
     )
