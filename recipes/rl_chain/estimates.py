@@ -36,8 +36,9 @@ def simple(config: ChainConfig) -> dict[str, Estimate]:
 
 def warmup(config: ChainConfig, settings: WarmUp) -> Estimate:
     """Supervised steps: weights, gradient, two moments."""
-    size = config.model.parameters * 4
-    return Estimate(f"{settings.steps} steps of {settings.batch} answers", disk=size, memory=4 * size)
+    size, tokens = config.model.parameters * 4, settings.batch * settings.max_tokens
+    memory = 4 * size + _kept(config, tokens) + tokens * _vocabulary(config) * 4 * 3
+    return Estimate(f"{settings.steps} steps of {settings.batch} answers", disk=size, memory=memory)
 
 
 def reinforcement(config: ChainConfig, rl: RLConfig) -> Estimate:
@@ -46,9 +47,9 @@ def reinforcement(config: ChainConfig, rl: RLConfig) -> Estimate:
     # a LoRA adapter on all linear layers is for the usual shapes about 17 ranks of width per block
     trained = config.model.layers * 17 * rl.lora.r * config.model.d_model * 4 if rl.lora else weights
     copies = 1 if rl.lora else 2  # policy and, without an adapter to switch off, a reference
-    vocabulary = VOCABULARY if config.model.parameters > 10_000_000 else 512
     # logits, their float32 copy and the softmax of one micro-batch
-    logits = rl.micro_batch * (rl.max_response + 1) * vocabulary * 4 * 3
+    logits = rl.micro_batch * (rl.max_response + 1) * _vocabulary(config) * 4 * 3
+    kept = _kept(config, rl.micro_batch * (rl.max_prompt + rl.max_response))
     saved = len(rl.stage_names())
     what = (
         f"PPO, {rl.scorer} reward{', gold shuffled' if rl.shuffled_gold else ''}: {rl.steps} steps x {rl.sequences:,} "
@@ -56,8 +57,20 @@ def reinforcement(config: ChainConfig, rl: RLConfig) -> Estimate:
         f"{'LoRA r ' + str(rl.lora.r) if rl.lora else 'all weights'}"
     )
     # the critic: weights, gradient, two moments
-    memory = copies * weights + 3 * trained + 4 * weights + logits
+    memory = copies * weights + 3 * trained + 4 * weights + kept + logits
     return Estimate(what, disk=3 * (trained + weights) + saved * trained, memory=memory)
+
+
+def _kept(config: ChainConfig, tokens: int) -> int:
+    """What the layers keep for the backward pass, in float32: about 21 widths a token and layer.
+
+    States, norms, queries, keys and values are 10; gate, up, their product and the activation 4 of 2.7 widths.
+    """
+    return tokens * config.model.layers * 21 * config.model.d_model * 4
+
+
+def _vocabulary(config: ChainConfig) -> int:
+    return VOCABULARY if config.model.parameters > 10_000_000 else 512
 
 
 def tokens_of(config: ChainConfig, mode: Mode) -> float:
