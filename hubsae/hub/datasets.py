@@ -20,7 +20,8 @@ from hubsae.core.errors import DataError
 from hubsae.core.files import read_json
 from hubsae.core.text import natural_key
 from hubsae.hub.client import HubClient
-from hubsae.hub.upload import Contents, LocalFile, Published, State, publish
+from hubsae.hub.contents import Contents, LocalFile, State
+from hubsae.hub.upload import Published, publish
 
 REPO_TYPE = "dataset"
 

@@ -22,7 +22,7 @@ from hubsae.formats.planning import belongs
 from hubsae.formats.release import Release
 from hubsae.hub import card as cards
 from hubsae.hub.client import HubClient
-from hubsae.hub.upload import Contents, LocalFile, State, files_under
+from hubsae.hub.contents import Contents, LocalFile, State, files_under
 
 README = "README.md"
 MAX_IN_FOLDER = 10_000

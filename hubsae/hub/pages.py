@@ -7,7 +7,8 @@ from pathlib import Path
 
 from hubsae.core.errors import HubSAEError
 from hubsae.hub.client import HubClient, split_repo
-from hubsae.hub.upload import Contents, LocalFile, Published, State, publish
+from hubsae.hub.contents import Contents, LocalFile, State
+from hubsae.hub.upload import Published, publish
 from hubsae.index.features import FeatureIndex
 from hubsae.index.page import FOLDER, TABLES, indexes, render
 

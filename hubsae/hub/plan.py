@@ -8,7 +8,8 @@ from hubsae.core.fingerprint import FILE_NAME as FINGERPRINT
 from hubsae.core.text import format_bytes, printable
 from hubsae.hub import upload
 from hubsae.hub.cardtext import listing
-from hubsae.hub.probes import Verification, summarize
+from hubsae.hub.contents import Diff
+from hubsae.hub.trial import Verification, summarize
 
 
 @dataclass
@@ -41,7 +42,7 @@ class PushPlan:
     tag: str | None
     rows: list[PlanRow]
     kept: list[str]
-    diff: upload.Diff
+    diff: Diff
     notes: list[str] = field(default_factory=list)
     endpoint: str = ""
     others: list[tuple[str, int]] = field(default_factory=list)

@@ -23,17 +23,18 @@ from hubsae.hub import upload
 from hubsae.hub.card import CardOptions
 from hubsae.hub.cardtext import listing
 from hubsae.hub.client import HubClient, split_repo
+from hubsae.hub.contents import Diff, LocalFile, State, compare
 from hubsae.hub.errors import AccessError, OfflineError, RevisionNotFoundError
 from hubsae.hub.merge import Merge, files_of, pickles
 from hubsae.hub.plan import PlanRow, PushPlan, PushResult
-from hubsae.hub.probes import Activations, have_saelens, verify
 from hubsae.hub.secrets import refuse_secrets
 from hubsae.hub.staging import Extras, Staging, check_source, on_the_hub, one_place, staged
+from hubsae.hub.trial import Activations, have_saelens, verify
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-NOTHING_THERE = upload.State("", {})
+NOTHING_THERE = State("", {})
 
 
 @named_options
@@ -190,7 +191,7 @@ def _verified(
 def _planned(client: HubClient, target: Target, staging: Staging, merge: Merge, rows: list[PlanRow]) -> PushPlan:
     """Compare the release with what is on the Hub."""
     state = target.look(client)
-    diff = upload.compare(merge(state), state.tree)
+    diff = compare(merge(state), state.tree)
     _mark(rows, staging.release.manifest, diff)
     notes = [*staging.notes, *target.notes, *merge.notes, *_row_notes(rows), *_file_notes(merge.files)]
     if target.tag and target.exists:
@@ -215,7 +216,7 @@ class Target:
     """Where the plan is compared: the branch asked for, or main where that is new."""
     notes: list[str] = field(default_factory=list)
 
-    def look(self, client: HubClient) -> upload.State:
+    def look(self, client: HubClient) -> State:
         """The state of its branch now."""
         return upload.look(client, self.repo_id, self.branch) if self.exists else NOTHING_THERE
 
@@ -268,7 +269,7 @@ def _check_namespace(client: HubClient, repo_id: str) -> None:
         )
 
 
-def _mark(rows: list[PlanRow], manifest: Manifest, diff: upload.Diff) -> None:
+def _mark(rows: list[PlanRow], manifest: Manifest, diff: Diff) -> None:
     """Say for each SAE whether the Hub has it."""
     new, changed = {f.path for f in diff.new}, {f.path for f in diff.changed}
     for row, entry in zip(rows, manifest, strict=True):
@@ -290,14 +291,14 @@ def _row_notes(rows: list[PlanRow]) -> list[str]:
     return lines
 
 
-def _file_notes(files: Sequence[upload.LocalFile]) -> list[str]:
+def _file_notes(files: Sequence[LocalFile]) -> list[str]:
     found = pickles(files)
     if not found:
         return []
     return [f"{len(found)} pickle file{'s' if len(found) > 1 else ''} will be shipped too ({listing(found, 3)})"]
 
 
-def _check_tag(client: HubClient, repo_id: str, tag: str, state: upload.State, diff: upload.Diff) -> None:
+def _check_tag(client: HubClient, repo_id: str, tag: str, state: State, diff: Diff) -> None:
     """A tag that exists already must already mean exactly this; better to say so before the upload."""
     at = client.tags(repo_id).get(tag)
     if at is None or (diff.empty and at == state.head):

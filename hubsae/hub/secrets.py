@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hubsae.core.errors import HubSAEError
 from hubsae.core.text import printable
-from hubsae.hub.upload import LocalFile
+from hubsae.hub.contents import LocalFile
 
 WHOLE, HEAD = 8 << 20, 1 << 20
 """Bytes: files up to the first are read whole, of larger ones (weights) the beginning, which holds their header."""

@@ -30,7 +30,7 @@ from hubsae.formats.planning import IMAGE_SUFFIXES, belongs
 from hubsae.formats.release import Release
 from hubsae.formats.spec import PackageSpec
 from hubsae.hub.client import HubClient, hf_home, split_repo
-from hubsae.hub.probes import Activations, Calibration, calibrate
+from hubsae.hub.trial import Activations, Calibration, calibrate
 
 T = TypeVar("T")
 

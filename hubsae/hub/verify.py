@@ -5,7 +5,6 @@ Loads trust a file that was hashed once and has not changed since; this trusts n
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from hubsae.formats.manifest import MANIFEST_NAME, Manifest
 from hubsae.formats.release import check_files
 from hubsae.hub.catalog import CACHE_NOTES
 from hubsae.hub.client import HubClient, split_repo
+from hubsae.hub.contents import LocalFile
 
 
 @dataclass
@@ -172,7 +172,7 @@ def _cache(repo_id: str, client: HubClient, out: Verified, show: bool | None) ->
         for blob in blobs:
 
             def check(blob: Path = blob, shown: Path = names.get(blob.resolve(), blob), notes: Path = folder) -> None:
-                found = sha256_file(blob) if len(blob.name) == 64 else _git_hash(blob)
+                found = sha256_file(blob) if len(blob.name) == 64 else LocalFile("", blob).git_oid
                 if found != blob.name:
                     out.damaged += [blob, notes / CACHE_NOTES / f"ok-{blob.name}"]
                     _same(shown, found, blob.name)
@@ -190,8 +190,3 @@ def _blobs(folder: Path) -> Iterator[Path]:
     for blob in (folder / "blobs").glob("*"):
         if len(blob.name) in (40, 64) and set(blob.name) <= set("0123456789abcdef") and blob.is_file():
             yield blob
-
-
-def _git_hash(path: Path) -> str:
-    content = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()

@@ -15,7 +15,7 @@ from hubsae.core.errors import ConfigError, FormatError, HubSAEError
 from hubsae.formats import Release, package
 from hubsae.hub.client import HubClient
 from hubsae.hub.errors import RepoNotFoundError
-from hubsae.hub.probes import Activations
+from hubsae.hub.trial import Activations
 from hubsae.localhub import LocalHub
 from tests.hub.conftest import ABOUT, seed_folder, titles
 

@@ -132,7 +132,7 @@ def test_stock_saelens_gives_the_numbers_of_the_source_modules(hub: LocalHub, tm
 
 @pytest.mark.parametrize(("scale", "told"), [(1.0, False), (2.0, True)])
 def test_a_topk_whose_rows_are_not_of_norm_one_says_who_refuses_it(scale, told, tmp_path):
-    from hubsae.hub.probes import verify
+    from hubsae.hub.trial import verify
 
     sae = HubSAE.random(SAEConfig(architecture="topk", d_in=16, d_sae=64, k=4))
     with torch.no_grad():
