@@ -107,8 +107,6 @@ def package(
     a push renders the same. With a `subject` the SAEs of no stage carry what its model has at their hook points, to
     check a model with.
     """
-    from hubsae.hub.card import card_of_release, render_card
-
     made = Release.create(
         folder, name=name, base_model=base_model, license=license, datasets=list(datasets), description=description,
         card=card,
@@ -130,8 +128,15 @@ def package(
         made.add_plot(plot.name, plot)
     made.refresh()
     made.verify()
-    write_text_atomic(made.path / "README.md", render_card(card_of_release(made.path, f"you/{name}")).text)
+    write_card(made.path, name)
     return made
+
+
+def write_card(folder: Path, name: str) -> None:
+    """The card of a release folder, as its README."""
+    from hubsae.hub.card import card_of_release, render_card
+
+    write_text_atomic(folder / "README.md", render_card(card_of_release(folder, f"you/{name}")).text)
 
 
 def publish(settings: PublishSettings, release: Path, activations: Path | None = None) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from hubsae.core.quiet import quiet
 from hubsae.core.settings import Settings
 from hubsae.core.text import MESSAGE_KEYS, TEXT_KEYS
 from hubsae.hub.client import HubClient
+from hubsae.recipes.steps import StepContext
 from hubsae.recipes.worlds import World
 from hubsae.rl.problems import Question
 
@@ -189,6 +190,11 @@ def open_subject(folder: Path, result: dict[str, Any]) -> Subject:
     train, test = (read_jsonl(folder / f"{split}.jsonl") for split in ("train", "test"))
     model = str(inside) if inside.is_dir() else result["model"]
     return Subject(model, result["revision"], result["label"], result["dataset"], train, test)
+
+
+def subject_of(ctx: StepContext, step: str = "subject") -> Subject:
+    """The subject that a step of the run fetched."""
+    return open_subject(ctx.path(step), ctx.result(step))
 
 
 def _rows(data: DataSettings, split: str, revision: str | None) -> list[dict[str, Any]]:

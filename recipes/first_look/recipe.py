@@ -16,36 +16,23 @@ from typing import Any
 
 from pydantic import Field
 
-from hubsae.activations import ActivationDataset, harvest
-from hubsae.core.files import read_csv, read_json, write_csv_atomic, write_json_atomic, write_text_atomic
-from hubsae.core.hooks import HookPoint
+from hubsae.core.files import read_csv, read_json, write_csv_atomic, write_json_atomic
 from hubsae.core.metadata import Metric
 from hubsae.core.settings import Settings
 from hubsae.evals import reconstruction
 from hubsae.evals.groups import error_by_group
 from hubsae.evals.splice import splice
-from hubsae.formats import Release
-from hubsae.hub.card import card_of_release, render_card
-from hubsae.index import page
 from hubsae.index.build import Settings as IndexSettings
 from hubsae.index.build import index_activations
 from hubsae.index.features import FeatureIndex
-from hubsae.index.files import FOLDER, mark
+from hubsae.index.files import mark
+from hubsae.recipes.one_layer import LayerData, OneLayer, add_pages, items
 from hubsae.recipes.report import Report
-from hubsae.recipes.standard import Activations, Shelf, package, pick_device
+from hubsae.recipes.standard import Shelf, package, write_card
 from hubsae.recipes.steps import Estimate, Step, StepContext
-from hubsae.recipes.subject import DataSettings, ModelSettings, Subject, fetch_subject, open_subject
+from hubsae.recipes.subject import ModelSettings, subject_of
 from hubsae.train import TrainConfig, train
 from hubsae.train.config import DeadConfig
-
-
-class LookData(DataSettings):
-    """The conversations, and the place where activations are read."""
-
-    layer: int = Field(ge=0, description="0-based block whose output is read.")
-    max_tokens: int = Field(ge=1000, description="Activations harvested.")
-    max_length: int = 512
-    validation_fraction: float = Field(default=0.1, gt=0, lt=1, description="Share of conversations put aside.")
 
 
 class SAESettings(Settings):
@@ -72,7 +59,7 @@ class Config(Settings):
 
     seed: int = 0
     model: ModelSettings
-    data: LookData
+    data: LayerData
     sae: SAESettings = SAESettings()
     measure: MeasureSettings = MeasureSettings()
     top: int = Field(default=10, description="Strongest tokens, and conversations, kept of each feature.")
@@ -99,35 +86,17 @@ def steps(config: Config) -> list[Step]:
     ]  # fmt: skip
 
 
-class _Look:
+class _Look(OneLayer):
     """The steps' code; holds the config and nothing else."""
 
     def __init__(self, config: Config):
+        super().__init__(config.seed, config.model, config.data)
         self.config = config
-        self.hook = HookPoint.parse(config.data.layer).name
-        self.id = f"layer{config.data.layer}"
-
-    def subject(self, ctx: StepContext) -> dict[str, Any]:
-        """Model and conversations: made, opened or downloaded, and fixed."""
-        return fetch_subject(ctx.folder, self.config.model, self.config.data, self.config.seed, ctx.progress)
-
-    def activations(self, ctx: StepContext) -> dict[str, Any]:
-        """Write the activations of one layer; the tokens of a conversation keep their role, turn and group."""
-        data, subject = self.config.data, _subject(ctx)
-        harvest(
-            subject.load(pick_device(), self.config.model.dtype), _items(subject.train), [self.hook], out=ctx.folder,
-            tokenizer=subject.tokenizer(), mode=_mode(subject.train), max_length=data.max_length,
-            max_tokens=data.max_tokens, validation_fraction=data.validation_fraction, split_by="sample",
-            split_seed=self.config.seed, progress=False,
-            source={"model": subject.label, "text_dataset": subject.dataset},
-        )  # fmt: skip
-        sizes = {split: len(self._rows(ctx.folder, split)) for split in ("train", "validation")}
-        return {"model": subject.label, "dataset": subject.dataset, "tokens": sizes}
 
     def train(self, ctx: StepContext) -> dict[str, Any]:
         """Train the SAE; where its data come from it reads off them."""
         s, folder = self.config.sae, ctx.path("activations")
-        rows, held = self._rows(folder, "train"), self._rows(folder, "validation")
+        rows, held = self.rows(folder, "train"), self.rows(folder, "validation")
         config = TrainConfig(
             name=self.id, architecture="topk", d_sae=rows.d * s.expansion, k=s.k, lr=s.lr, seed=self.config.seed,
             epochs=s.epochs, batch_size=s.batch_size, exclude=s.exclude, dead=DeadConfig(tokens=s.dead_tokens),
@@ -139,12 +108,12 @@ class _Look:
 
     def measure(self, ctx: StepContext) -> dict[str, Any]:
         """Measure on what training never saw: reconstruction, error by group of tokens, loss with the SAE in place."""
-        how, subject, sae = self.config.measure, _subject(ctx), Shelf(ctx.path("sae")).get(self.id)
-        held = self._rows(ctx.path("activations"), "validation")
+        how, subject, sae = self.config.measure, subject_of(ctx), Shelf(ctx.path("sae")).get(self.id)
+        held = self.rows(ctx.path("activations"), "validation")
         rebuilt = reconstruction({self.id: sae}, held)
         model, tokenizer = subject.load(), subject.tokenizer()
         groups = error_by_group({self.id: sae}, held, tokenizer=tokenizer)
-        texts = _items(subject.test)[: how.texts]
+        texts = items(subject.test)[: how.texts]
         inside = splice(model, tokenizer, sae, None, texts, name=self.id, max_length=how.text_length)
         metrics = [*rebuilt[self.id].metrics(), *inside.metrics()]
         write_json_atomic(ctx.folder / "metrics.json", [m.model_dump(mode="json") for m in metrics])
@@ -155,9 +124,9 @@ class _Look:
 
     def index(self, ctx: StepContext) -> dict[str, Any]:
         """Find what every feature fires on, and what it promotes."""
-        subject, sae = _subject(ctx), Shelf(ctx.path("sae")).get(self.id)
+        subject, sae = subject_of(ctx), Shelf(ctx.path("sae")).get(self.id)
         (folder,) = index_activations(
-            {self.id: sae}, self._rows(ctx.path("activations"), "train"), ctx.folder,
+            {self.id: sae}, self.rows(ctx.path("activations"), "train"), ctx.folder,
             IndexSettings(top=self.config.top),
             tokenizer=subject.tokenizer(), tokenizer_id=subject.label, model=subject.load(), show=False,
         )  # fmt: skip
@@ -170,15 +139,11 @@ class _Look:
         metrics = [Metric.model_validate(m) for m in read_json(measured / "metrics.json")]
         made = package(
             ctx.folder, {self.id: lambda: shelf.get(self.id)}, name=self.config.name, base_model=about["model"],
-            metrics={self.id: metrics}, subject=_subject(ctx),
+            metrics={self.id: metrics}, subject=subject_of(ctx),
             tables={name: read_csv(measured / f"{name}.csv") for name in ("metrics", "error_by_group")},
         )  # fmt: skip
-        shutil.copytree(ctx.path("index"), ctx.folder / FOLDER, dirs_exist_ok=True)
-        page.build(ctx.folder, title=self.config.name)
-        Release.open(ctx.folder).refresh().verify()
-        # the card shows features once there are some to show
-        text = render_card(card_of_release(ctx.folder, f"you/{self.config.name}")).text
-        write_text_atomic(ctx.folder / "README.md", text)
+        add_pages(ctx.folder, ctx.path("index"), self.config.name).verify()
+        write_card(ctx.folder, self.config.name)
         return {"ids": made.ids}
 
     def report(self, ctx: StepContext) -> dict[str, Any]:
@@ -200,9 +165,6 @@ class _Look:
         report.table("Some features", "features", features_to_read(index, 20))
         return {"report": report.write(ctx.folder).name}
 
-    def _rows(self, folder: Any, split: str) -> ActivationDataset:
-        return Activations(folder).open(self.hook, split)
-
 
 def features_to_read(index: FeatureIndex, count: int, examples: int = 3) -> list[dict[str, Any]]:
     """Some features with their contexts, spread over all that can be read."""
@@ -217,15 +179,3 @@ def features_to_read(index: FeatureIndex, count: int, examples: int = 3) -> list
         }
         for f in chosen
     ]
-
-
-def _subject(ctx: StepContext) -> Subject:
-    return open_subject(ctx.path("subject"), ctx.result("subject"))
-
-
-def _items(rows: list[dict[str, Any]]) -> list[Any]:
-    return [row if "messages" in row else row.get("text", row.get("question")) for row in rows]
-
-
-def _mode(rows: list[dict[str, Any]]) -> Any:
-    return "prompt+response" if "messages" in rows[0] else "text"

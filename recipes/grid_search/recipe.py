@@ -32,7 +32,7 @@ from hubsae.recipes.report import Report
 from hubsae.recipes.run import follows
 from hubsae.recipes.standard import Activations, package, pick_device
 from hubsae.recipes.steps import Step, StepContext
-from hubsae.recipes.subject import Subject, fetch_subject, open_subject
+from hubsae.recipes.subject import fetch_subject, subject_of
 from hubsae.recipes.sweep import cells_in, outcomes, train_cells
 
 from . import findings, plots
@@ -86,7 +86,7 @@ class _Grid:
 
     def harvest(self, ctx: StepContext) -> dict[str, Any]:
         """Write the activations of one layer; some prompts are put aside whole."""
-        data, subject = self.config.data, _subject(ctx)
+        data, subject = self.config.data, subject_of(ctx)
         model = subject.load(pick_device(), self.config.model.dtype)
         texts = [data.item(row) for row in subject.train[: data.prompts]]
         harvest(
@@ -125,7 +125,7 @@ class _Grid:
 
     def measure(self, ctx: StepContext) -> dict[str, Any]:
         """Measure the trained cells on held-out prompts and on test texts; write results.csv and results_full.csv."""
-        data, subject, shelf = self.config.data, _subject(ctx), cells_in(ctx.path("train"))
+        data, subject, shelf = self.config.data, subject_of(ctx), cells_in(ctx.path("train"))
         held = Activations(ctx.path("harvest")).open(self.hook, "validation")
         ids = [cell.id for cell in self.config.sweep.cells()]
         ended = [outcome.id for outcome in outcomes(ctx.path("train"), ids) if outcome.ok]
@@ -188,7 +188,7 @@ class _Grid:
             name=self.config.release.name, base_model=about["model"], license=self.config.release.license,
             datasets=[about["dataset"]] if public else [], description="\n\n".join(description),
             metrics={row.id: [Metric.model_validate(m) for m in metrics[row.id]] for row in rows},
-            sparsity=load_file(measured / "sparsity.safetensors"), tables=tables, subject=_subject(ctx),
+            sparsity=load_file(measured / "sparsity.safetensors"), tables=tables, subject=subject_of(ctx),
             plots=[ctx.path("analysis") / "plots" / name for name in found["plots"]], progress=ctx.progress,
         )  # fmt: skip
         return {"ids": made.ids, "size": sum(f.size for f in made.manifest.all_files)}
@@ -272,7 +272,3 @@ def draw(folder: Path, found: Analysis, tokens: int, features: int) -> list[Path
 
 def _recoveries(truth: dict[str, Any]) -> list[Recovery]:
     return [Recovery(parse_id(row[0]), *row[1:]) for row in truth["recovered"]]
-
-
-def _subject(ctx: StepContext) -> Subject:
-    return open_subject(ctx.path("subject"), ctx.result("subject"))

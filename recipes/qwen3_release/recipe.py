@@ -17,33 +17,28 @@ report       what was published beside what was measured
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 from typing import Any
 
-from hubsae.activations import ActivationDataset, harvest
 from hubsae.activations.stream import open_stream
 from hubsae.core.errors import ConfigError, DataError
-from hubsae.core.files import read_csv, read_json, write_csv_atomic, write_json_atomic, write_text_atomic
-from hubsae.core.hooks import HookPoint
+from hubsae.core.files import read_csv, read_json, write_csv_atomic, write_json_atomic
 from hubsae.core.metadata import Metric
 from hubsae.core.normalizer import Normalizer
 from hubsae.core.scopes import excluding, parse
-from hubsae.core.text import MESSAGE_KEYS
 from hubsae.evals import reconstruction, splice_many, steering
 from hubsae.evals.passes import run_pass
 from hubsae.evals.reconstruction import prepare
 from hubsae.formats import Release
-from hubsae.hub.card import card_of_release, render_card
-from hubsae.index import explain, page
+from hubsae.index import explain
 from hubsae.index.build import Settings as IndexSettings
 from hubsae.index.build import index_activations
 from hubsae.index.chat import LocalChat, ServerChat
 from hubsae.index.features import FeatureIndex
-from hubsae.index.files import FOLDER
+from hubsae.recipes.one_layer import OneLayer, add_pages, items, message_key
 from hubsae.recipes.report import Report
-from hubsae.recipes.standard import Activations, package, pick_device, publish
+from hubsae.recipes.standard import package, pick_device, publish, write_card
 from hubsae.recipes.steps import Step, StepContext
-from hubsae.recipes.subject import Subject, fetch_subject, open_subject
+from hubsae.recipes.subject import Subject, subject_of
 from hubsae.recipes.sweep import cells_in, train_cells
 from hubsae.train import train
 from hubsae.train.kept import choose, kept_checkpoints
@@ -84,37 +79,32 @@ def steps(config: Config) -> list[Step]:
     return [Step(**{**vars(step), "estimate": cost.get(step.name, step.estimate)}) for step in plan]
 
 
-class _Release:
+class _Release(OneLayer):
     """The steps' code; holds the config and nothing else."""
 
     def __init__(self, config: Config):
+        super().__init__(config.seed, config.model, config.data)
         self.config = config
-        self.hook = HookPoint.parse(config.data.layer).name
-        self.id = f"layer{config.data.layer}"
-
-    def subject(self, ctx: StepContext) -> dict[str, Any]:
-        """Model and conversations: made, opened or downloaded, and fixed."""
-        return fetch_subject(ctx.folder, self.config.model, self.config.data, self.config.seed, ctx.progress)
 
     def activations(self, ctx: StepContext) -> dict[str, Any]:
-        """Write the activations of one layer; the tokens of a conversation keep their role, turn and group."""
-        data, subject = self.config.data, _subject(ctx)
-        model = subject.load(pick_device(), self.config.model.dtype)
-        attention = getattr(model.config, "_attn_implementation", None)
-        if attention != data.attention:
-            raise ConfigError(f"the model runs with {attention} attention, data.attention says {data.attention}")
-        harvest(
-            model, _items(subject.train), [self.hook], out=ctx.folder, tokenizer=subject.tokenizer(),
-            mode="prompt+response", max_length=data.max_length, max_tokens=data.max_tokens,
-            validation_fraction=data.validation_fraction, split_by="sample", split_seed=self.config.seed,
-            progress=False, source={"model": subject.label, "text_dataset": subject.dataset},
-        )  # fmt: skip
-        sizes = {split: len(self._rows(ctx.folder, split)) for split in ("train", "validation")}
-        return {"model": subject.label, "dataset": subject.dataset, "tokens": sizes}
+        """Write the activations of the layer on conversations, and on nothing else."""
+        if message_key(subject_of(ctx).train) is None:
+            raise DataError(
+                "the rows hold no conversations", hint="name a dataset of chats, or data.kind=chats of a world"
+            )
+        return super().activations(ctx)
+
+    def load_model(self, subject: Subject) -> Any:
+        """The model; one that runs with another attention than the settings say is refused."""
+        model, wanted = super().load_model(subject), self.config.data.attention
+        found = getattr(model.config, "_attn_implementation", None)
+        if found != wanted:
+            raise ConfigError(f"the model runs with {found} attention, data.attention says {wanted}")
+        return model
 
     def train(self, ctx: StepContext) -> dict[str, Any]:
         """Train, in the space of the harvest's statistics; a state and the best checkpoints lie in the folder."""
-        stats, config, space = self._rows(ctx.path("activations"), "train").stats, self.config.training(), None
+        stats, config, space = self.rows(ctx.path("activations"), "train").stats, self.config.training(), None
         if config.normalize == "mean_std":
             found = stats.normalizer(without_first="position_0" in config.exclude)
             space = Normalizer(found.mean.float(), found.std.float(), found.count)
@@ -123,17 +113,17 @@ class _Release:
 
     def _source(self, ctx: StepContext) -> Any:
         """What is trained on: the harvest, or the model itself on conversations behind those of the harvest."""
-        rows, live, data = self._rows(ctx.path("activations"), "train"), self.config.live, self.config.data
+        rows, live, data = self.rows(ctx.path("activations"), "train"), self.config.live, self.config.data
         if not live.on:
             return rows
-        held = self._rows(ctx.path("activations"), "validation")
+        held = self.rows(ctx.path("activations"), "validation")
         first = 1 + max(int(part.columns("sample_id")["sample_id"].max()) for part in (rows, held))
-        subject, about = _subject(ctx), {"mode": "prompt+response", "max_length": data.max_length}
-        model = subject.load(pick_device(), self.config.model.dtype)
+        subject, about = subject_of(ctx), {"mode": "prompt+response", "max_length": data.max_length}
+        model = self.load_model(subject)
         stream = open_stream(model, [self.hook], tokenizer=subject.tokenizer(), **about)
         about |= {"model": subject.label, "dataset": subject.dataset}
         return LiveActivations(
-            stream, lambda: _items(subject.train)[first:], tokens=self.config.sae.tokens, val_rows=0,
+            stream, lambda: items(subject.train)[first:], tokens=self.config.sae.tokens, val_rows=0,
             buffer_rows=live.buffer_rows, seed=self.config.seed, info=about,
         )[self.hook]  # fmt: skip
 
@@ -159,7 +149,7 @@ class _Release:
 
     def _probe(self, ctx: StepContext) -> Any:
         """Held-out activations of the kind the SAE is for."""
-        held = self._rows(ctx.path("activations"), "validation")
+        held = self.rows(ctx.path("activations"), "validation")
         scope = excluding([name for name in self.config.sae.exclude if name != "massive"])
         x, labels = held.rows(0, self.config.measure.probe_rows, columns=scope.columns)
         return x.float()[scope.mask(labels, len(x))]
@@ -175,16 +165,16 @@ class _Release:
 
     def measure(self, ctx: StepContext) -> dict[str, Any]:
         """All kept checkpoints in one pass over what training never saw, and inside the model."""
-        how, subject, results = self.config.measure, _subject(ctx), ctx.result("checkpoints")
+        how, subject, results = self.config.measure, subject_of(ctx), ctx.result("checkpoints")
         saes = {_name(one["step"]): self._load(ctx, one["step"]) for one in results["kept"]}
-        first, held = next(iter(saes.values())), self._rows(ctx.path("activations"), "validation")
+        first, held = next(iter(saes.values())), self.rows(ctx.path("activations"), "validation")
         scope = parse(first.metadata.own_scope, first.metadata.training.massive_above)
         table, named, sums = prepare(saes, held)
         space = first.normalizer or held.stats.normalizer()
         found, normalised = run_pass(table, named, [sums, NormalisedError(named, space, scope)])
-        model = subject.load(pick_device(), self.config.model.dtype)
+        model = self.load_model(subject)
         inside = splice_many(
-            model, subject.tokenizer(), saes, _items(subject.test)[: how.texts], max_length=how.text_length
+            model, subject.tokenizer(), saes, items(subject.test)[: how.texts], max_length=how.text_length
         )
         rows = [*found.rows(), *normalised]
         for name, result in inside.items():
@@ -199,9 +189,9 @@ class _Release:
 
     def index(self, ctx: StepContext) -> dict[str, Any]:
         """What every feature fires on and promotes, on all training activations; its name, where a judge is given."""
-        c, subject, step = self.config, _subject(ctx), ctx.result("checkpoints")["published"]
+        c, subject, step = self.config, subject_of(ctx), ctx.result("checkpoints")["published"]
         (folder,) = index_activations(
-            {self.id: self._load(ctx, step)}, self._rows(ctx.path("activations"), "train"), ctx.folder,
+            {self.id: self._load(ctx, step)}, self.rows(ctx.path("activations"), "train"), ctx.folder,
             IndexSettings(top=c.index.top, window=c.index.window), tokenizer=subject.tokenizer(),
             tokenizer_id=subject.label, model=subject.load(), show=False,
         )  # fmt: skip
@@ -214,7 +204,7 @@ class _Release:
 
     def steering(self, ctx: StepContext) -> dict[str, Any]:
         """Turn features up, and random ones, and random directions; who says the feature's word?"""
-        c, subject = self.config.steering, _subject(ctx)
+        c, subject = self.config.steering, subject_of(ctx)
         index = FeatureIndex.open(ctx.path("index") / ctx.result("index")["folder"])
         tokenizer, sae = subject.tokenizer(), self._load(ctx, ctx.result("checkpoints")["published"])
         words = tables.words_of(index, c.features, sae.W_dec.detach().norm(dim=1).tolist())
@@ -225,8 +215,8 @@ class _Release:
             maxima={f: peaks[f] for f in words}, pool=alive, seed=self.config.seed,
         )  # fmt: skip
         result = steering.dose_response(
-            subject.load(pick_device(), self.config.model.dtype), tokenizer,
-            tables.questions(_items(subject.test), tokenizer, c.prompts, c.prompt_length), chosen, c.strengths,
+            self.load_model(subject), tokenizer,
+            tables.questions(items(subject.test), tokenizer, c.prompts, c.prompt_length), chosen, c.strengths,
             max_new_tokens=c.new_tokens, rows_at_once=c.rows_at_once, seed=self.config.seed,
         )  # fmt: skip
         named = {f"feature {f}": word for f, word in words.items()}
@@ -239,7 +229,7 @@ class _Release:
     def dead(self, ctx: StepContext) -> dict[str, Any]:
         """Variants of the training on the same activations, over several seeds: how many features never fire."""
         folder, cells = ctx.path("activations"), self.config.variants()
-        rows, held = self._rows(folder, "train"), self._rows(folder, "validation")
+        rows, held = self.rows(folder, "train"), self.rows(folder, "validation")
         outcomes = train_cells(list(cells.values()), rows, ctx.folder / "training", progress=ctx.progress)
         shelf = cells_in(ctx.folder / "training")
         saes = {one.id: shelf.get(one.id) for one in outcomes if one.ok}
@@ -258,19 +248,17 @@ class _Release:
         record = release.metadata(self.id)
         record.set_metrics([Metric.model_validate(m) for m in read_json(measured / "metrics.json")])
         release.record(self.id, record)
-        release.add_fingerprints(_subject(ctx).load(), _subject(ctx).tokenizer())
+        release.add_fingerprints(subject_of(ctx).load(), subject_of(ctx).tokenizer())
         verdicts = read_csv(ctx.path("steering") / "steering.csv")
         limits = report.steering_in_words(ctx.result("steering")["prompts"], verdicts)
         release.manifest = release.manifest.model_copy(update={"limitations": limits})
         found = [measured, ctx.path("steering"), *([ctx.path("dead")] if "dead" in ctx.step.needs else [])]
         for path in (path for folder in found for path in sorted(folder.glob("*.csv"))):
             release.add_results(path.stem, read_csv(path))
-        shutil.copytree(ctx.path("index"), ctx.folder / FOLDER, dirs_exist_ok=True)
-        page.build(ctx.folder, title=self.config.name)
-        exports.write_inventory(release.refresh(), lineage)
+        release = add_pages(ctx.folder, ctx.path("index"), self.config.name)
+        exports.write_inventory(release, lineage)
         release.verify()
-        text = render_card(card_of_release(ctx.folder, f"you/{self.config.name}")).text
-        write_text_atomic(ctx.folder / "README.md", text)
+        write_card(ctx.folder, self.config.name)
         return {"ids": release.ids, "why": about["why"]}
 
     def report(self, ctx: StepContext) -> dict[str, Any]:
@@ -286,20 +274,6 @@ class _Release:
     def _load(self, ctx: StepContext, step: int) -> Any:
         return Release.open(ctx.path("checkpoints") / _name(step)).load(self.id)
 
-    def _rows(self, folder: Path, split: str) -> ActivationDataset:
-        return Activations(folder).open(self.hook, split)
-
 
 def _name(step: int) -> str:
     return f"step-{step:06d}"
-
-
-def _subject(ctx: StepContext) -> Subject:
-    return open_subject(ctx.path("subject"), ctx.result("subject"))
-
-
-def _items(rows: list[dict[str, Any]]) -> list[Any]:
-    key = next((name for name in MESSAGE_KEYS if rows and name in rows[0]), None)
-    if key is None:
-        raise DataError("the rows hold no conversations", hint="name a dataset of chats, or data.kind=chats of a world")
-    return [{"messages": row[key]} for row in rows]

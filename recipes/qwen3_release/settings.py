@@ -7,20 +7,18 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from hubsae.core.settings import Settings
+from hubsae.recipes.one_layer import LayerData
 from hubsae.recipes.standard import PublishSettings
-from hubsae.recipes.subject import DataSettings, ModelSettings
+from hubsae.recipes.subject import ModelSettings
 from hubsae.train import TrainConfig
 from hubsae.train.config import AuxConfig, DeadConfig, ResampleConfig, ScheduleConfig
 
 Variant = Literal["plain", "centred", "normalised", "auxk", "resampled", "batch_topk", "release"]
 
 
-class ReleaseData(DataSettings):
-    """The conversations, and the place where activations are read."""
+class ReleaseData(LayerData):
+    """The conversations, the place where activations are read, and how."""
 
-    layer: int = Field(ge=0, description="0-based block whose output is read; the last one's is before the final norm.")
-    max_tokens: int = Field(ge=1000, description="Activations harvested.")
-    max_length: int = 512
     validation_fraction: float = Field(default=0.08, gt=0, lt=1, description="Share of conversations put aside.")
     attention: str = Field(default="sdpa", description="Attention of the model; a run with another is refused.")
 

@@ -26,7 +26,7 @@ from hubsae.evals import compare, reconstruction, write_report
 from hubsae.evals.splice import splice_many
 from hubsae.recipes.standard import Activations, package, pick_device, publish, tables_in
 from hubsae.recipes.steps import Estimate, Step, StepContext
-from hubsae.recipes.subject import Subject, fetch_subject, open_subject
+from hubsae.recipes.subject import Subject, fetch_subject, subject_of
 from hubsae.rl.accuracy import accuracy
 from hubsae.rl.config import METHOD
 from hubsae.rl.ppo import PPO
@@ -325,7 +325,7 @@ class _Run:
 
 def _source(ctx: StepContext) -> Subject:
     """The model that the chain starts from, with its problems."""
-    found = open_subject(ctx.path("source"), ctx.result("source"))
+    found = subject_of(ctx, "source")
     if "warmup" in ctx.folders:
         found = replace(found, model=str(ctx.path("warmup") / "model"), revision=None)
     return found

@@ -1,0 +1,86 @@
+"""What recipes about one layer of a model share: the place, its subject and activations, a release with pages."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from hubsae.activations import ActivationDataset, harvest
+from hubsae.core.hooks import HookPoint
+from hubsae.core.text import MESSAGE_KEYS, TEXT_KEYS
+from hubsae.formats import Release
+from hubsae.index import page
+from hubsae.index.files import FOLDER
+from hubsae.recipes.standard import Activations, pick_device
+from hubsae.recipes.steps import StepContext
+from hubsae.recipes.subject import DataSettings, ModelSettings, Subject, fetch_subject, subject_of
+
+
+class LayerData(DataSettings):
+    """The texts, and the place where activations are read."""
+
+    layer: int = Field(ge=0, description="0-based block whose output is read; the last one's is before the final norm.")
+    max_tokens: int = Field(ge=1000, description="Activations harvested.")
+    max_length: int = 512
+    validation_fraction: float = Field(default=0.1, gt=0, lt=1, description="Share of conversations put aside.")
+
+
+class OneLayer:
+    """Steps that such recipes have in common; a recipe adds its own in a class below this one."""
+
+    def __init__(self, seed: int, model: ModelSettings, data: LayerData):
+        self.seed, self.model, self.data = seed, model, data
+        self.hook = HookPoint.parse(data.layer).name
+        self.id = f"layer{data.layer}"
+
+    def subject(self, ctx: StepContext) -> dict[str, Any]:
+        """Model and texts: made, opened or downloaded, and fixed."""
+        return fetch_subject(ctx.folder, self.model, self.data, self.seed, ctx.progress)
+
+    def activations(self, ctx: StepContext) -> dict[str, Any]:
+        """Write the activations of the layer; the tokens of a conversation keep their role, turn and group."""
+        data, subject = self.data, subject_of(ctx)
+        chats = message_key(subject.train) is not None
+        harvest(
+            self.load_model(subject), items(subject.train), [self.hook], out=ctx.folder, tokenizer=subject.tokenizer(),
+            mode="prompt+response" if chats else "text", max_length=data.max_length, max_tokens=data.max_tokens,
+            validation_fraction=data.validation_fraction, split_by="sample", split_seed=self.seed, progress=False,
+            source={"model": subject.label, "text_dataset": subject.dataset},
+        )  # fmt: skip
+        sizes = {split: len(self.rows(ctx.folder, split)) for split in ("train", "validation")}
+        return {"model": subject.label, "dataset": subject.dataset, "tokens": sizes}
+
+    def load_model(self, subject: Subject) -> Any:
+        """The model on the device that is there, in the type that the settings say."""
+        return subject.load(pick_device(), self.model.dtype)
+
+    def rows(self, folder: Path, split: str) -> ActivationDataset:
+        """The activations that a step left, in one of the splits."""
+        return Activations(folder).open(self.hook, split)
+
+
+def add_pages(folder: Path, indexes: Path, title: str) -> Release:
+    """Put indexes and the pages that show them into a release; its card shows features once there are some to show."""
+    shutil.copytree(indexes, folder / FOLDER, dirs_exist_ok=True)
+    page.build(folder, title=title)
+    return Release.open(folder).refresh()
+
+
+def message_key(rows: list[dict[str, Any]]) -> str | None:
+    """The column of conversations, where rows have one."""
+    return next((name for name in MESSAGE_KEYS if rows and name in rows[0]), None)
+
+
+def items(rows: list[dict[str, Any]]) -> list[Any]:
+    """Rows as a harvest, a splice and an index take them: conversations, or texts.
+
+    >>> items([{"question": "2 + 2?"}]), items([{"conversation": []}])
+    (['2 + 2?'], [{'messages': []}])
+    """
+    key = message_key(rows)
+    if key is not None:
+        return [{"messages": row[key]} for row in rows]
+    return [next(row[name] for name in TEXT_KEYS if name in row) for row in rows]
