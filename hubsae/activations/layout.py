@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hubsae.core.errors import DataError, FormatError
-from hubsae.core.extras import require
+from hubsae.core.parquet import arrow, arrow_type
 from hubsae.core.text import natural_key
 
 if TYPE_CHECKING:
@@ -132,22 +132,11 @@ def configs_in(root: Path) -> list[str]:
 
 def arrow_schema(header: ShardHeader) -> pyarrow.Schema:
     """The Arrow schema of a shard. Fields are nullable so that `datasets` reads them without a cast."""
-    pa = require("pyarrow", extra="train")
+    pa = arrow()
     item = {"float16": pa.float16(), "float32": pa.float32()}[header.dtype]
     fields = [pa.field(VECTOR, pa.list_(item, header.d))]
     fields += [pa.field(n, arrow_type(t)) for n, t in {**LABELS, **header.columns}.items()]
     return pa.schema(fields)
-
-
-def arrow_type(name: str) -> pyarrow.DataType:
-    """An Arrow type from its name, as written in a footer."""
-    pa = require("pyarrow", extra="train")
-    try:
-        return getattr(pa, {"bool": "bool_"}.get(name, name))()
-    except (TypeError, AttributeError):
-        raise DataError(
-            f"{name!r} is no column type", hint="use int32, int64, float32, float64, bool or string"
-        ) from None
 
 
 def read_header(path: str, metadata: dict[str, str]) -> tuple[ShardHeader, dict[str, Any]] | None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from contextlib import suppress
-from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -25,7 +23,7 @@ from hubsae.activations.parquet_pages import (
 from hubsae.activations.sources import ByteFile, Source, raw_view
 from hubsae.activations.stats import RunningStats
 from hubsae.core.errors import DataError, FormatError
-from hubsae.core.extras import require
+from hubsae.core.parquet import arrow
 
 TAIL_BYTES = 256 << 10
 """First read of a file: its footer, page index and statistics are usually in it."""
@@ -127,7 +125,7 @@ class ParquetSource(Source):
 
     def _foreign_shape(self) -> tuple[int, torch.dtype]:
         """Width and type of the vectors in a file of other origin."""
-        pa = require("pyarrow", extra="train")
+        pa = arrow()
         kind = self._arrow_file().schema_arrow.field(self.vector).type
         if not pa.types.is_fixed_size_list(kind):
             if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
@@ -142,10 +140,9 @@ class ParquetSource(Source):
         return d, types[kind.value_type]
 
     def _arrow_file(self) -> Any:
-        pq = require("pyarrow.parquet", extra="train")
-        pa = require("pyarrow", extra="train")
+        pa = arrow()
         try:
-            return pq.ParquetFile(self.file.arrow(), page_checksum_verification=self.verify)
+            return pa.parquet.ParquetFile(self.file.arrow(), page_checksum_verification=self.verify)
         except (pa.ArrowInvalid, OSError) as error:
             raise FormatError(self.name, "a readable Parquet file", str(error)) from error
 
@@ -205,7 +202,7 @@ class ParquetSource(Source):
         """Columns of a row group, the last few kept: neighbouring blocks ask for the same ones."""
         key = (number, names)
         if key not in self._groups:
-            pa = require("pyarrow", extra="train")
+            pa = arrow()
             try:
                 table = self._arrow_file().read_row_group(number, columns=list(names))
                 if missing := set(names) - set(table.schema.names):
@@ -252,12 +249,5 @@ class ParquetSource(Source):
         for number, first, last in self._spans(start, stop):
             table = self._group(number, tuple(sorted(names)))
             for name in names:
-                parts[name].append(_numpy(table[name].slice(first, last - first)))
+                parts[name].append(table[name].slice(first, last - first).to_numpy())
         return {name: np.concatenate(found) if found else np.empty(0) for name, found in parts.items()}
-
-
-def _numpy(column: Any) -> np.ndarray:
-    # pyarrow imports pandas at its first conversion and swallows a Ctrl-C that arrives meanwhile; here it is heard
-    with suppress(ImportError):
-        import_module("pandas")
-    return column.to_numpy()

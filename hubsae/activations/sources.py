@@ -20,7 +20,7 @@ from torch import Tensor
 from hubsae.activations.layout import LABELS, ShardHeader
 from hubsae.activations.stats import RunningStats
 from hubsae.core.errors import DataError, FormatError
-from hubsae.core.extras import require
+from hubsae.core.parquet import arrow
 
 BLOCK_ROWS = 4096
 """Rows of a block where the format has no blocks of its own."""
@@ -175,7 +175,7 @@ class ArrowSource(Source):
     label_names = tuple(LABELS)
 
     def __init__(self, path: Path, hook: str, first_sample: int):
-        pa = require("pyarrow", extra="train")
+        pa = arrow()
         try:
             with pa.ipc.open_stream(pa.memory_map(str(path))) as stream:
                 self.batches = [batch for batch in stream if batch.num_rows]

@@ -41,8 +41,8 @@ from hubsae.activations.parquet_file import VectorFile
 from hubsae.activations.splits import SplitRule
 from hubsae.activations.stats import TILE, RunningStats
 from hubsae.core.errors import ConfigError, DataError, FormatError
-from hubsae.core.extras import require
 from hubsae.core.files import atomic_path, read_json, sha256_file, write_json_atomic, writing
+from hubsae.core.parquet import arrow
 
 HEAD_ROOM = 4.0
 """A suggested scale leaves the largest value seen this factor below float16's limit."""
@@ -121,7 +121,7 @@ class ActivationWriter:
         """What earlier runs finished, per split: sample ids, rows, and our next file number."""
         finished = {n: np.empty(0, dtype=np.int64) for n in names}
         rows, next_index = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
-        pq = require("pyarrow.parquet", extra="train")
+        pq = arrow().parquet
         for split, paths in shards_in(self.folder).items():
             if split not in names:
                 continue
@@ -435,10 +435,9 @@ class _Aborted(Exception):
 
 
 def _open_parquet(path: Path) -> Any:
-    pq = require("pyarrow.parquet", extra="train")
-    pa = require("pyarrow", extra="train")
+    pa = arrow()
     try:
-        return pq.ParquetFile(path)
+        return pa.parquet.ParquetFile(path)
     except (pa.ArrowInvalid, OSError) as error:
         raise FormatError(
             path,

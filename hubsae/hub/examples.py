@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hubsae.core.errors import MissingExtraError
-from hubsae.core.extras import require
+from hubsae.core.parquet import arrow
 from hubsae.index.files import index_name
 
 SHOWN = 5
@@ -35,7 +35,7 @@ def example_features(find: Callable[[str], Path], sizes: Mapping[str, int], sae_
     if metrics not in sizes or sizes.get(prompts, MOST_BYTES) >= MOST_BYTES:
         return []
     try:
-        pq = require("pyarrow.parquet", extra="train")
+        pq = arrow().parquet
     except MissingExtraError:
         return []  # a push that can do without is not stopped by it
     known = pq.read_table(find(labels), columns=["feature", "text"]).to_pylist() if labels in sizes else []

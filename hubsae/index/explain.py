@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from hubsae.core.errors import HubSAEError
-from hubsae.core.extras import require
+from hubsae.core.parquet import arrow
 from hubsae.core.progress import progress
 from hubsae.index.chat import Chat
 from hubsae.index.labels import Label, write
@@ -89,7 +89,7 @@ class Contexts:
     """The examples of an index, one row group in memory at a time."""
 
     def __init__(self, index: Path):
-        self.file = require("pyarrow.parquet", extra="train").ParquetFile(index / "features.parquet")
+        self.file = arrow().parquet.ParquetFile(index / "features.parquet")
         groups = [self.file.metadata.row_group(i).num_rows for i in range(self.file.num_row_groups)]
         self.starts = np.concatenate([[0], np.cumsum(groups)])
         self.held: tuple[int, list[dict[str, Any]]] = (-1, [])
@@ -226,7 +226,7 @@ def plan(
     """Which features a run explains (those named, or some drawn at random) and what it asks at most."""
     options = options or Options()
     index = Path(index)
-    pq = require("pyarrow.parquet", extra="train")
+    pq = arrow().parquet
     table = pq.read_table(index / "summary.parquet", columns=["feature", "count", "density"])
     n, fires, density = (table[name].to_numpy() for name in ("feature", "count", "density"))
     usable = n[(fires >= 4) & (density <= MAX_DENSITY)]

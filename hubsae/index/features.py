@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from hubsae.core.errors import DataError, FormatError, NotFoundError
-from hubsae.core.extras import require
 from hubsae.core.files import read_json
+from hubsae.core.parquet import arrow
 from hubsae.index import files
 
 SHOWN = 5
@@ -150,7 +150,7 @@ class FeatureIndex:
 
     def _table(self, name: str) -> Any:
         path = self.folder / name
-        return require("pyarrow.parquet", extra="train").read_table(path) if path.is_file() else None
+        return arrow().parquet.read_table(path) if path.is_file() else None
 
     @cached_property
     def metrics(self) -> Any:
@@ -173,7 +173,7 @@ class FeatureIndex:
         path = self.folder / name
         if not path.is_file():
             return []
-        parquet = require("pyarrow.parquet", extra="train")
+        parquet = arrow().parquet
         return parquet.read_table(path, filters=[("feature", "=", feature)]).to_pylist()
 
     def __getitem__(self, feature: int) -> Feature:

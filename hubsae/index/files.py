@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from hubsae.core.extras import require
-from hubsae.core.files import atomic_path, write_json_atomic, write_text_atomic
+from hubsae.core.files import write_json_atomic, write_text_atomic
+from hubsae.core.parquet import table_of, write_table
 from hubsae.core.text import printable
 from hubsae.evals.groups import token_texts
 from hubsae.index.best import Kept, Records, keep
@@ -68,17 +68,17 @@ def write_index(table: FeatureTable, folder: str | os.PathLike[str], extras: Ext
     texts = TokenTexts(extras.tokenizer)
     metrics = metric_columns(table, kept, texts)
     prompts = prompt_columns(table, kept, texts)
-    write_parquet(root / METRICS, metrics, _METRIC_TYPES)
-    write_parquet(root / PROMPTS, prompts, _PROMPT_TYPES)
+    write_table(root / METRICS, table_of(metrics, _METRIC_TYPES))
+    write_table(root / PROMPTS, table_of(prompts, _PROMPT_TYPES))
     files = [METRICS, PROMPTS]
     logits = None
     if extras.logits is not None:
         logits = logit_columns(extras.logits, texts)
-        write_parquet(root / LOGITS, logits, _LOGIT_TYPES)
+        write_table(root / LOGITS, table_of(logits, _LOGIT_TYPES))
         files.append(LOGITS)
     near = neighbour_columns({"decoder": extras.decoder, "cofiring": extras.cofiring})
     if near is not None:
-        write_parquet(root / NEIGHBOURS, near, _NEIGHBOUR_TYPES)
+        write_table(root / NEIGHBOURS, table_of(near, _NEIGHBOUR_TYPES))
         files.append(NEIGHBOURS)
     named = [asdict(label) for label in read_labels(root) if label.feature < table.d_sae]
     files += write_site(root, metrics, prompts, logits, near, named)
@@ -113,13 +113,13 @@ class TokenTexts:
 _METRIC_TYPES = {
     "feature": "int32", "count": "int64", "density": "float64", "max": "float32", "mean": "float64",
     "position_0_share": "float64", "special_share": "float64", "purity": "float64", "top_token_id": "int32",
-    "top_token": "string", "histogram": "list<int64>",
+    "top_token": "string", "histogram": ["int64"],
 }  # fmt: skip
 _PROMPT_TYPES = {
     "feature": "int32", "kind": "string", "rank": "int32", "value": "float32", "quantile": "float32",
     "token_index": "int64", "sample_id": "int64", "position": "int32", "role": "string", "turn": "int32",
-    "token_id": "int32", "center": "int32", "token_ids": "list<int32>", "tokens": "list<string>",
-    "values": "list<float32>",
+    "token_id": "int32", "center": "int32", "token_ids": ["int32"], "tokens": ["string"],
+    "values": ["float32"],
 }  # fmt: skip
 _LOGIT_TYPES = {
     "feature": "int32", "side": "string", "rank": "int32", "token_id": "int32", "token": "string", "value": "float32",
@@ -259,22 +259,6 @@ def neighbour_columns(tables: Mapping[str, Neighbours | None]) -> dict[str, Any]
         "neighbour": others[order],
         "value": values[order],
     }
-
-
-def arrow_type(name: str) -> Any:
-    """An Arrow type by its name, lists included."""
-    pa = require("pyarrow", extra="train")
-    return pa.list_(arrow_type(name[5:-1])) if name.startswith("list<") else getattr(pa, name)()
-
-
-def write_parquet(path: Path, columns: Mapping[str, Any], types: Mapping[str, str], **options: Any) -> Path:
-    """Write columns under a fixed schema, whole or not at all."""
-    pa, pq = require("pyarrow", extra="train"), require("pyarrow.parquet", extra="train")
-    arrays = [pa.array(columns[name], type=arrow_type(kind)) for name, kind in types.items()]
-    table = pa.Table.from_arrays(arrays, names=list(types))
-    with atomic_path(path) as scratch:
-        pq.write_table(table, scratch, **{"compression": "zstd", **options})
-    return path
 
 
 def report(summary: Mapping[str, Any], metrics: Mapping[str, Any], prompts: Mapping[str, Any]) -> str:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from hubsae.core.errors import HubSAEError
-from hubsae.core.extras import require
-from hubsae.core.files import atomic_path, write_text_atomic
-from hubsae.index import page
+from hubsae.core.files import write_text_atomic
+from hubsae.core.parquet import arrow, arrow_type, table_of, write_table
+from hubsae.index import page, site
 
 FILE = "labels.parquet"
 TYPES = {
@@ -54,7 +54,7 @@ def read(index: str | Path) -> list[Label]:
     if not path.is_file():
         return []
     names = {field.name for field in fields(Label)}
-    rows = require("pyarrow.parquet", extra="train").read_table(path).to_pylist()
+    rows = arrow().parquet.read_table(path).to_pylist()
     return [Label(**{name: value for name, value in row.items() if name in names}) for row in rows]
 
 
@@ -76,25 +76,19 @@ def write(index: str | Path, labels: Iterable[Label]) -> list[Label]:
     The answer is all labels that the index has now.
     """
     index = Path(index)
-    pa, pq = require("pyarrow", extra="train"), require("pyarrow.parquet", extra="train")
-    d_sae = pq.read_metadata(index / "summary.parquet").num_rows
+    pa = arrow()
+    d_sae = pa.parquet.read_metadata(index / site.SUMMARY).num_rows
     new = list(labels)
     for label in new:
         if not 0 <= label.feature < d_sae or not label.text.strip():
             raise HubSAEError(f"a label for feature {label.feature}: {label.text!r}", hint=f"features 0 to {d_sae - 1}")
     merged = merge(read(index), new)
-    columns = {
-        name: pa.array([getattr(one, name) for one in merged], getattr(pa, kind)()) for name, kind in TYPES.items()
-    }
-    with atomic_path(index / FILE) as scratch:
-        pq.write_table(pa.table(columns), scratch, compression="zstd")
-    named: list[list[dict[str, Any]]] = [[] for _ in range(d_sae)]
-    for one in merged:
-        named[one.feature].append({key: getattr(one, key) for key in ("text", "author", "method", "score")})
+    rows = [asdict(one) for one in merged]
+    write_table(index / FILE, table_of({name: [row[name] for row in rows] for name in TYPES}, TYPES))
+    named = site.named_by_feature(d_sae, rows)
     first = pa.array([some[0]["text"] if some else None for some in named], pa.string())
-    _replace(index / "summary.parquet", "label", first, d_sae)
-    kind = pa.struct({"text": pa.string(), "author": pa.string(), "method": pa.string(), "score": pa.float32()})
-    _replace(index / "features.parquet", "labels", pa.array(named, pa.list_(kind)), None)
+    _replace(index / site.SUMMARY, "label", first, d_sae)
+    _replace(index / site.FEATURES, "labels", pa.array(named, arrow_type(site.LABELS)), None)
     release = index.parent.parent
     if (release / "index.html").is_file():
         page.build(release)
@@ -103,13 +97,11 @@ def write(index: str | Path, labels: Iterable[Label]) -> list[Label]:
 
 def _replace(path: Path, name: str, column: Any, group: int | None) -> None:
     """Write a table anew with another column, in row groups of the same size."""
-    pq = require("pyarrow.parquet", extra="train")
-    with pq.ParquetFile(path) as file:
+    with arrow().parquet.ParquetFile(path) as file:
         rows = group or (file.metadata.row_group(0).num_rows if file.metadata.num_row_groups else 1)
         table = file.read()
     table = table.set_column(table.schema.get_field_index(name), name, column)
-    with atomic_path(path) as scratch:
-        pq.write_table(table, scratch, row_group_size=max(1, rows), compression="snappy", use_dictionary=False)
+    write_table(path, table, row_group_size=max(1, rows), **site.OPTIONS)
 
 
 def to_csv(labels: Iterable[Label], path: str | Path) -> int:

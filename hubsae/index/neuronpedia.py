@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from hubsae.core.errors import HubSAEError
-from hubsae.core.extras import require
 from hubsae.core.files import atomic_path
+from hubsae.core.parquet import arrow
 from hubsae.core.progress import progress
 
 UPLOAD_FEATURES = 128  # of one upload call
@@ -133,7 +133,7 @@ def _summary(index: Path) -> dict[str, Any]:
 
 
 def _groups(path: Path) -> Iterator[list[dict[str, Any]]]:
-    reader = require("pyarrow.parquet", extra="train").ParquetFile(path)
+    reader = arrow().parquet.ParquetFile(path)
     for group in range(reader.num_row_groups):
         yield reader.read_row_group(group).to_pylist()
 

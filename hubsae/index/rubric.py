@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from hubsae.core.extras import require
+from hubsae.core.parquet import arrow
 from hubsae.core.progress import progress
 from hubsae.evals.bootstrap import wilson
 from hubsae.index.chat import Chat
@@ -52,7 +52,7 @@ class Rating:
 
 def rateable(index: str | Path, shown: int = 5) -> list[int]:
     """Features that fire in at least `shown` samples, so that as many contexts can be shown."""
-    table = require("pyarrow.parquet", extra="train").read_table(Path(index) / "features.parquet")
+    table = arrow().parquet.read_table(Path(index) / "features.parquet")
     rows = table.select(["feature", "examples"]).to_pylist()
     return [row["feature"] for row in rows if len(strongest(row, shown)) == shown]
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hubsae.core.extras import require
-from hubsae.core.files import atomic_path
+from hubsae.core.parquet import arrow, table_of, write_table
 
 SUMMARY, FEATURES = "summary.parquet", "features.parquet"
 GROUP = 256
@@ -17,13 +16,29 @@ GROUP = 256
 GROUP_BYTES = 150_000
 """What a browser fetches to show one feature"""
 Columns = Mapping[str, Any]
+_PLAIN = {
+    "feature": "int32", "count": "int64", "density": "float64", "max": "float32", "mean": "float32",
+    "purity": "float32", "position_0_share": "float32", "special_share": "float32",
+}  # fmt: skip
+_SUMMARY = {**_PLAIN, "top_token": "string", "top_tokens": "string", "top_logits": "string", "label": "string"}
+_EXAMPLE = {
+    "kind": "string", "rank": "int32", "value": "float32", "quantile": "float32", "sample_id": "int64",
+    "position": "int32", "role": "string", "turn": "int32", "center": "int32", "tokens": ["string"],
+    "values": ["float32"],
+}  # fmt: skip
+_LOGITS, _OTHERS = [{"token": "string", "value": "float32"}], [{"feature": "int32", "value": "float32"}]
+LABELS = [{"text": "string", "author": "string", "method": "string", "score": "float32"}]
+_FEATURES = {
+    **_PLAIN, "histogram": ["int32"], "examples": [_EXAMPLE], "top_logits": _LOGITS, "bottom_logits": _LOGITS,
+    "neighbours": _OTHERS, "cofiring": _OTHERS, "labels": LABELS,
+}  # fmt: skip
+OPTIONS = {"compression": "snappy", "use_dictionary": False, "write_statistics": False}
 
 
 def write_site(
     root: Path, metrics: Columns, prompts: Columns, logits: Columns | None, near: Columns | None, labels: Any = ()
 ) -> list[str]:
     """Write both files; `labels` are rows with feature, text, author, method and score."""
-    pa, pq = require("pyarrow", extra="train"), require("pyarrow.parquet", extra="train")
     n = len(metrics["feature"])
     examples = _lists(n, prompts["feature"], _examples(prompts))
     sides = {side: [[] for _ in range(n)] for side in ("top", "bottom")}
@@ -34,64 +49,40 @@ def write_site(
     if near is not None:
         for feature, kind, other, value in _rows(near, "feature", "kind", "neighbour", "value"):
             kinds[kind][feature].append({"feature": other, "value": value})
-    named: list[list[dict[str, Any]]] = [[] for _ in range(n)]
-    for label in labels:
-        named[label["feature"]].append({key: label.get(key) for key in ("text", "author", "method", "score")})
-    plain = {
-        "feature": pa.array(metrics["feature"], pa.int32()),
-        "count": pa.array(metrics["count"], pa.int64()),
-        "density": pa.array(metrics["density"], pa.float64()),
-        "max": pa.array(metrics["max"], pa.float32()),
-        "mean": pa.array(metrics["mean"], pa.float32()),
-        **{name: pa.array(metrics[name], pa.float32()) for name in ("purity", "position_0_share", "special_share")},
-    }
-    summary = pa.table(
-        plain
-        | {
-            "top_token": pa.array(metrics["top_token"], pa.string()),
-            "top_tokens": pa.array([_distinct(rows) for rows in examples], pa.string()),
-            "top_logits": pa.array([" ".join(r["token"].strip() for r in rows) for rows in sides["top"]], pa.string()),
-            "label": pa.array([rows[0]["text"] if rows else None for rows in named], pa.string()),
-        }
-    )
-    token_values = pa.list_(pa.struct({"token": pa.string(), "value": pa.float32()}))
-    others = pa.list_(pa.struct({"feature": pa.int32(), "value": pa.float32()}))
-    example = pa.struct(
+    named = named_by_feature(n, labels)
+    summary = table_of(
         {
-            "kind": pa.string(), "rank": pa.int32(), "value": pa.float32(), "quantile": pa.float32(),
-            "sample_id": pa.int64(), "position": pa.int32(), "role": pa.string(), "turn": pa.int32(),
-            "center": pa.int32(), "tokens": pa.list_(pa.string()), "values": pa.list_(pa.float32()),
-        }
-    )  # fmt: skip
-    label = pa.struct({"text": pa.string(), "author": pa.string(), "method": pa.string(), "score": pa.float32()})
-    features = pa.table(
-        plain
-        | {
-            "histogram": pa.array(metrics["histogram"], pa.list_(pa.int32())),
-            "examples": pa.array(examples, pa.list_(example)),
-            "top_logits": pa.array(sides["top"], token_values),
-            "bottom_logits": pa.array(sides["bottom"], token_values),
-            "neighbours": pa.array(kinds["decoder"], others),
-            "cofiring": pa.array(kinds["cofiring"], others),
-            "labels": pa.array(named, pa.list_(label)),
-        }
+            **metrics,
+            "top_tokens": [_distinct(rows) for rows in examples],
+            "top_logits": [" ".join(r["token"].strip() for r in rows) for rows in sides["top"]],
+            "label": [rows[0]["text"] if rows else None for rows in named],
+        },
+        _SUMMARY,
     )
-    options = {"compression": "snappy", "use_dictionary": False, "write_statistics": False}
-    for name, table, rows in ((SUMMARY, summary, max(n, 1)), (FEATURES, features, _group(features, options))):
-        with atomic_path(root / name) as scratch:
-            pq.write_table(table, scratch, row_group_size=rows, **options)
+    found = {"examples": examples, "top_logits": sides["top"], "bottom_logits": sides["bottom"], "labels": named}
+    features = table_of({**metrics, **found, "neighbours": kinds["decoder"], "cofiring": kinds["cofiring"]}, _FEATURES)
+    write_table(root / SUMMARY, summary, row_group_size=max(n, 1), **OPTIONS)
+    write_table(root / FEATURES, features, row_group_size=_group(features), **OPTIONS)
     return [SUMMARY, FEATURES]
 
 
-def _group(features: Any, options: Mapping[str, Any]) -> int:
+def named_by_feature(n: int, labels: Iterable[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
+    """What the pages show of the labels of each feature."""
+    named: list[list[dict[str, Any]]] = [[] for _ in range(n)]
+    for label in labels:
+        named[label["feature"]].append({key: label.get(key) for key in LABELS[0]})
+    return named
+
+
+def _group(features: Any) -> int:
     """Features in a row group, a power of two, so that one is about `GROUP_BYTES` on disk."""
     if not features.num_rows:
         return GROUP
-    pa, pq = require("pyarrow", extra="train"), require("pyarrow.parquet", extra="train")
+    pa = arrow()
     written = pa.BufferOutputStream()
     every = max(1, features.num_rows // 1024)
     part = features.take(list(range(0, features.num_rows, every)))
-    pq.write_table(part, written, **options)
+    pa.parquet.write_table(part, written, **OPTIONS)
     each = written.tell() / part.num_rows
     return max(8, min(GROUP, 2 ** int(np.log2(max(1.0, GROUP_BYTES / each)))))
 

@@ -25,6 +25,7 @@ import torch
 from hubsae.core.errors import FormatError, NotFoundError, nearest
 from hubsae.core.extras import require
 from hubsae.core.files import read_json, sha256_file, write_json_atomic, write_text_atomic
+from hubsae.core.parquet import arrow
 from hubsae.core.quiet import quiet
 from hubsae.recipes.tiny_problems import Problem
 
@@ -137,13 +138,12 @@ def write_rows(
     words: str = "",
 ) -> Path:
     """Write two splits as a dataset repository that `load_dataset` reads; `config="main"` is the layout of GSM8K."""
-    pa = require("pyarrow", extra="train")
-    pq = require("pyarrow.parquet", extra="train")
+    pa = arrow()
     out, inside = Path(folder), config or "data"
     (out / inside).mkdir(parents=True, exist_ok=True)
     for split, rows in (("train", train), ("test", test)):
         table = pa.Table.from_pylist(list(rows))
-        pq.write_table(table, out / inside / f"{split}-00000-of-00001.parquet", compression="zstd")
+        pa.parquet.write_table(table, out / inside / f"{split}-00000-of-00001.parquet", compression="zstd")
     files = "".join(f"  - split: {split}\n    path: {inside}/{split}-*\n" for split in ("train", "test"))
     front = f"{front}configs:\n- config_name: {config or 'default'}\n  data_files:\n{files}"
     write_text_atomic(out / "README.md", f"---\n{front}---\n\n{words or 'Made by hubsae.'}\n")
@@ -152,8 +152,7 @@ def write_rows(
 
 def read_rows(folder: Path, split: str) -> list[dict[str, Any]]:
     """The rows of one split of `write_rows`."""
-    pq = require("pyarrow.parquet", extra="train")
-    return pq.read_table(next(folder.rglob(f"{split}-*.parquet"))).to_pylist()
+    return arrow().parquet.read_table(next(folder.rglob(f"{split}-*.parquet"))).to_pylist()
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> Path:

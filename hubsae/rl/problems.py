@@ -11,6 +11,7 @@ from typing import Any
 from hubsae.core.errors import DataError
 from hubsae.core.extras import require
 from hubsae.core.files import atomic_path
+from hubsae.core.parquet import arrow
 from hubsae.rl.scorers import gold_of
 
 
@@ -100,8 +101,7 @@ def write_verl_parquet(
     >>> write_verl_parquet(Path(tempfile.mkdtemp()) / "train.parquet", [Question("1+1?", "#### 2")], PromptStyle()).name
     'train.parquet'
     """
-    pa = require("pyarrow", extra="train")
-    parquet = require("pyarrow.parquet", extra="train")
+    pa = arrow()
     rows = [
         {
             "data_source": "openai/gsm8k",
@@ -113,7 +113,7 @@ def write_verl_parquet(
         for number, q in enumerate(questions)
     ]
     with atomic_path(path) as temporary:
-        parquet.write_table(pa.Table.from_pylist(rows), temporary)
+        pa.parquet.write_table(pa.Table.from_pylist(rows), temporary)
     return Path(path)
 
 

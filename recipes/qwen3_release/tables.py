@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from hubsae.activations.stats import ActivationStats
-from hubsae.core.extras import require
 from hubsae.core.metadata import Metric
+from hubsae.core.parquet import arrow
 from hubsae.evals import bootstrap
 from hubsae.evals.results import SAEReconstruction
 from hubsae.evals.splice import SpliceResult
@@ -70,7 +70,7 @@ def as_metric(row: Mapping[str, Any]) -> Metric:
 
 def prompt_rows(folder: Path) -> int:
     """How many strongest conversations an index keeps, over all features."""
-    kinds = require("pyarrow.parquet", extra="train").read_table(folder / PROMPTS, columns=["kind"])["kind"]
+    kinds = arrow().parquet.read_table(folder / PROMPTS, columns=["kind"])["kind"]
     return int((kinds.to_numpy(zero_copy_only=False) == "prompt").sum())
 
 

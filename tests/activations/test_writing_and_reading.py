@@ -307,7 +307,16 @@ def test_a_batch_that_is_kept_is_never_overwritten(written):
     assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
 
 
-def test_ctrl_c_is_heard_while_labels_are_read_for_the_first_time(written, tmp_path):
+@pytest.mark.parametrize(
+    "first",
+    [
+        "from hubsae.activations import ActivationDataset\n"
+        "    next(iter(ActivationDataset.open({out!r}).labelled_batches(['position'], 100)))",
+        "from hubsae.core.parquet import table_of\n    table_of({{'feature': [1]}}, {{'feature': 'int32'}})",
+    ],
+    ids=["labels are read", "a table is made"],
+)
+def test_ctrl_c_is_heard_at_the_first_conversion(written, tmp_path, first):
     out, _ = written()
     slow = tmp_path / "slow" / "pandas"
     slow.mkdir(parents=True)
@@ -315,9 +324,8 @@ def test_ctrl_c_is_heard_while_labels_are_read_for_the_first_time(written, tmp_p
     code = f"""
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from hubsae.activations import ActivationDataset
 try:
-    next(iter(ActivationDataset.open({str(out)!r}).labelled_batches(["position"], 100)))
+    {first.format(out=str(out))}
 except KeyboardInterrupt:
     print("heard")
 """
