@@ -107,12 +107,12 @@ class Release:
         """Every SAE that fits; an error that says what there is where none does."""
         return select(self.manifest.saes, id, filters, where=str(self.path))
 
-    def folder(self, id: str) -> Path:
-        """Folder of an SAE."""
-        return safe_join(self.path, self.entry(id).path)
+    def folder(self, id: str | SAEEntry) -> Path:
+        """Folder of an SAE, by its id or its entry."""
+        return safe_join(self.path, (self.entry(id) if isinstance(id, str) else id).path)
 
-    def metadata(self, id: str) -> Metadata:
-        """The full record of an SAE."""
+    def metadata(self, id: str | SAEEntry) -> Metadata:
+        """The full record of an SAE, by its id or its entry."""
         return Metadata.load(self.folder(id))
 
     def load(

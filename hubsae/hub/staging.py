@@ -190,7 +190,7 @@ def _uncut(release: Release) -> list[str]:
     return [
         entry.id
         for entry in release
-        if entry.architecture == "batch_topk" and release.metadata(entry.id).config.threshold is None
+        if entry.architecture == "batch_topk" and release.metadata(entry).config.threshold is None
     ]
 
 

@@ -106,15 +106,13 @@ def have_saelens() -> bool:
 def verify(
     id: str,
     folder: Path,
+    written: SAE,
     source: SAE | None,
     *,
     activations: Tensor | None = None,
     with_saelens: bool = True,
 ) -> Verification:
-    """Read a packaged SAE back and try it; an SAE that is not what its source was is an error."""
-    from hubsae.formats import native
-
-    written = native.read(folder)
+    """Try an SAE as it was `written` in its packaged folder; one that is not what its source was is an error."""
     x = activations[:PROBES].float() if activations is not None else probe_activations(written)
     if source is not None and not same(source, written, x):
         raise IntegrityError(

@@ -132,11 +132,12 @@ def test_stock_saelens_gives_the_numbers_of_the_source_modules(hub: LocalHub, tm
 
 @pytest.mark.parametrize(("scale", "told"), [(1.0, False), (2.0, True)])
 def test_a_topk_whose_rows_are_not_of_norm_one_says_who_refuses_it(scale, told, tmp_path):
+    from hubsae.formats import native
     from hubsae.hub.trial import verify
 
     sae = HubSAE.random(SAEConfig(architecture="topk", d_in=16, d_sae=64, k=4))
     with torch.no_grad():
         sae.W_dec *= scale
     sae.save_pretrained(tmp_path)
-    notes = verify("sae", tmp_path, sae, with_saelens=False).notes
+    notes = verify("sae", tmp_path, native.read(tmp_path), sae, with_saelens=False).notes
     assert any("SAEDashboard and Neuronpedia's runner refuse it" in note for note in notes) == told
