@@ -38,6 +38,7 @@ from hubsae.activations.stream import PROBE_SAMPLES, HarvestBatch, Probe, Stream
 from hubsae.activations.writer import ActivationWriter, scale_for
 from hubsae.core.errors import DataError, WriteError
 from hubsae.core.hooks import HookPoint
+from hubsae.core.options import pass_on
 from hubsae.core.progress import progress as show_progress
 from hubsae.core.progress import say
 from hubsae.core.text import format_count, format_time, printable
@@ -131,14 +132,7 @@ def harvest(
     """
     ranks = Ranks.find(rank, world_size)
     name = str(model) if isinstance(model, (str, Path)) else None
-    stream = open_stream(
-        model, hook_points, tokenizer=tokenizer, adapter=adapter, revision=revision, model_dtype=model_dtype,
-        device=device, token=token, mode=mode, select=select, exclude=exclude, max_length=max_length,
-        max_samples=max_samples, max_tokens=max_tokens, chat=chat, system=system, template_options=template_options,
-        prompt_column=prompt_column, response_column=response_column, text_column=text_column,
-        special_tokens=special_tokens, generation=generation, seed=seed, scorers=scorers, columns=columns,
-        batch_tokens=batch_tokens, window=window, strict=strict, ranks=ranks, needs_tokenizer=_holds_texts(data),
-    )  # fmt: skip
+    stream = pass_on(open_stream, locals(), needs_tokenizer=_holds_texts(data))
     n_items = len(data) if hasattr(data, "__len__") else None  # pyright: ignore[reportArgumentType]
     if max_samples is not None:
         n_items = max_samples if n_items is None else min(n_items, max_samples)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from hubsae.cli import _options as options
+from hubsae.core.options import pass_on
 
 PANEL = "Activations"
 
@@ -95,15 +96,10 @@ def command(
     if temperature > 0:
         generation["temperature"] = temperature
     folder = out or Path(str(push).rpartition("/")[2])
-    harvested = harvest(
-        model, rows, points, out=folder, tokenizer=load_tokenizer(tokenizer) if tokenizer else None,
-        mode=mode, stage=stage, adapter=adapter, revision=revision, model_dtype=model_dtype, device=device,  # pyright: ignore[reportArgumentType]
-        dtype=dtype, scale=scale if scale == "auto" else float(scale), select=select, max_length=max_length,  # pyright: ignore[reportArgumentType]
-        max_samples=max_samples, max_tokens=max_tokens, chat=False if raw else None, system=system,
-        prompt_column=prompt_column, response_column=response_column, text_column=text_column,
-        generation=generation, seed=seed, scorers=scorers, validation_fraction=validation, split_by=split_by,
-        batch_tokens=batch_tokens, source=record, strict=strict,
-        exclude=options.names_of(exclude),
+    harvested = pass_on(
+        harvest, locals(), data=rows, hook_points=points, out=folder, chat=False if raw else None, source=record,
+        tokenizer=load_tokenizer(tokenizer) if tokenizer else None, scale=scale if scale == "auto" else float(scale),
+        validation_fraction=validation, exclude=options.names_of(exclude),
     )  # fmt: skip
     if Ranks.find().rank != 0:
         return

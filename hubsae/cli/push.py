@@ -9,6 +9,7 @@ import typer
 from hubsae.cli import _options as options
 from hubsae.cli._common import err, out, print_json
 from hubsae.core.errors import HubSAEError
+from hubsae.core.options import pass_on
 from hubsae.core.text import format_bytes, printable
 
 if TYPE_CHECKING:
@@ -90,42 +91,12 @@ def command(
 
     if repo is not None and repo_id is not None:
         raise typer.BadParameter("the repo is named twice; give it once", param_hint="--repo-id")
-    result = push(
-        source,
-        repo or repo_id,
+    result = pass_on(
+        push, locals(), repo_id=repo or repo_id, choices=options.parse_choices(choices) or None,
+        also=options.names_of(also), delete=delete or (), mixed_widths=mixed_widths or None,
         notify=lambda line: err().print(line, style="dim", markup=False),
         confirm=None if yes or dry_run else _refuse if json else _confirm,
-        revision=revision,
-        tag=tag,
-        pr=pr,
-        private=private,
-        message=message,
-        dry_run=dry_run,
-        prune=prune,
-        delete=delete or (),
-        overwrite_config=overwrite_config,
-        card_template=card_template,
-        card_kind=card_kind,
-        force_card=force_card,
-        title=title,
-        license=license,
-        base_model=base_model,
-        base_model_revision=base_model_revision,
-        hook=hook,
-        datasets=datasets,
-        description=description,
-        citation=citation,
-        limitations=limitations,
-        pattern=pattern,
-        format=format,
-        choices=options.parse_choices(choices) or None,
-        mixed_widths=mixed_widths or None,
-        activations=activations,
-        also=options.names_of(also),
-        keep_source=keep_source,
-        check_saelens=check_saelens,
-        allow_secrets=allow_secrets,
-    )
+    )  # fmt: skip
     if json:
         print_json(as_json(result))
     elif result.published is None:

@@ -6,15 +6,9 @@ and exits with 1 (`--debug` shows the traceback).
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from difflib import get_close_matches
-from functools import wraps
 from os import PathLike
-from typing import ParamSpec, TypeVar
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 class HubSAEError(Exception):
@@ -111,30 +105,3 @@ def nearest(wanted: str, choices: Iterable[str], most: int = 5) -> str:
         return ", ".join(near)
     more = f" ... ({len(every)} in all)" if len(every) > most else ""
     return ", ".join(every[:most]) + more
-
-
-def named_options(call: Callable[P, T]) -> Callable[P, T]:
-    """Answer a misspelt keyword with the nearest one there is; the signature stays what it is.
-
-    >>> @named_options
-    ... def push(folder, *, private=False): return private
-    >>> push("saes", privat=True)
-    Traceback (most recent call last):
-    ...
-    hubsae.core.errors.ConfigError: push has no option 'privat'
-      -> nearest: private; all: folder, private
-    """
-    known = list(inspect.signature(call).parameters)
-
-    @wraps(call)
-    def checked(*args: P.args, **options: P.kwargs) -> T:
-        for name in options:
-            if name not in known:
-                shown = [n for n in known if n not in ("self", "cls")]
-                raise ConfigError(
-                    f"{call.__name__} has no option {name!r}",
-                    hint=f"nearest: {nearest(name, shown)}; all: {', '.join(shown)}",
-                )
-        return call(*args, **options)
-
-    return checked

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from hubsae.core.config import Architecture, TokenNorm
-from hubsae.core.errors import ConfigError, FormatError, named_options
+from hubsae.core.errors import ConfigError, FormatError
 from hubsae.core.files import umask
+from hubsae.core.options import named_options, pass_on
 from hubsae.core.sae import SAE
 from hubsae.formats import native
 from hubsae.formats.base import Format, Overrides, reading
@@ -56,12 +57,7 @@ def read(
     ...     read(d).config.k
     2
     """
-    choices = Overrides(
-        architecture=architecture, k=k, topk_relu=topk_relu, threshold=threshold,
-        decode_adds_b_pre=decode_adds_b_pre, apply_b_dec_to_input=apply_b_dec_to_input, transposed=transposed,
-        token_norm=token_norm, input_scale=input_scale, layer=layer, stage=stage, hook=hook, hook_out=hook_out, map=map,
-        base_model=base_model, base_model_revision=base_model_revision,
-    )  # fmt: skip
+    choices = pass_on(Overrides, locals())
     with reading(Path(path)):
         probe = probe_of(path)
         chosen = choose(probe, format or (MAPPED if choices.map else None))
@@ -164,12 +160,7 @@ def convert(
     ...     convert(f"{d}/mine", f"{d}/theirs", to="sparsify").config.k
     2
     """
-    sae = read(
-        source, format, architecture=architecture, k=k, topk_relu=topk_relu, threshold=threshold,
-        decode_adds_b_pre=decode_adds_b_pre, apply_b_dec_to_input=apply_b_dec_to_input, transposed=transposed,
-        token_norm=token_norm, input_scale=input_scale, layer=layer, stage=stage, hook=hook, hook_out=hook_out, map=map,
-        base_model=base_model, base_model_revision=base_model_revision,
-    )  # fmt: skip
+    sae = pass_on(read, locals(), path=source)
     write(sae, target, to)
     return sae
 

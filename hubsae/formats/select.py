@@ -27,6 +27,11 @@ class Filters(TypedDict, total=False):
 FILTERS = tuple(Filters.__annotations__)
 
 
+def chosen_by(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The filters among what a function was given (its `locals()`)."""
+    return {name: given[name] for name in FILTERS}
+
+
 class Selectable(Protocol):
     """One SAE of a list."""
 

@@ -16,6 +16,7 @@ from hubsae.activations.manifest import described
 from hubsae.activations.opening import Found, choose_config, find_activations, no_split, parquet_shards
 from hubsae.core.errors import HubRequestError, NotFoundError
 from hubsae.core.files import read_json
+from hubsae.core.options import pass_on
 from hubsae.core.progress import progress
 from hubsae.core.text import natural_key
 from hubsae.hub.client import LIBRARY, HubClient, RemoteFile, split_repo
@@ -54,13 +55,9 @@ class ActivationDataset(local.ActivationDataset):
         name, pinned = split_repo(repo, revision)
         if not stream:
             folder, chosen = fetch_activations(
-                name,
-                lambda have: choose_config(repo, have, config),
-                revision=pinned,
-                token=token,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-            )
+                name, lambda have: choose_config(repo, have, config),
+                revision=pinned, token=token, cache_dir=cache_dir, local_files_only=local_files_only,
+            )  # fmt: skip
             return find_activations(folder, chosen, split, verify=verify, vector=vector)._replace(path=repo)
         listing = open_remote(name, revision=pinned, token=token)
         chosen = choose_config(repo, listing.configs, config)
@@ -86,17 +83,7 @@ class ActivationDataset(local.ActivationDataset):
         `private` is for a repo that is new; `revision` names a branch, `pr` makes a pull request instead; `token` and
         the commit's `message` as usual. `verify` reads every page back first; `notify` gets a line for what happens.
         """
-        return push_activations(
-            self.path,
-            repo_id,
-            private=private,
-            revision=revision,
-            pr=pr,
-            token=token,
-            message=message,
-            verify=verify,
-            notify=notify,
-        )
+        return pass_on(push_activations, locals(), folder=self.path)
 
 
 def describe(repo: str, *, revision: str | None = None, token: str | bool | None = None) -> dict[str, Any]:

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from hubsae.core.config import Architecture, TokenNorm
-from hubsae.core.errors import named_options
+from hubsae.core.options import named_options
 from hubsae.core.sae import SAE
 from hubsae.formats import saelens
 from hubsae.hub.sae import HubSAE
+
+_OF_THE_HUB = ("revision", "token", "endpoint", "cache_dir", "local_files_only")
 
 
 class _OnHub(NamedTuple):
@@ -28,7 +30,7 @@ class saelens_converter:
         SAE.from_pretrained("me/my-sae", "saes/layer6", converter=hubsae.saelens_converter(revision="v1.0"))
 
     >>> saelens_converter(revision="v1.0").hub
-    {'revision': 'v1.0'}
+    {'revision': 'v1.0', 'local_files_only': False}
 
     Args:
         revision, token, endpoint, cache_dir, local_files_only: As for `HubSAE.from_pretrained`.
@@ -62,18 +64,9 @@ class saelens_converter:
         map: str | Mapping[str, str] | None = None,
         base_model: str | None = None,
     ):
-        hub = {
-            "revision": revision, "token": token, "endpoint": endpoint, "cache_dir": cache_dir,
-            "local_files_only": local_files_only or None,
-        }  # fmt: skip
-        choices = {
-            "format": format, "k": k, "architecture": architecture, "topk_relu": topk_relu, "threshold": threshold,
-            "decode_adds_b_pre": decode_adds_b_pre, "apply_b_dec_to_input": apply_b_dec_to_input,
-            "transposed": transposed, "token_norm": token_norm, "input_scale": input_scale, "layer": layer,
-            "hook": hook, "hook_out": hook_out, "map": map, "base_model": base_model,
-        }  # fmt: skip
-        self.hub: dict[str, Any] = {name: value for name, value in hub.items() if value is not None}
-        self.choices: dict[str, Any] = {name: value for name, value in choices.items() if value is not None}
+        given = {n: v for n, v in locals().items() if n != "self" and v is not None}
+        self.hub: dict[str, Any] = {name: value for name, value in given.items() if name in _OF_THE_HUB}
+        self.choices: dict[str, Any] = {name: value for name, value in given.items() if name not in _OF_THE_HUB}
 
     def __call__(self, *args: Any, **named: Any) -> tuple[Any, ...]:
         """SAELens calls with names for the Hub (`repo_id, folder_name, ...`) and with the path first for a disk."""

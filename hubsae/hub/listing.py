@@ -8,13 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hubsae.core.errors import HubSAEError, named_options
+from hubsae.core.errors import HubSAEError
 from hubsae.core.files import read_json, safe_join, safetensors_header
 from hubsae.core.metadata import Metadata
+from hubsae.core.options import named_options
 from hubsae.core.text import check_name
 from hubsae.formats import describe as formats_describe
 from hubsae.formats.describe import Description, TensorInfo, fill_record, release_facts
 from hubsae.formats.manifest import MANIFEST_NAME, Manifest
+from hubsae.formats.select import chosen_by
 from hubsae.formats.table import SAETable
 from hubsae.hub import registered
 from hubsae.hub.catalog import Catalog, Entry, open_catalog
@@ -71,11 +73,8 @@ def list_saes(
         cache_dir: Cache folder, in place of the usual one.
         local_files_only: Ask no Hub; use what is cached.
     """
+    filters = chosen_by(locals())
     client = HubClient(token, endpoint or "", cache_dir or "", local_files_only)
-    filters = {
-        "layer": layer, "stage": stage, "k": k, "architecture": architecture, "d_in": d_in, "d_sae": d_sae,
-        "hook_point": hook_point, "base_model": base_model, "base_model_revision": base_model_revision,
-    }  # fmt: skip
     catalog = open_catalog(client, repo_or_path, revision)
     return SAETable(entry.row() for entry in catalog.select(id, filters))
 

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hubsae.core.errors import ConfigError, HubSAEError, NotFoundError, named_options
+from hubsae.core.errors import ConfigError, HubSAEError, NotFoundError
 from hubsae.core.files import safe_join, sha256_file
+from hubsae.core.options import named_options, pass_on
 from hubsae.core.progress import progress
 from hubsae.formats.names import parse_name
-from hubsae.formats.select import FILTERS
+from hubsae.formats.select import FILTERS, chosen_by
 from hubsae.hub.catalog import CACHE_NOTES, Catalog, Entry, ExpectedFile, open_catalog
 from hubsae.hub.client import HubClient
 from hubsae.hub.errors import IntegrityError, OfflineError
@@ -73,6 +74,22 @@ class Reading:
                 f"device {str(wanted)!r}: this machine has no CUDA that torch can use", hint='device="cpu"'
             )
         return replace(self, dtype=dtype, choices={n: v for n, v in self.choices.items() if v is not None})
+
+
+CHOICES = (
+    "topk_relu", "threshold", "decode_adds_b_pre", "apply_b_dec_to_input", "transposed", "token_norm", "input_scale",
+    "hook", "hook_out", "map",
+)  # fmt: skip
+"""Choices for readers that are no filters too."""
+
+
+def what_is_asked(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Filters, place and reading for `load_each`, from what a public function was given (its `locals()`)."""
+    return {
+        "filters": chosen_by(given),
+        "where": pass_on(Where, given),
+        "reading": pass_on(Reading, given, choices={name: given[name] for name in CHOICES}),
+    }
 
 
 def load_each(
@@ -152,13 +169,9 @@ def pull(
         force_download: Fetch again what is cached.
         bar: Show progress; by default where somebody watches.
     """
-    where = Where(revision, token, endpoint, cache_dir, False, force_download)
+    filters, where = chosen_by(locals()), pass_on(Where, locals())
     client = where.client()
     catalog = where.catalog(client, repo)
-    filters = {
-        "layer": layer, "stage": stage, "k": k, "architecture": architecture, "d_in": d_in, "d_sae": d_sae,
-        "hook_point": hook_point, "base_model": base_model, "base_model_revision": base_model_revision,
-    }  # fmt: skip
     selected = catalog.select(id, filters)
     if catalog.root is not None or catalog.repo_id is None or catalog.sha is None:
         raise HubSAEError(f"{repo} is a local folder already", hint="pull takes a repo on the Hub: name/repo")

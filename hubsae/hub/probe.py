@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 
 from hubsae.core.errors import NotFoundError
+from hubsae.core.options import pass_on
 from hubsae.evals.probes import FILE, Probe
 from hubsae.hub.load import Where, fetch
 
@@ -38,7 +39,7 @@ def load_probe(
     >>> probe(sae.encode_sparse(torch.randn(5, 4))).shape
     torch.Size([5])
     """
-    where = Where(revision, token, endpoint, cache_dir, local_files_only, force_download)
+    where = pass_on(Where, locals())
     client = where.client()
     catalog = where.catalog(client, repo_or_path)
     filters = {name: value for name, value in (("layer", layer), ("stage", stage)) if value is not None}

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hubsae.core.errors import HubSAEError, named_options
+from hubsae.core.errors import HubSAEError
+from hubsae.core.options import named_options
 from hubsae.core.progress import progress
 from hubsae.core.sae import SAE
 from hubsae.formats import native

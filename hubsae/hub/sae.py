@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from hubsae.core import intervene
 from hubsae.core.config import Architecture, TokenNorm
-from hubsae.core.errors import ConfigError, named_options
+from hubsae.core.errors import ConfigError
 from hubsae.core.fingerprint import Check, check
 from hubsae.core.hooks import HookPoint
 from hubsae.core.intervene import Recorded, hook_of
+from hubsae.core.options import named_options, pass_on
 from hubsae.core.sae import SAE
 from hubsae.formats.table import html_table
-from hubsae.hub.load import Reading, Where, load_each
+from hubsae.hub.load import load_each, what_is_asked
 
 if TYPE_CHECKING:
     from hubsae.hub.plan import PushPlan, PushResult
@@ -165,21 +166,13 @@ class HubSAE(SAE):
             hook_out: For such files: where a transcoder writes.
             map: For files of no known layout: which tensor is which (`W_enc=enc.weight.T,b_enc=enc.bias,...`).
         """
+        asked = what_is_asked(locals())
         found = load_each(
             repo_or_path,
             f"{subfolder.strip('/')}/{id}" if subfolder and id else id or subfolder,
-            filters={
-                "layer": layer, "stage": stage, "k": k, "architecture": architecture, "d_in": d_in, "d_sae": d_sae,
-                "hook_point": hook_point, "base_model": base_model, "base_model_revision": base_model_revision,
-            },
-            where=Where(revision, token, endpoint, cache_dir, local_files_only, force_download),
-            reading=Reading(device, dtype, features, format, {
-                "topk_relu": topk_relu, "threshold": threshold, "decode_adds_b_pre": decode_adds_b_pre,
-                "apply_b_dec_to_input": apply_b_dec_to_input, "transposed": transposed, "token_norm": token_norm,
-                "input_scale": input_scale, "hook": hook, "hook_out": hook_out, "map": map,
-            }),
+            **asked,
             one=True,
-        )  # fmt: skip
+        )
         return cast("HubSAE", next(found)[1])
 
     @classmethod
@@ -231,21 +224,7 @@ class HubSAE(SAE):
             format, topk_relu, threshold, decode_adds_b_pre, apply_b_dec_to_input, transposed, token_norm, input_scale,
                 hook, hook_out, map: For files that no metadata.json describes, as for `from_pretrained`.
         """
-        found = load_each(
-            repo_or_path,
-            id,
-            filters={
-                "layer": layer, "stage": stage, "k": k, "architecture": architecture, "d_in": d_in, "d_sae": d_sae,
-                "hook_point": hook_point, "base_model": base_model, "base_model_revision": base_model_revision,
-            },
-            where=Where(revision, token, endpoint, cache_dir, local_files_only, force_download),
-            reading=Reading(device, dtype, features, format, {
-                "topk_relu": topk_relu, "threshold": threshold, "decode_adds_b_pre": decode_adds_b_pre,
-                "apply_b_dec_to_input": apply_b_dec_to_input, "transposed": transposed, "token_norm": token_norm,
-                "input_scale": input_scale, "hook": hook, "hook_out": hook_out, "map": map,
-            }),
-        )  # fmt: skip
-        return cast("Iterator[tuple[str, HubSAE]]", found)
+        return cast("Iterator[tuple[str, HubSAE]]", load_each(repo_or_path, id, **what_is_asked(locals())))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write this SAE as a folder that hubsae and SAELens load.
@@ -325,14 +304,7 @@ class HubSAE(SAE):
         """
         from hubsae.hub.push import push
 
-        return push(
-            self, repo_id, id=id, revision=revision, tag=tag, pr=pr, private=private, message=message,
-            base_model=base_model, license=license, datasets=datasets, description=description,
-            activations=activations, also=also, prune=prune, delete=delete, overwrite_config=overwrite_config,
-            title=title, citation=citation, limitations=limitations, card_template=card_template,
-            card_kind=card_kind, force_card=force_card, check_saelens=check_saelens, allow_secrets=allow_secrets,
-            dry_run=dry_run, confirm=confirm, notify=notify, bar=bar, token=token, endpoint=endpoint,
-        )  # fmt: skip
+        return pass_on(push, locals(), source=self)
 
     def check(self, model: nn.Module, tokenizer: Any = None, *, hook: Any = None) -> Check:
         """Whether `model` gives this SAE what it was trained on, by the fingerprint that came with it.

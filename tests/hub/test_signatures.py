@@ -11,8 +11,12 @@ import pytest
 
 import hubsae
 from hubsae import ActivationDataset, HubSAE
+from hubsae.activations.stream import open_stream
+from hubsae.cli.harvest import command as harvest_verb
+from hubsae.cli.push import command as push_verb
 from hubsae.core.errors import ConfigError
-from hubsae.formats import Overrides
+from hubsae.formats import Overrides, read
+from hubsae.hub.datasets import push_activations
 
 
 def public() -> Iterator[tuple[str, Callable]]:
@@ -56,3 +60,32 @@ def test_a_misspelt_option_names_the_nearest():
         HubSAE.from_pretrained("me/any", reviison="v1")  # pyright: ignore[reportCallIssue]
     with pytest.raises(ConfigError, match="nearest: layer"):
         hubsae.list_saes("me/any", layr=6)  # pyright: ignore[reportCallIssue]
+
+
+# what a function takes for itself; everything else it hands on to the one behind it, by its name
+OWN = {
+    "harvest": {
+        "data", "out", "stage", "dtype", "scale", "validation_fraction", "split_by", "split_seed", "rank", "world_size",
+        "shard_bytes", "shard_seconds", "source", "progress",
+    },
+    "hubsae harvest": {
+        "dataset", "layers", "push", "raw", "dataset_config", "dataset_split", "streaming", "max_new_tokens",
+        "temperature", "validation", "reward_model", "step_separator", "private", "as_json",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("front", "behind", "own"),
+    [
+        (HubSAE.push_to_hub, hubsae.push, {"self"}),
+        (hubsae.convert, read, {"source", "target", "to"}),
+        (ActivationDataset.push_to_hub, push_activations, {"self"}),
+        (hubsae.harvest, open_stream, OWN["harvest"]),
+        (push_verb, hubsae.push, {"repo", "yes", "json"}),
+        (harvest_verb, hubsae.harvest, OWN["hubsae harvest"]),
+    ],
+    ids=("HubSAE.push_to_hub", "convert", "ActivationDataset.push_to_hub", "harvest", "hubsae push", "hubsae harvest"),
+)
+def test_what_is_handed_on_has_the_same_name_behind(front: Callable, behind: Callable, own: set[str]):
+    assert set(inspect.signature(front).parameters) - set(inspect.signature(behind).parameters) == own
