@@ -29,6 +29,7 @@ from hubsae.activations.sources import Source, TensorSource
 from hubsae.activations.stats import ActivationStats, RunningStats
 from hubsae.core import factory
 from hubsae.core.errors import ConfigError, DataError, NotFoundError
+from hubsae.core.options import pass_on
 
 WINDOW_BYTES = 256 << 20
 """Vectors shuffled together: 150 k tokens at d 896, 32 k at d 4096 (float16)."""
@@ -238,11 +239,7 @@ class ActivationDataset:
         batch per rank (with one rank nothing is dropped unless `drop_last`). After `load_state_dict`
         the first call continues behind the last batch that was yielded before.
         """
-        rows = self.labelled_batches(
-            (), batch_size, shuffle=shuffle, seed=seed, epoch=epoch, rank=rank, world_size=world_size, dtype=dtype,
-            drop_last=drop_last, window_bytes=window_bytes,
-        )  # fmt: skip
-        return map(attrgetter("x"), rows)
+        return map(attrgetter("x"), pass_on(type(self).labelled_batches, locals(), columns=()))
 
     def labelled_batches(
         self,
@@ -267,15 +264,7 @@ class ActivationDataset:
         dtype = dtype or self.dtype
         # the batch size has no part in it: the order, and a saved state, are the same for every batch size
         window_rows = max(1, window_bytes // (self.d * self.stored_dtype.itemsize))
-        order = plan_order(
-            self._units(window_rows),
-            shuffle=shuffle,
-            seed=seed,
-            epoch=epoch,
-            rank=rank,
-            world_size=world_size,
-            window_rows=window_rows,
-        )
+        order = pass_on(plan_order, locals(), blocks=self._units(window_rows))
         shape = {"seed": seed, "shuffle": shuffle, "rank": rank, "world_size": world_size, "n_rows": self.n_rows}
         shape["window_rows"] = window_rows
         window, offset = self._start(epoch, shape)

@@ -11,6 +11,7 @@ import typer
 from hubsae.cli import _options as options
 from hubsae.cli._common import err, out
 from hubsae.core.errors import HubSAEError
+from hubsae.core.options import pass_on
 from hubsae.core.progress import say
 
 if TYPE_CHECKING:
@@ -71,19 +72,8 @@ def serve(
         members = {token.user: "admin" for token in tokens if token.role == "write"}
         # the ids of a world say `local/...`, whoever runs the server
         homes = (Org("local", members),) if world and "local" not in members else ()
-        settings = Settings(
-            root=root,
-            host=host,
-            port=port,
-            tokens=tokens,
-            orgs=tuple(Org.parse(text) for text in org or ()) + homes,
-            xet=xet,
-            cdn=cdn,
-            multipart_threshold=multipart_threshold,
-            page_size=page_size,
-            fsync=fsync,
-            faults=tuple(Fault.parse(text) for text in fault or ()),
-        )
+        orgs = tuple(Org.parse(text) for text in org or ()) + homes
+        settings = pass_on(Settings, locals(), faults=tuple(Fault.parse(text) for text in fault or ()))
         hub = LocalHub(settings)
     except LocalHubError as why:
         raise HubSAEError(str(why)) from why

@@ -44,11 +44,8 @@ def command(
 
     from hubsae.formats import PackageSpec, package, plan
 
-    given = PackageSpec.of(
-        name=name, base_model=base_model, base_model_revision=base_model_revision, hook=hook, pattern=pattern,
-        license=license, datasets=datasets, description=description, format=format,
-        choices=options.parse_choices(choices) or None, mixed_widths=mixed_widths or None,
-    )  # fmt: skip
+    read = {"choices": options.parse_choices(choices) or None, "mixed_widths": mixed_widths or None}
+    given = PackageSpec.of(locals(), **read)
     todo = plan(source, given, spec=PackageSpec.read(spec) if spec is not None else None)
     if dry_run:
         _show(todo, as_json)

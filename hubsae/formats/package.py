@@ -81,12 +81,7 @@ def package(
     if isinstance(source, PackagePlan):
         todo = source
     else:
-        given = PackageSpec.of(
-            name=name, base_model=base_model, base_model_revision=base_model_revision, hook=hook, license=license,
-            datasets=datasets, description=description, pattern=pattern, format=format, choices=choices,
-            mixed_widths=mixed_widths, training=training, activations=activations, hook_record=hook_record,
-        )  # fmt: skip
-        todo = plan(source, given, spec=spec)
+        todo = plan(source, PackageSpec.of(locals()), spec=spec)
     target = Path(out)
     _check_target(todo, target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)

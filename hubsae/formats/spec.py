@@ -10,6 +10,7 @@ files:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -80,10 +81,11 @@ class PackageSpec(BaseModel):
         return [value] if isinstance(value, str) else value
 
     @staticmethod
-    def of(**given: Any) -> PackageSpec:
-        """What a caller gives; None means not given."""
+    def of(given: Mapping[str, Any], **more: Any) -> PackageSpec:
+        """What a caller was given (its `locals()`) under the names of the fields; `more` wins, None means not given."""
+        named = {name: value for name, value in given.items() if name in PackageSpec.model_fields} | more
         try:
-            return PackageSpec.model_validate({name: value for name, value in given.items() if value is not None})
+            return PackageSpec.model_validate({name: value for name, value in named.items() if value is not None})
         except ValidationError as error:
             raise ConfigError(
                 describe_validation(error), hint=f"fields: {', '.join(PackageSpec.model_fields)}"

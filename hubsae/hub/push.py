@@ -128,11 +128,8 @@ def push(
     check_source(source)
     client = HubClient(token, endpoint or "", notify=notify)
     target = _target(client, _repo_id(client, repo_id, source), revision, tag, pr, private, dry_run)
-    asked = PackageSpec.of(
-        base_model=base_model, base_model_revision=base_model_revision, hook=hook, license=license,
-        datasets=datasets or None, description=description, pattern=pattern, format=format, choices=choices or None,
-        mixed_widths=mixed_widths,
-    )  # fmt: skip
+    # activations are here those to check on, not what the record says of them
+    asked = PackageSpec.of(locals(), activations=None, datasets=datasets or None, choices=choices or None)
     card = CardOptions(card_template, card_kind, force_card, title, citation, limitations)
     with staged(client, source, target.repo_id, asked, Extras(id, also, keep_source, activations, bar)) as staging:
         files = files_of(staging.release, hashes=not staging.fresh)
