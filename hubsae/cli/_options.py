@@ -54,6 +54,7 @@ ForceCard = Annotated[
 ]
 Pr = Annotated[bool, typer.Option("--pr", help="Open a pull request instead of committing.")]
 Private = Annotated[bool, typer.Option("--private", help="Make a new repo private.")]
+AllowSecrets = Annotated[bool, typer.Option("--allow-secrets", help="Publish files that look like tokens or keys.")]
 Visibility = Annotated[
     bool | None, typer.Option("--private/--public", help="Visibility of a new repo.", show_default=False)
 ]

@@ -78,9 +78,7 @@ def command(
             help="Compare with stock SAELens, if installed.",
         ),
     ] = True,
-    allow_secrets: Annotated[
-        bool, typer.Option("--allow-secrets", help="Publish files that look like tokens or keys.")
-    ] = False,
+    allow_secrets: options.AllowSecrets = False,
     json: options.Json = False,
 ) -> None:
     """Publish SAEs on the Hub: package, verify, show the plan, upload in one commit.

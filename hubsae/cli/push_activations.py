@@ -21,6 +21,7 @@ def command(
     pr: options.Pr = False,
     private: options.Private = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not check every page first.")] = False,
+    allow_secrets: options.AllowSecrets = False,
     dry_run: options.DryRun = False,
     yes: options.Yes = False,
     as_json: options.Json = False,
@@ -31,8 +32,9 @@ def command(
 
     client = HubClient(notify=err().print)
     plan = plan_push(
-        folder, repo_id or ("OWNER/" + folder.resolve().name if dry_run else None), client=client, verify=not no_verify
-    )
+        folder, repo_id or ("OWNER/" + folder.resolve().name if dry_run else None), client=client,
+        verify=not no_verify, allow_secrets=allow_secrets,
+    )  # fmt: skip
     if as_json and dry_run:
         print_json(
             {"repo_id": plan.repo_id, "bytes": plan.bytes, "splits": plan.rows(), "files": [f.path for f in plan.files]}

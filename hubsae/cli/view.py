@@ -30,6 +30,7 @@ def command(
         str | None, typer.Option(help="Repo that the pages tell people to load from.", show_default="the source")
     ] = None,
     private: options.Visibility = None,
+    allow_secrets: options.AllowSecrets = False,
     port: options.Port = 0,
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the browser.")] = True,
 ) -> None:
@@ -54,7 +55,7 @@ def command(
 
         if repo is None:
             raise HubSAEError("--space needs to know where the SAEs are", hint="name the repo: --repo OWNER/NAME")
-        done = publish_space(release, space, repo=repo, private=private)
+        done = publish_space(release, space, repo=repo, private=private, allow_secrets=allow_secrets)
         out().print(f"{'published' if done.committed else 'unchanged'}: {done.url}", markup=False)
         return
     if build:

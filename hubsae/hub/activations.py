@@ -76,12 +76,14 @@ class ActivationDataset(local.ActivationDataset):
         token: str | bool | None = None,
         message: str | None = None,
         verify: bool = True,
+        allow_secrets: bool = False,
         notify: Callable[[str], None] | None = None,
     ) -> Published:
         """Publish the whole dataset folder that this config belongs to, to `repo_id` and in one commit.
 
         `private` is for a repo that is new; `revision` names a branch, `pr` makes a pull request instead; `token` and
-        the commit's `message` as usual. `verify` reads every page back first; `notify` gets a line for what happens.
+        the commit's `message` as usual. `verify` reads every page back first; what looks like a token or key is refused
+        without `allow_secrets`; `notify` gets a line for what happens.
         """
         return pass_on(push_activations, locals(), folder=self.path)
 

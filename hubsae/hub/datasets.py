@@ -21,6 +21,7 @@ from hubsae.core.files import read_json
 from hubsae.core.text import natural_key
 from hubsae.hub.client import HubClient
 from hubsae.hub.contents import Contents, LocalFile, State
+from hubsae.hub.secrets import refuse_secrets
 from hubsae.hub.upload import Published, publish
 
 REPO_TYPE = "dataset"
@@ -51,9 +52,14 @@ class ActivationsPlan:
 
 
 def plan_push(
-    folder: str | Path, repo_id: str | None = None, *, client: HubClient | None = None, verify: bool = True
+    folder: str | Path,
+    repo_id: str | None = None,
+    *,
+    client: HubClient | None = None,
+    verify: bool = True,
+    allow_secrets: bool = False,
 ) -> ActivationsPlan:
-    """Look at a folder before it is published: finish it, check every page, list the files."""
+    """Look at a folder before it is published: finish it, check every page, look for secrets, list the files."""
     root = Path(folder)
     if not configs_in(root):
         raise DataError(
@@ -73,6 +79,9 @@ def plan_push(
     manifest = read_json(root / MANIFEST)
     files = [LocalFile(p.relative_to(root).as_posix(), p) for name in configs_in(root) for p in _files_of(root / name)]
     files.append(LocalFile(MANIFEST, root / MANIFEST))
+    if not allow_secrets:
+        card = root / "README.md"
+        refuse_secrets([*files, LocalFile(card.name, card)] if card.is_file() else files)
     if repo_id is None:
         client = client or HubClient()
         repo_id = f"{client.whoami()}/{root.resolve().name}"
@@ -93,6 +102,7 @@ def push_activations(
     token: str | bool | None = None,
     message: str | None = None,
     verify: bool = True,
+    allow_secrets: bool = False,
     client: HubClient | None = None,
     notify: Callable[[str], None] | None = None,
     plan: ActivationsPlan | None = None,
@@ -100,10 +110,11 @@ def push_activations(
     """Publish a dataset folder to a dataset repo: one commit, or none. Interrupted, the next call completes it.
 
     Every page is read back and its checksum compared before anything is sent. Configs that are on the Hub and not
-    in the folder stay, so several harvests can go into one repo; files of a config are replaced as a whole.
+    in the folder stay, so several harvests can go into one repo; files of a config are replaced as a whole. What looks
+    like a token or key is refused without `allow_secrets`.
     """
     client = client or HubClient(token=token, notify=notify)
-    plan = plan or plan_push(folder, repo_id, client=client, verify=verify)
+    plan = plan or plan_push(folder, repo_id, client=client, verify=verify, allow_secrets=allow_secrets)
     repo = client.ensure_repo(plan.repo_id, private=private, repo_type=REPO_TYPE)
     if revision != "main" and not revision.startswith("refs/"):
         client.ensure_branch(repo, revision, repo_type=REPO_TYPE)

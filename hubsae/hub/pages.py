@@ -8,6 +8,7 @@ from pathlib import Path
 from hubsae.core.errors import HubSAEError
 from hubsae.hub.client import HubClient, split_repo
 from hubsae.hub.contents import Contents, LocalFile, State
+from hubsae.hub.secrets import refuse_secrets
 from hubsae.hub.upload import Published, publish
 from hubsae.index.features import FeatureIndex
 from hubsae.index.page import FOLDER, TABLES, indexes, render
@@ -70,13 +71,15 @@ def publish_space(
     *,
     repo: str,
     private: bool | None = None,
+    allow_secrets: bool = False,
     token: str | bool | None = None,
     endpoint: str | None = None,
     notify: Callable[[str], None] | None = None,
 ) -> Published:
     """Publish the pages of a release folder as a static Space, in one commit; `repo` is what the pages tell to load.
 
-    Nothing runs there: a static Space serves files, and the browser does the rest.
+    Nothing runs there: a static Space serves files, and the browser does the rest. What looks like a token or key is
+    refused without `allow_secrets`.
     """
     saes = indexes(release)
     if not saes:
@@ -84,16 +87,17 @@ def publish_space(
             f"{release} has no reverse index", hint=f"make one: hubsae index {release} --activations ACTS"
         )
     client = HubClient(token, endpoint or "", notify=notify)
-    made = client.ensure_repo(space, repo_type="space", space_sdk="static", private=private)
     files = [LocalFile("index.html", render(saes, title=repo, repo=repo).encode())]
     for name in (line["name"] for line in saes):
         files += [LocalFile(f"{FOLDER}/{name}/{table}", release / FOLDER / name / table) for table in TABLES]
     readme = README.format(title=f"Features of {repo.split('/')[-1]}", repo=repo, url=client.page(repo))
+    files.append(LocalFile("README.md", readme.encode()))
+    if not allow_secrets:
+        refuse_secrets(files)
 
     def build(state: State) -> Contents:
-        ours = [*files, LocalFile("README.md", readme.encode())]
-        kept = {file.path for file in ours}
-        stale = {path for path in state.tree if path.startswith(f"{FOLDER}/")} - kept
-        return Contents(ours, frozenset(stale))
+        stale = {path for path in state.tree if path.startswith(f"{FOLDER}/")} - {file.path for file in files}
+        return Contents(files, frozenset(stale))
 
+    made = client.ensure_repo(space, repo_type="space", space_sdk="static", private=private)
     return publish(client, made, build, message=f"Feature pages of {repo}", repo_type="space")

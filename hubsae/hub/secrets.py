@@ -1,17 +1,26 @@
-"""What should not be published by mistake: tokens, private keys, environment files."""
+"""What should not be published by mistake: tokens, private keys, environment files.
+
+Every push looks through what it would send: SAEs, activations, feature pages. Of Parquet tables the texts are read, and
+tokens of a context joined, since a key that somebody pasted into a chat stands in no other way there.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from hubsae.core.errors import HubSAEError
+from hubsae.core.extras import require
 from hubsae.core.text import printable
 from hubsae.hub.contents import LocalFile
 
 WHOLE, HEAD = 8 << 20, 1 << 20
 """Bytes: files up to the first are read whole, of larger ones (weights) the beginning, which holds their header."""
+ROWS = 8192
+"""Of a Parquet table at once."""
 
 _NAMES = re.compile(
     r"\.env(\..*)?|.*\.env|id_(rsa|dsa|ecdsa|ed25519)|.*\.(pem|p12|pfx)|\.?netrc|\.git-credentials", re.I
@@ -36,16 +45,47 @@ def secrets_in(files: Iterable[LocalFile]) -> Iterator[tuple[str, str]]:
         if _NAMES.fullmatch(file.path.rpartition("/")[2]):
             yield file.path, "an environment, key or password file"
             continue
-        content = file.source if isinstance(file.source, bytes) else _beginning(file.source)
-        for what, signs, pattern in _CONTENTS:
-            if any(sign in content for sign in signs) and pattern.search(content):
+        for content in [file.source] if isinstance(file.source, bytes) else _contents(file.source):
+            if what := _what(content):
                 yield file.path, what
                 break
 
 
-def _beginning(path: Path) -> bytes:
+def _what(content: bytes) -> str | None:
+    """What a text seems to hold."""
+    for what, signs, pattern in _CONTENTS:
+        if any(sign in content for sign in signs) and pattern.search(content):
+            return what
+    return None
+
+
+def _contents(path: Path) -> Iterator[bytes]:
     with open(path, "rb") as file:
-        return file.read(WHOLE if path.stat().st_size <= WHOLE else HEAD)
+        yield file.read(WHOLE if path.stat().st_size <= WHOLE else HEAD)
+    if path.suffix == ".parquet" and find_spec("pyarrow"):
+        pa, pq = require("pyarrow", extra="train"), require("pyarrow.parquet", extra="train")
+        try:
+            with pq.ParquetFile(path) as table:
+                columns = [field.name for field in table.schema_arrow if "string" in str(field.type)]
+                for batch in table.iter_batches(ROWS, columns=columns) if columns else ():
+                    for column in batch.columns:
+                        for texts in _texts(pa, column):
+                            yield "\n".join(texts.unique().drop_null().to_pylist()).encode()
+        except pa.ArrowInvalid:
+            pass  # Parquet by its name only
+
+
+def _texts(pa: Any, column: Any) -> Iterator[Any]:
+    """The columns of strings in a column; the strings of a list as one."""
+    if pa.types.is_struct(column.type):
+        for number in range(column.type.num_fields):
+            yield from _texts(pa, column.field(number))
+    elif pa.types.is_list(column.type) and pa.types.is_string(column.type.value_type):
+        yield require("pyarrow.compute", extra="train").binary_join(column, "")
+    elif pa.types.is_list(column.type):
+        yield from _texts(pa, column.flatten())
+    elif pa.types.is_string(column.type):
+        yield column
 
 
 def refuse_secrets(files: Iterable[LocalFile]) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from hubsae import localhub
 from hubsae.activations import ActivationDataset, ActivationWriter
-from hubsae.core.errors import DataError, FormatError, NotFoundError
+from hubsae.core.errors import DataError, FormatError, HubSAEError, NotFoundError
 from hubsae.hub.activations import open_remote
 from hubsae.hub.client import HubClient
 from hubsae.hub.datasets import plan_push, push_activations
@@ -46,6 +46,24 @@ def client(hub, tmp_path, monkeypatch):
 
 def commits(client: HubClient, repo: str) -> list[str]:
     return [c.title for c in client.api.list_repo_commits(repo, repo_type="dataset")]
+
+
+@pytest.mark.parametrize("name", ["README.md", "layers.6/notes.txt", "parquet"])
+def test_what_looks_like_a_secret_stops_a_push_before_anything_is_sent(client, written, hub, tmp_path, name):
+    out, token = tmp_path / f"leak-{name.rpartition('.')[2]}", "hf_" + "k" * 34
+    if name == "parquet":
+        labels = {"note": np.array(["plain", f"token: {token}"], dtype=object)}
+        with ActivationWriter(out, d=16, config="layers.6", columns={"note": "string"}) as writer:
+            writer.write(torch.ones(2, 16), np.arange(2), np.arange(2), np.full(2, 90), np.zeros(2, bool), **labels)
+    else:
+        written(name=out.name)
+        (out / name).write_text(f"made with {token}")
+    before = len(hub.requests)
+    with pytest.raises(HubSAEError, match="looks like a secret") as caught:
+        push_activations(out, client=client)
+    assert token not in str(caught.value) and "--allow-secrets" in str(caught.value)
+    assert not [r for r in hub.requests[before:] if r[0] != "GET"]
+    assert push_activations(out, client=client, allow_secrets=True).committed
 
 
 def test_push_fetch_stream_and_push_again(client, written, tmp_path):

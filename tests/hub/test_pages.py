@@ -5,12 +5,17 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from hubsae.core.errors import HubSAEError
 from hubsae.hub.client import HubClient
 from hubsae.hub.pages import fetch, publish_space
+from hubsae.index import labels
 from hubsae.index.page import build, indexes
+
+TOKEN = "hf_" + "k" * 20 + "v" * 14
 
 
 def synthetic(release: Path, **sizes) -> Path:
@@ -45,6 +50,27 @@ def test_a_space_holds_the_page_and_its_tables_and_nothing_stale(hub, release):
         path.unlink()
     publish_space(release, "me/features", repo="me/saes")
     assert not any("layer02" in path for path in client.tree("me/features", repo_type="space"))
+
+
+@pytest.mark.parametrize("where", ["a label", "the tokens of a context"])
+def test_pages_that_show_a_token_are_refused_before_there_is_a_space(hub, release, where):
+    index, space = release / "reverse-index/layer02", f"me/{where.replace(' ', '-')}"
+    if where == "a label":
+        labels.write(index, [labels.Label(7, f"says {TOKEN}", "me")])
+    else:
+        table = pq.read_table(index / "features.parquet")
+        rows = table["examples"].to_pylist()
+        shown = next(row for row in rows if row)[0]
+        shown["tokens"][:6] = [" key", ":", "hf", "_", "k" * 20, "v" * 14]
+        column = pa.chunked_array([pa.array(rows, table["examples"].type)])
+        table = table.set_column(table.column_names.index("examples"), table.field("examples"), column)
+        pq.write_table(table, index / "features.parquet", compression="zstd")
+        assert TOKEN.encode() not in (index / "features.parquet").read_bytes()
+    with pytest.raises(HubSAEError, match="looks like a secret") as caught:
+        publish_space(release, space, repo="me/saes")
+    assert "reverse-index/layer02/features.parquet (a Hugging Face token)" in str(caught.value)
+    assert TOKEN not in str(caught.value) and not [r for r in hub.requests if space in r[1] and r[0] != "GET"]
+    assert publish_space(release, space, repo="me/saes", allow_secrets=True).committed
 
 
 def test_what_the_pages_read_is_fetched_from_a_repo_and_nothing_else(hub, release):
