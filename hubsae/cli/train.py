@@ -23,6 +23,10 @@ def command(
     ] = None,
     texts: Annotated[str | None, typer.Option("--texts", help="Live training: its texts, a file or dataset.")] = None,
     layers: Annotated[str | None, typer.Option("--layers", help="Live training: hook points, such as 8,15.")] = None,
+    targets: Annotated[
+        str | None,
+        typer.Option("--targets", help="Live training: hook points to predict from --layers (transcoders)."),
+    ] = None,
     exclude: Annotated[
         str | None, typer.Option("--exclude", help="Groups of tokens to leave out: position_0,special,massive ...")
     ] = None,
@@ -34,9 +38,10 @@ def command(
     from hubsae.train.job import load_job
 
     given = list(overrides or [])
-    for key, value in (("live.model", model), ("live.texts", texts), ("live.layers", layers), ("exclude", exclude)):
+    lists = {"live.layers": layers, "live.targets": targets, "exclude": exclude}
+    for key, value in {"live.model": model, "live.texts": texts, **lists}.items():
         if value is not None:
-            given.append(f"{key}=[{value}]" if key in ("live.layers", "exclude") else f"{key}={value}")
+            given.append(f"{key}=[{value}]" if key in lists else f"{key}={value}")
     job = load_job(config, given)
     if dry_run:
         plans = job.plan(resume=not fresh)

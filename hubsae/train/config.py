@@ -279,7 +279,7 @@ class TrainConfig(Settings):
             if self.skip:
                 raise ConfigError(
                     f"{self.name}: skip is for transcoders, and these activations are of one hook point",
-                    hint="train on a pair of them: data.target (hubsae train), or harvested.pair(input, output)",
+                    hint="train on a pair: data.target, live.targets (hubsae train), harvested.pair(input, output)",
                 )
             return self
         if self.architecture == "gated":

@@ -185,9 +185,8 @@ def sample(source: Source, rows: int, seed: int, selection: TokenSelection | Non
     selection = selection or TokenSelection()
     rows = min(rows, source.n_rows)
     if (reserve := getattr(source, "reserve", None)) is not None:
-        places = torch.randperm(len(reserve.x), generator=torch.Generator().manual_seed(seed))[:rows]
-        labels = {name: reserve.labels[name][places.numpy()] for name in selection.columns}
-        return selection.kept(Batch(reserve.x[places].float(), labels))
+        places = torch.randperm(len(reserve), generator=torch.Generator().manual_seed(seed))[:rows]
+        return selection.kept(reserve.part(places).mapped(Tensor.float))
     take = getattr(source, "take", None)
     if take is None:
         return head(source, rows, seed, selection)

@@ -3,6 +3,7 @@
 data: {path: DIR or owner/name, config: layers.18, split: train, val_split: validation}
       # {path: DIR, config: layers.18.mlp_in, target: layers.18.mlp_out} trains transcoders
 live: {model: owner/name, texts: owner/name or FILE, layers: [8, 15]}      # in place of data: harvested while training
+      # with targets: [8.mlp_out], one for each of layers: [8.mlp_in], transcoders
 out: runs/layer18
 init: owner/name or a path        # optional: start from this SAE
 train: {architecture: topk, expansion: 8, k: 64, ...}      # fields of TrainConfig
@@ -22,6 +23,7 @@ from pydantic import Field, model_validator
 
 from hubsae.core.errors import ConfigError, nearest
 from hubsae.core.extras import require
+from hubsae.core.hooks import HookPoint
 from hubsae.core.settings import Settings, compose, merge, nested, parse_override, read_yaml
 from hubsae.train import preflight
 from hubsae.train.api import train, train_live, train_many
@@ -58,6 +60,9 @@ class LiveConfig(Settings):
     model: str = Field(description="Folder or repo of the model.")
     texts: str = Field(description="A file (jsonl, csv, parquet, txt), or a dataset repo.")
     layers: tuple[int | str, ...] = Field(description="Hook points; one SAE (or grid of them) for each.")
+    targets: tuple[int | str, ...] = Field(
+        default=(), description="Hook points to predict, one for each of `layers`: the SAEs are transcoders."
+    )
     revision: str | None = None
     adapter: str | None = None
     model_dtype: str | None = None
@@ -77,6 +82,12 @@ class LiveConfig(Settings):
     )
     val_rows: int = Field(default=8_192, ge=0, description="Tokens held out for validation, from the first texts.")
 
+    @model_validator(mode="after")
+    def _one_target_each(self) -> LiveConfig:
+        if self.targets and len(self.targets) != len(self.layers):
+            raise ValueError(f"{len(self.targets)} targets for {len(self.layers)} layers: name one for each")
+        return self
+
     def open(self, train: TrainConfig, device: torch.device) -> LiveActivations:
         """The model at its texts."""
         from hubsae.activations.ranks import Ranks
@@ -90,7 +101,9 @@ class LiveConfig(Settings):
         names += ("response_column", "batch_tokens", "window")
         options: dict[str, Any] = {name: getattr(self, name) for name in names}
         options |= {"select": self.select, "device": device, "ranks": Ranks()}
-        stream = open_stream(self.model, list(self.layers), **options)
+        layers, targets = ([HookPoint.parse(hook) for hook in hooks] for hooks in (self.layers, self.targets))
+        stream = open_stream(self.model, list(dict.fromkeys([*layers, *targets])), **options)
+        pairs = {one.name: other.name for one, other in zip(layers, targets, strict=False)}
         about = load_texts(self.texts, config=self.texts_config, split=self.texts_split)[1]
         kept = ("revision", "adapter", "model_dtype", "mode", "max_length")
         about |= {"model": self.model, **{name: getattr(self, name) for name in kept}}
@@ -100,7 +113,7 @@ class LiveConfig(Settings):
             "val_rows": self.val_rows,
             "seed": train.data_seed,
         }
-        return LiveActivations(stream, texts, tokens=_tokens(train), info=about, **buffer)
+        return LiveActivations(stream, texts, tokens=_tokens(train), info=about, targets=pairs, **buffer)
 
 
 class Job(Settings):
@@ -188,9 +201,11 @@ class Job(Settings):
     def _plan_live(self, live: LiveConfig, cells: list[TrainConfig]) -> list[Estimate]:
         config = require("transformers", extra="train").AutoConfig.from_pretrained(live.model, revision=live.revision)
         width = int(config.get_text_config().hidden_size)
+        d_out = width if live.targets else None
+        cells = [cell.for_target(d_out) for cell in cells]
         for cell in cells:
             preflight.check_settings([cell], width, _tokens(cell))
-        return [estimate(c, width, _tokens(c), self.chosen_device()) for c in cells for _ in live.layers]
+        return [estimate(c, width, _tokens(c), self.chosen_device(), d_out=d_out) for c in cells for _ in live.layers]
 
     def run(self, *, resume: bool = True, quiet: bool = False) -> list[TrainResult]:
         """Train; run again to go on."""

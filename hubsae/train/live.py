@@ -7,8 +7,8 @@ what leaves with a chunk is shuffled: neighbours of one text end up in different
 the buffer, and whatever is in it leaves with the next chunk with probability one half, as if the buffer were shuffled,
 half of it given out and refilled; no row stays for more than eight chunks. What leaves with chunk r depends on the
 chunks r - 3 (r - 7) to r alone, so a run that goes on harvests those again, from the place in the texts where the first
-of them began, and continues to the bit. All layers see the same tokens in the same order, from one pass of the model.
-When the texts end they begin again.
+of them began, and continues to the bit. All layers see the same tokens in the same order, from one pass of the model;
+so do the two hook points of a pair, from which a transcoder is trained. When the texts end they begin again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hubsae.activations.dataset import ActivationDataset, Labelled
+from hubsae.activations.activation_set import Batch, PairedActivations
+from hubsae.activations.dataset import ActivationDataset
 from hubsae.activations.stream import HarvestBatch, Place, Stream
 from hubsae.core.errors import ConfigError, DataError
 
@@ -63,6 +64,9 @@ class Chunk(NamedTuple):
 class LiveActivations:
     """What a model makes of texts, as training data for one SAE per hook point: `live["layers.8"]` is a source.
 
+    With `targets` (hook points by the one that they are predicted from, `{"layers.8.mlp_in": "layers.8.mlp_out"}`) the
+    source of the first gives pairs, as `PairedActivations` does; both are hook points of the stream.
+
     `texts` gives the texts from their beginning each time it is called. The first `val_rows` tokens are kept for
     validation and never trained on; statistics, starts, thresholds and new starts of dead latents look at the first
     `buffer_rows` tokens behind them.
@@ -79,22 +83,29 @@ class LiveActivations:
         val_rows: int = 8_192,
         seed: int = 0,
         info: Mapping[str, Any] | None = None,
+        targets: Mapping[str, str] | None = None,
     ):
         self.stream, self.texts, self.tokens, self.seed = stream, texts, tokens, seed
         self.mixing: Mixing = mixing
         parts, self.span = CHUNKS[mixing]
         self.chunk_rows = max(1, buffer_rows // parts)
-        self.names = [hook.name for hook in stream.hooks]
+        self.names, targets = [hook.name for hook in stream.hooks], dict(targets or {})
+        if missing := [name for pair in targets.items() for name in pair if name not in self.names]:
+            raise ConfigError(f"{missing[0]} is of a pair and no hook point of the stream: {', '.join(self.names)}")
         begin, self.validation = Mark(), None
         if val_rows:
             held = next(self._chunks(begin, val_rows))
             begin, self.validation = held.end, held
         self.begin = begin
         self.reserve = next(self._chunks(begin, buffer_rows))
-        self.layers = {hook.name: LiveLayer(self, hook.name, dict(info or {})) for hook in stream.hooks}
+        every = {hook.name: LiveLayer(self, hook.name, dict(info or {})) for hook in stream.hooks}
         for hook in stream.hooks:
             where = {"layer": hook.layer, "kind": hook.kind, "transformer_lens": hook.transformer_lens}
-            self.layers[hook.name].info |= {"hook_point": hook.module_path(stream.model), **where}
+            every[hook.name].info |= {"hook_point": hook.module_path(stream.model), **where}
+        predicted = set(targets.values()) - set(targets)
+        self.layers = {name: layer for name, layer in every.items() if name not in predicted}
+        for name, target in targets.items():
+            self.layers[name].predicts(every[target])
         self._held: deque[tuple[Chunk, dict[str, Any]]] = deque()
         self._first = 0
         self._mixed: Iterator[tuple[Chunk, dict[str, Any]]] | None = None
@@ -204,32 +215,46 @@ class LiveActivations:
 
 
 class LiveLayer:
-    """One hook point of live activations, as a trainer reads it."""
+    """One hook point of live activations, as a trainer reads it, or two, of which one is predicted from the other."""
 
     def __init__(self, live: LiveActivations, name: str, info: dict[str, Any]):
-        self.live, self.config, self.path, self.info = live, name, str(info.get("dataset", "texts")), info
+        self.live, self.name, self.path, self.info = live, name, str(info.get("dataset", "texts")), info
+        self.config, self.target, self.d_out = name, None, None
         self.d, self.n_rows = live.reserve.vectors[name].shape[1], live.tokens
         self.label_names = tuple(live.reserve.labels)
         self.state: dict[str, Any] | None = None
         self.next, self.started = 0, False
 
-    @property
-    def reserve(self) -> Labelled:
-        """Rows that stand for all of them, for statistics and starts."""
-        return Labelled(self.live.reserve.vectors[self.config], self.live.reserve.labels)
+    def predicts(self, target: LiveLayer) -> None:
+        """Give pairs from now on, with the rows of `target` as what is to be predicted."""
+        self.target, self.d_out, self.config = target, target.d, f"{self.name} -> {target.name}"
+
+    def _rows(self, chunk: Chunk, columns: Iterable[str]) -> Batch:
+        """The rows of this hook point, with those that are predicted."""
+        target = None if self.target is None else chunk.vectors[self.target.name]
+        return Batch(chunk.vectors[self.name], {name: chunk.labels[name] for name in columns}, target)
 
     @property
-    def validation(self) -> ActivationDataset | None:
+    def reserve(self) -> Batch:
+        """Rows that stand for all of them, for statistics and starts."""
+        return self._rows(self.live.reserve, self.label_names)
+
+    @property
+    def validation(self) -> ActivationDataset | PairedActivations | None:
         """The rows held out."""
-        held = self.live.validation
-        labels: Any = {} if held is None else held.labels
-        return None if held is None else ActivationDataset.from_tensor(held.vectors[self.config], **labels)
+        if self.live.validation is None:
+            return None
+        x, labels, target = self._rows(self.live.validation, self.label_names)
+        if target is not None:
+            return PairedActivations.from_tensors(x, target, **labels)
+        return ActivationDataset.from_tensor(x, **labels)
 
     def batches(
         self, batch_size: int, *, seed: int = 0, epoch: int = 0, rank: int = 0, world_size: int = 1
-    ) -> Iterator[Tensor]:
-        """The batches of this rank; every rank harvests all rows and takes its part of them."""
-        return map(attrgetter("x"), self.labelled_batches((), batch_size, rank=rank, world_size=world_size))
+    ) -> Iterator[Tensor | Batch]:
+        """The batches of this rank, of a pair with its target; every rank harvests all rows and takes its part."""
+        found = self.labelled_batches((), batch_size, rank=rank, world_size=world_size)
+        return found if self.target is not None else map(attrgetter("x"), found)
 
     def labelled_batches(
         self,
@@ -240,7 +265,7 @@ class LiveLayer:
         epoch: int = 0,
         rank: int = 0,
         world_size: int = 1,
-    ) -> Iterator[Labelled]:
+    ) -> Iterator[Batch]:
         """The batches with the label columns asked for."""
         self.started = True
         if self.state is not None and (int(self.state["batch"]) + 1) * batch_size * world_size > self.n_rows:
@@ -250,8 +275,7 @@ class LiveLayer:
         while (self.next + 1) * batch_size * world_size <= self.n_rows:
             rows, self.state = self.live.batch(self.next, batch_size * world_size)
             self.next += 1
-            part = slice(rank * batch_size, (rank + 1) * batch_size)
-            yield Labelled(rows.vectors[self.config][part], {name: rows.labels[name][part] for name in names})
+            yield self._rows(rows, names).part(slice(rank * batch_size, (rank + 1) * batch_size))
 
     def state_dict(self) -> dict[str, Any]:
         """Where the last batch ended."""

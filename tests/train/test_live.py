@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from hubsae.activations import ActivationDataset
-from hubsae.activations.dataset import Labelled
+from hubsae.activations import ActivationDataset, PairedActivations
+from hubsae.activations.activation_set import Batch
 from hubsae.activations.ranks import Ranks
 from hubsae.activations.stream import open_stream
 from hubsae.core.errors import ConfigError
@@ -24,6 +24,7 @@ from hubsae.train.live import LiveActivations
 
 transformers = pytest.importorskip("transformers")
 LAYERS = ["layers.0", "layers.1"]
+IN, OUT = "layers.1.mlp_in", "layers.1.mlp_out"
 CONFIG = TrainConfig(d_sae=64, k=4, batch_size=64, lr=3e-3, tokens=64 * 40, checkpoint_every=7, log_every=10)
 
 
@@ -41,14 +42,19 @@ def texts() -> list[list[int]]:
     return [rng.integers(0, 61, rng.integers(4, 24)).tolist() for _ in range(150)]
 
 
-def live(seed: int = 0, **options) -> LiveActivations:
-    stream = open_stream(model(), [0, 1], batch_tokens=96, window=16, ranks=Ranks(), tokenizer=None)
+def live(seed: int = 0, *, hooks=(0, 1), **options) -> LiveActivations:
+    stream = open_stream(model(), list(hooks), batch_tokens=96, window=16, ranks=Ranks(), tokenizer=None)
     return LiveActivations(
         stream, texts, **{"tokens": 64 * 40, "buffer_rows": 256, "val_rows": 128, "seed": seed, **options}
     )
 
 
-def batches(source: LiveActivations, count: int, layer: str = "layers.1") -> list[Labelled]:
+def live_pair(seed: int = 0, *, beside=(), **options) -> LiveActivations:
+    """Input and output of an MLP, and what stands beside them."""
+    return live(seed, hooks=(*beside, IN, OUT), targets={IN: OUT}, **options)
+
+
+def batches(source: LiveActivations, count: int, layer: str = "layers.1") -> list[Batch]:
     columns = ["sample_id", "position", "token_id"]
     return list(itertools.islice(source[layer].labelled_batches(columns, 64), count))
 
@@ -155,14 +161,62 @@ def test_training_live_and_from_disk_reach_the_same_error():
     assert abs(by_live.metrics["val_fvu"] - sum(errors) / 3) < max(3 * spread, 0.02)
 
 
+def test_a_pair_gives_what_the_module_makes_of_each_row_mixed_as_a_single_hook_point_is():
+    source, alone, mlp = live_pair(), batches(live(hooks=(IN,)), 12, IN), model().model.layers[1].mlp
+    assert list(source.layers) == [IN] and (source[IN].d, source[IN].d_out) == (16, 16)
+    for pair, one in zip(itertools.islice(source[IN].batches(64), 12), alone, strict=True):
+        assert isinstance(pair, Batch) and torch.equal(pair.x, one.x) and made_by(mlp, pair.x, pair.target)
+    held = source[IN].validation
+    assert isinstance(held, PairedActivations) and len(held) >= 128
+    assert made_by(mlp, held.source.read_all(), held.target.read_all())
+    with pytest.raises(ConfigError, match="of a pair and no hook point of the stream"):
+        live(hooks=(IN,), targets={IN: OUT})
+
+
+def made_by(module, x, target) -> bool:
+    with torch.no_grad():
+        return float((module(x) - target).norm() / target.norm()) < 1e-5
+
+
+def test_a_pair_goes_on_where_its_state_stood():
+    def pairs(source, count):
+        return list(itertools.islice(source[IN].labelled_batches(["position"], 64), count))
+
+    everything, source, again = pairs(live_pair(), 30), live_pair(), live_pair()
+    pairs(source, 17)
+    again[IN].load_state_dict(json.loads(json.dumps(source[IN].state_dict())))
+    for a, b in zip(everything[17:], pairs(again, 13), strict=True):
+        assert torch.equal(a.x, b.x) and torch.equal(a.target, b.target)
+        assert np.array_equal(a.labels["position"], b.labels["position"])
+
+
+def test_a_transcoder_trained_live_and_from_disk_reaches_the_same_error():
+    other = {"tokens": 64 * 200, "checkpoint_every": None, "exclude": ("position_0",), "normalize": "mean_std"}
+    many = CONFIG.model_copy(update=other)
+    sizes = {"tokens": 64 * 200, "val_rows": 512}
+    (by_live,) = train_live([many], live_pair(**sizes), quiet=True)[IN]
+    source = live_pair(**sizes)
+    rows = Batch.joined(list(itertools.islice(source[IN].labelled_batches(["position"], 64), 25)))
+    disk = PairedActivations.from_tensors(rows.x, rows.target, **rows.labels)
+    errors = []
+    for seed in (0, 1, 2):
+        config = many.model_copy(update={"seed": seed, "data_seed": seed})
+        errors.append(train(config, disk, val=source[IN].validation, quiet=True).metrics["val_fvu"])
+    assert max(errors) < 0.9, "a constant has 1"
+    assert abs(by_live.metrics["val_fvu"] - sum(errors) / 3) < max(3 * (max(errors) - min(errors)), 0.02)
+    record = by_live.sae.metadata
+    assert (record.hook.kind, record.hook_out.kind, by_live.sae.config.d_out) == ("mlp_in", "mlp_out", 16)
+    assert record.training.exclude == ["position_0"]
+
+
 CHILD = """
 import sys, torch
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
-from train.test_live import CONFIG, live
+from train.test_live import CONFIG, live_pair
 from hubsae.train import train_live
 print("ready", flush=True)
-train_live([CONFIG], live(), out=sys.argv[2], quiet=True)
+train_live([CONFIG], live_pair(beside=(0,)), out=sys.argv[2], quiet=True)
 """
 
 
@@ -172,21 +226,21 @@ def child(out: Path) -> subprocess.Popen:
 
 
 def test_a_killed_live_run_ends_with_the_same_bytes(tmp_path):
-    train_live([CONFIG], live(), out=tmp_path / "whole", quiet=True)
-    out = tmp_path / "killed"
+    train_live([CONFIG], live_pair(beside=(0,)), out=tmp_path / "whole", quiet=True)
+    out, names = tmp_path / "killed", ("layers.0", IN)
     for last in (False, False, True):
         process = child(out)
         assert process.stdout is not None and process.stdout.readline().strip() == b"ready"
-        before = {name: checkpoint.states(out / name / "state")[-1:] for name in LAYERS}
+        before = {name: checkpoint.states(out / name / "state")[-1:] for name in names}
         while not last and process.poll() is None:
-            now = {name: checkpoint.states(out / name / "state")[-1:] for name in LAYERS}
-            if now[LAYERS[0]] != before[LAYERS[0]]:
+            now = {name: checkpoint.states(out / name / "state")[-1:] for name in names}
+            if now[names[0]] != before[names[0]]:
                 os.kill(process.pid, signal.SIGKILL)
                 break
             time.sleep(0.002)
         _, errors = process.communicate(timeout=240)
         assert process.returncode in (0, -9), errors.decode()
-    for name in LAYERS:
+    for name in names:
         for file in ("sae/sae_weights.safetensors", "state/step_00000040/cell0.safetensors"):
             assert (out / name / file).read_bytes() == (tmp_path / "whole" / name / file).read_bytes()
 
@@ -218,6 +272,14 @@ def test_the_command_trains_every_layer_of_a_model_on_a_file_of_texts(tmp_path):
     assert record["hook"]["layer"] == 1 and record["training"]["exclude"] == ["position_0"]
     assert record["base_model"]["id"] == "model" and record["activations"]["text_dataset"] == "texts.txt"
     assert {m["scope"] for m in record["metrics"]} == {"not position_0"}
+    pair = [f"live.model={folder}", f"live.texts={file}", "live.layers=[1.mlp_in]", "live.targets=[1.mlp_out]"]
+    pair += ["live.buffer_rows=256", "live.val_rows=128", "skip=true"]
+    (plan,) = load_job(str(job), pair).plan()
+    (made,) = load_job(str(job), pair).run(quiet=True)
+    assert plan.parameters == 2 * 16 * 32 + 32 + 2 * 16 + 16 * 16 and made.steps == 20
+    assert (made.sae.config.d_out, made.sae.metadata.hook_out.kind) == (16, "mlp_out")
+    with pytest.raises(ConfigError, match="1 targets for 2 layers"):
+        load_job(str(job), [*pair, "live.layers=[0.mlp_in, 1.mlp_in]"])
     endless = [f"live.model={folder}", f"live.texts={file}", "live.layers=[0]", "tokens=null"]
     with pytest.raises(ConfigError, match="live training has no end of its own"):
         load_job(str(job), endless).plan()
