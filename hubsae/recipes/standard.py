@@ -99,13 +99,14 @@ def package(
     also: Sequence[str] = (),
     card: str | None = None,
     subject: Subject | None = None,
+    stages: Mapping[str, Any] | None = None,
     progress: Callable[..., None] | None = None,
 ) -> Release:
     """A release in `folder`, verified, with its card; SAEs are given as functions that load them.
 
     `also` names further formats to write beside each SAE. `card` names its template; the release remembers it, so that
-    a push renders the same. With a `subject` the SAEs of no stage carry what its model has at their hook points, to
-    check a model with.
+    a push renders the same. With a `subject` the SAEs carry what its model has at their hook points, to check a model
+    with; those of `stages` (by name, each with a `load`) what the model of their stage has.
     """
     made = Release.create(
         folder, name=name, base_model=base_model, license=license, datasets=list(datasets), description=description,
@@ -121,7 +122,9 @@ def package(
             sae.sparsity = sparsity[sae_id]
         made.add(sae, sae_id, also=also)
     if subject is not None:
-        made.add_fingerprints(subject.load(), subject.tokenizer())
+        tokenizer = subject.tokenizer()
+        for stage, model in (stages or {None: subject}).items():
+            made.add_fingerprints(model.load(), tokenizer, stage=stage)
     for title, rows in (tables or {}).items():
         made.add_results(title, rows)
     for plot in plots:

@@ -188,7 +188,7 @@ class _Fast:
             metrics={name: [Metric.model_validate(m) for m in lines] for name, lines in metrics.items()},
             sparsity=load_file(measured / "density.safetensors"),
             tables={name: rows for name, rows in tables.items() if rows}, plots=self._plots(ctx), card="instruct",
-            progress=ctx.progress,
+            subject=_subject(ctx), progress=ctx.progress,
         )  # fmt: skip
         shutil.copytree(ctx.path("interpret") / "indexes", ctx.folder / FOLDER, dirs_exist_ok=True)
         page.build(ctx.folder, title=c.name)

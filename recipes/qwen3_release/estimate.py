@@ -54,8 +54,8 @@ def estimates(c: Config) -> dict[str, Estimate]:
             int(passes * rows + steps // s.save_every * (state + weights)),
         ),
         "checkpoints": Estimate(
-            f"{s.keep_best} best and the last, each as a release with {len(c.exports)} exports", saved, 3 * weights,
-            saved / DISK, 2 * saved,
+            f"{s.keep_best} best and the last, each as a release with {len(c.exports)} exports", saved,
+            3 * weights + 2 * c.model.parameters, saved / DISK, 2 * saved,
         ),
         "measure": Estimate(
             f"{s.keep_best + 1} checkpoints on {held:,} tokens, the loss on {c.measure.texts} conversations", 0,

@@ -131,7 +131,7 @@ class _Release(OneLayer):
         """Each kept checkpoint as a release with all exports, every one of them read back and compared."""
         about, c = ctx.result("activations"), self.config
         kept = kept_checkpoints(c.training(), self._source(ctx), ctx.run_folder / "train")
-        chosen, x = choose(kept, c.from_checkpoint or "last"), self._probe(ctx)
+        chosen, x, subject = choose(kept, c.from_checkpoint or "last"), self._probe(ctx), subject_of(ctx)
         for number, one in enumerate(kept):
             folder = ctx.folder / _name(one.step)
             ctx.progress(number, len(kept), folder.name)
@@ -140,7 +140,7 @@ class _Release(OneLayer):
             shutil.rmtree(folder, ignore_errors=True)
             made = package(
                 folder, {self.id: one.load}, name=c.name, base_model=about["model"], also=c.exports,
-                description=f"Checkpoint of {one.why}.",
+                description=f"Checkpoint of {one.why}.", subject=subject,
             )  # fmt: skip
             made.add_results("exports", exports.compare(folder / self.id, c.exports, x))
             exports.write_inventory(made, self._lineage(ctx, one.step, one.why))
@@ -248,7 +248,6 @@ class _Release(OneLayer):
         record = release.metadata(self.id)
         record.set_metrics([Metric.model_validate(m) for m in read_json(measured / "metrics.json")])
         release.record(self.id, record)
-        release.add_fingerprints(subject_of(ctx).load(), subject_of(ctx).tokenizer())
         verdicts = read_csv(ctx.path("steering") / "steering.csv")
         limits = report.steering_in_words(ctx.result("steering")["prompts"], verdicts)
         release.manifest = release.manifest.model_copy(update={"limitations": limits})

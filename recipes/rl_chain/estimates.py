@@ -30,8 +30,9 @@ def simple(config: ChainConfig) -> dict[str, Estimate]:
         "merge": Estimate(f"{stages - 1} stages against the base", memory=4 * model),
         "evaluation": Estimate(texts, memory=model + each * sae),
         "drift": Estimate(f"{stages} x {stages} SAEs and stages per layer", memory=2 * stages * sae),
-        "release": Estimate(f"{stages * each} SAEs with metrics, tables, plots and card", disk=stages * each * sae),
-    }
+        "release": Estimate(f"{stages * each} SAEs with metrics, tables, plots and card", disk=stages * each * sae,
+                            memory=model),
+    }  # fmt: skip
 
 
 def warmup(config: ChainConfig, settings: WarmUp) -> Estimate:

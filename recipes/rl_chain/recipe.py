@@ -91,7 +91,7 @@ def steps(config: Config) -> list[Step]:
     others = {"compare": config.compare, "theirs": [common.run_fingerprint(Path(other)) for other in config.compare]}
     plan.append(Step("drift", run.drift, {**others, **stages}, (trained_on, *chains), estimate=cost["drift"]))
     about = {"name": config.name, "about": config.about}
-    needs = ("source", *chains, *evaluated, "drift")
+    needs = (*policy, *chains, *evaluated, "drift")
     plan.append(Step("release", run.release, about, needs, estimate=cost["release"]))
     needs = (*policy, *graded, "merge", *evaluated, "drift", "release")
     settings = config.model_dump(mode="json", exclude={"publish"})
@@ -275,7 +275,8 @@ class _Run:
             name=title, base_model=source.label, description=config.about or None,
             metrics={name: [Metric.model_validate(m) for m in metrics] for name, metrics in found.items()},
             tables={"measures": measures, **tables_in(ctx.path("drift"))},
-            plots=sorted(ctx.path("drift").glob("*.png")), progress=ctx.progress,
+            plots=sorted(ctx.path("drift").glob("*.png")), subject=source, stages=self._stages(ctx, source),
+            progress=ctx.progress,
         )  # fmt: skip
         return {"name": title, "saes": len(made), "plots": [plot.name for plot in made.plots]}
 

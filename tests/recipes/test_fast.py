@@ -46,6 +46,7 @@ def test_every_sae_says_how_it_was_trained_and_is_in_the_table_with_its_l0(run):
         record = release.metadata(name)
         method = {"fast": "FAST", "bt-f": "BT(F)", "bt-p": "BT(P)"}[row["method"]]
         assert record.training.model_extra == {"method": method, "kind": row["kind"]}
+        assert (release.folder(name) / "fingerprint.safetensors").is_file()
         assert record.activations.mode.startswith(f"{method}:") and record.training.tokens == 2560
         assert record.activations.text_dataset == ("quick-texts" if row["method"] == "bt-p" else "quick-chats")
         assert record.metric("l0", "not position_0") == pytest.approx(float(row["l0"]), rel=1e-9)

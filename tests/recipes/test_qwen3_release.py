@@ -113,6 +113,13 @@ def test_the_best_three_and_the_last_are_releases_that_say_which_step_they_are(r
         assert record.training.selection.startswith(f"step {step} of 64: ")
         # the tokens at position 0 are read and not trained on
         assert record.training.steps == step and 0.9 * step * 256 < record.training.tokens < step * 256
+        assert release.load("layer2").fingerprint is not None
+
+
+def test_the_release_says_whether_a_model_fits(run, quick_world):
+    sae = HubSAE.from_pretrained(run / "release")
+    assert sae.check(quick_world.model, quick_world.tokenizer)
+    assert "wrong layer" in str(sae.check(quick_world.model, quick_world.tokenizer, hook=1))
 
 
 def test_every_export_gives_the_same_codes_by_its_own_reader_and_by_hand(run):

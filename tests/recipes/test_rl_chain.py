@@ -19,6 +19,7 @@ from hubsae.core.files import read_csv, read_json, sha256_file
 from hubsae.formats import Release
 from hubsae.hub.sae import HubSAE
 from hubsae.recipes.registry import find_recipe, prepare
+from hubsae.rl.stages import Checkpoint
 
 RECIPE = find_recipe("rl_chain")
 settings = RECIPE.module("settings")
@@ -37,6 +38,24 @@ def test_the_release_holds_every_stage_and_layer_and_loads_by_them(strict_run):
     assert (info.id, info.stage, info.step, info.merge_dtype) == ("tiny-world", "ppo_step4", 4, "float32")
     for metric in ("nmse_pooled", "fvu", "n_dead", "ce_sae", "frac_recovered_mean", "kl"):
         assert sae.metadata.metric(metric) is not None, metric
+
+
+def test_each_sae_knows_the_model_of_its_stage(strict_run, quick_world):
+    base, kept = str(strict_run / "source/model"), {}
+    for stage in STAGES:
+        where = Checkpoint(stage, base) if stage == STAGES[0] else Checkpoint(
+            stage, str(strict_run / "rl/stages" / stage), base=base
+        )  # fmt: skip
+        model = where.load()
+        for layer in (1, 3):
+            sae = HubSAE.from_pretrained(strict_run / "release", layer=layer, stage=stage)
+            found = sae.check(model, quick_world.tokenizer)
+            assert found and found.difference < 1e-3, (stage, layer, str(found))
+            wrong = sae.check(model, quick_world.tokenizer, hook=4 - layer)
+            assert not wrong and "wrong layer" in str(wrong)
+            kept[stage, layer] = sae.fingerprint.activations
+    # reinforcement moves little in four steps, but what is kept is that of each stage
+    assert all(not torch.equal(kept[STAGES[0], 3], kept[stage, 3]) for stage in STAGES[1:])
 
 
 def test_stock_saelens_computes_the_same(strict_run):
@@ -201,8 +220,6 @@ def test_the_control_config_follows_the_base_model_only(small_chain, tmp_path):
 
 
 def test_stages_may_be_checkpoints_that_exist_already(small_chain, strict_run, quick_world, tmp_path):
-    from hubsae.rl.stages import Checkpoint
-
     rl = strict_run / "rl/stages"
     base = str(strict_run / "source/model")
     merged = tmp_path / "merged"
