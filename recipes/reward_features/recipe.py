@@ -160,9 +160,11 @@ class _Run:
     def saes(self, ctx: StepContext) -> dict[str, Any]:
         """One SAE per layer of one of the models."""
         s, of, acts = self.config.sae, ctx.settings["of"], self._acts(ctx, ctx.settings["of"], "train")
+        # another start for each model: features of two that began alike would be found to match by construction
+        seed = self.config.seed + list(self.layers).index(of)
         configs = [
             TrainConfig(
-                name=f"layer{layer}", architecture="topk", d_sae=s.width, k=s.k, lr=s.lr, seed=self.config.seed,
+                name=f"layer{layer}", architecture="topk", d_sae=s.width, k=s.k, lr=s.lr, seed=seed,
                 epochs=s.epochs, batch_size=s.batch_size, exclude=s.exclude, dead=DeadConfig(tokens=s.dead_tokens),
             )
             for layer in self.layers[of]
