@@ -176,10 +176,12 @@ class CallableReward(StepReward):
 def split_steps(text: str, separator: str = "\n") -> tuple[str, ...]:
     """The steps of an answer: what stands between separators, blank ones left out; an empty answer is one empty step.
 
-    >>> split_steps("2+3=5\\n\\n#### 5")
+    White space around a step goes: many tokenizers make one token of it and the separator, where no step could be read.
+
+    >>> split_steps("2+3=5 \\n\\n  #### 5")
     ('2+3=5', '#### 5')
     """
-    return tuple(part for part in text.split(separator) if part.strip()) or ("",)
+    return tuple(part.strip() for part in text.split(separator) if part.strip()) or ("",)
 
 
 def checked(scores: Sequence[np.ndarray], texts: Sequence[StepText]) -> list[np.ndarray]:
