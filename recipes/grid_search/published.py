@@ -8,7 +8,7 @@ computed from them.
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -67,7 +67,11 @@ def published_rows(path: str | Path | None = None) -> list[PublishedRow]:
     """
     file = Path(path) if path is not None else Path(__file__).with_name("published.csv")
     with file.open(encoding="utf-8", newline="") as stream:
-        lines = list(csv.DictReader(stream))
+        return parse_rows(list(csv.DictReader(stream)), file)
+
+
+def parse_rows(lines: Sequence[Mapping[str, str]], file: str | Path) -> list[PublishedRow]:
+    """Rows of the published grid as they are printed; `file` is named in errors."""
     try:
         return [
             PublishedRow(

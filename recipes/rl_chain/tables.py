@@ -9,9 +9,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from hubsae.core.errors import FormatError
+from hubsae.recipes.registry import find_recipe
 
 from .printed import BUNDLED, Row, TableReport, find_table, half_unit, read_table
 from .table_chains import analyse_chains, compare_chains
@@ -20,7 +19,6 @@ __all__ = [
     "BUNDLED",
     "TableReport",
     "analyse_table",
-    "base_loss_from_ratio",
     "compare_chains",
     "find_table",
     "half_unit",
@@ -44,104 +42,12 @@ def analyse_table(path: str | os.PathLike[str]) -> TableReport:
 
 
 def _grid(rows: Sequence[Row], source: str) -> TableReport:
+    """The claims of the grid, as the recipe that reproduces it holds them against its rows."""
+    published = find_recipe("grid_search").module("published")
     report = TableReport("grid", source)
-    cells: dict[tuple[int, int], dict[str, Row]] = {}
-    for row in rows:
-        if row["k"]:
-            cells.setdefault((int(row["expansion"]), int(row["k"])), {})[row["architecture"]] = row
-    table = []
-    for (expansion, k), pair in sorted(cells.items()):
-        if not {"TopK", "BatchTopK"} <= set(pair):
-            continue
-        top, batch = pair["TopK"], pair["BatchTopK"]
-        table.append(
-            {
-                "expansion": expansion,
-                "k": k,
-                "mse_topk": float(top["val_mse"]),
-                "mse_batchtopk": float(batch["val_mse"]),
-                "lower_mse": _lower(top, batch, "val_mse"),
-                "dead_percent_topk": float(top["dead_percent"]),
-                "dead_percent_batchtopk": float(batch["dead_percent"]),
-                "fewer_dead": _lower(top, batch, "dead_percent"),
-            }
-        )
-    report.tables["matched_cells"] = table
-    mse = sum(row["lower_mse"] == "TopK" for row in table)
-    dead = sum(row["fewer_dead"] == "BatchTopK" for row in table)
-    report.add(f"TopK has the lower MSE in {mse} of {len(table)} matched cells", holds=True, count=mse, of=len(table))
-    report.add(
-        f"BatchTopK has fewer dead latents in {dead} of {len(table)} matched cells",
-        holds=True,
-        count=dead,
-        of=len(table),
-    )
-    report.add(
-        "BatchTopK is ahead on both MSE and dead latents in every cell",
-        holds=mse == 0 and dead == len(table),
-    )
-    _recovered_findings(report, rows)
-    jump = [float(row["l0"]) for row in rows if row["architecture"] == "JumpReLU"]
-    if jump:
-        report.add(
-            f"JumpReLU rows run at L0 {min(jump):g} to {max(jump):g}, the others at 32 to 220: their MSE is not "
-            "compared at equal sparsity",
-            holds=None,
-        )
+    for claim in published.claims(published.parse_rows(rows, source)):
+        report.add(f"{claim.statement} {claim.evidence}", claim.verdict == "supported", verdict=claim.verdict)
     return report
-
-
-def _lower(top: Row, batch: Row, column: str) -> str:
-    a, b = float(top[column]), float(batch[column])
-    return "tie" if a == b else "TopK" if a < b else "BatchTopK"
-
-
-def base_loss_from_ratio(rows: Sequence[Row]) -> tuple[float, float] | None:
-    """The range of L_base for which every published ratio is L_base/(L_base + ΔL) to its printed digits.
-
-    Loss recovered compares with an ablation and cannot follow this law for one L_base in every row. None
-    where no L_base fits all rows.
-    """
-    low, high = 0.0, np.inf
-    for row in rows:
-        delta, share = float(row["delta_loss"]), float(row["published_frac_rec_percent"]) / 100
-        half_d, half_s = half_unit(row["delta_loss"]), half_unit(row["published_frac_rec_percent"]) / 100
-        corners = []
-        for d in (delta - half_d, delta + half_d):
-            for s in (share - half_s, share + half_s):
-                if s != 1:
-                    corners.append(d * s / (1 - s))
-        crosses_one = (share - half_s - 1) * (share + half_s - 1) <= 0
-        if crosses_one:
-            continue
-        low, high = max(low, min(corners)), min(high, max(corners))
-    return (low, high) if low <= high else None
-
-
-def _recovered_findings(report: TableReport, rows: Sequence[Row]) -> None:
-    fits = base_loss_from_ratio(rows)
-    if fits is None:
-        report.add("the published frac_rec is not one ratio of L_base to L_sae", holds=None)
-        return
-    base = (fits[0] + fits[1]) / 2
-    report.tables["published_frac_rec"] = [
-        {
-            "architecture": row["architecture"],
-            "expansion": int(row["expansion"]),
-            "l0": float(row["l0"]),
-            "published_percent": float(row["published_frac_rec_percent"]),
-            "l_base_over_l_sae_percent": 100 * base / (base + float(row["delta_loss"])),
-        }
-        for row in rows
-    ]
-    report.add(
-        f"the published frac_rec is not loss recovered: in all {len(rows)} rows it is L_base / L_sae with L_base = "
-        f"{base:.4f} nats, and no ablation enters it",
-        holds=True,
-        l_base_low=fits[0],
-        l_base_high=fits[1],
-        rows=len(rows),
-    )
 
 
 # ---- instruct-aligned training -----------------------------------------------------------------------------

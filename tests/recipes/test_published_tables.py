@@ -1,6 +1,7 @@
 """What the published tables support, read from the tables alone."""
 
 import csv
+from dataclasses import replace
 
 import pytest
 
@@ -9,9 +10,8 @@ from hubsae.recipes.registry import find_recipe
 
 tables = find_recipe("rl_chain").module("tables")
 analyse_table, compare_chains = tables.analyse_table, tables.compare_chains
-base_loss_from_ratio, find_table, half_unit, read_table = (
-    tables.base_loss_from_ratio, tables.find_table, tables.half_unit, tables.read_table,
-)  # fmt: skip
+find_table, half_unit = tables.find_table, tables.half_unit
+grid = find_recipe("grid_search").module("published")
 
 CHAINS, GRID = "chains_reconstruction.csv", "grid_layer12.csv"
 
@@ -71,33 +71,25 @@ def test_retraining_the_base_spreads_by_a_quarter_of_what_the_strict_chain_chang
 
 
 def test_grid_counts():
-    report = analyse_table(GRID)
-    cells = report.tables["matched_cells"]
-    assert len(cells) == 12
-    assert sum(c["lower_mse"] == "TopK" for c in cells) == 10
-    assert {(c["expansion"], c["k"]) for c in cells if c["lower_mse"] == "BatchTopK"} == {(4, 128), (4, 220)}
-    assert sum(c["fewer_dead"] == "BatchTopK" for c in cells) == 11
-    assert [(c["expansion"], c["k"]) for c in cells if c["fewer_dead"] != "BatchTopK"] == [(16, 64)]
-    claim = next(f for f in report.findings if f["finding"].startswith("BatchTopK is ahead on both"))
-    assert claim["holds"] is False
+    both = grid.pairs(grid.published_rows())
+    assert len(both) == 12
+    assert {(b.expansion, b.k) for b, t in both if b.mse < t.mse} == {(4, 128), (4, 220)}
+    assert [(b.expansion, b.k) for b, t in both if b.dead >= t.dead] == [(16, 64)]
+    claim = next(f for f in analyse_table(GRID).findings if f["finding"].startswith("BatchTopK is better than TopK"))
+    assert claim["holds"] is False and "TopK is ahead in 10 of 12 matched cells" in claim["finding"]
 
 
 def test_published_frac_rec_is_base_loss_over_sae_loss_and_flagged():
-    low, high = base_loss_from_ratio(read_table(GRID))
-    assert low < 3.2097 < high and high - low < 0.001
-    [flag] = [f for f in analyse_table(GRID).findings if "not loss recovered" in f["finding"]]
-    assert flag["rows"] == 36 and flag["holds"]
-    for row in analyse_table(GRID).tables["published_frac_rec"]:
-        assert row["published_percent"] == pytest.approx(row["l_base_over_l_sae_percent"], abs=0.006)
+    base, misfit = grid.implied_base_loss(grid.published_rows())
+    assert base == pytest.approx(3.2097, abs=0.001) and misfit < 1e-4
+    [flag] = [f for f in analyse_table(GRID).findings if f["verdict"] == "not what it says"]
+    assert "L_base / L_sae with L_base = 3.21 in all 36 rows" in flag["finding"] and flag["holds"] is False
 
 
 def test_a_true_recovered_fraction_is_not_mistaken_for_the_ratio():
-    rows = [dict(row) for row in read_table(GRID)]
-    for row in rows:
-        # against an ablation of 10 nats
-        recovered = 100 * (1 - float(row["delta_loss"]) / (10 - 3.2097))
-        row["published_frac_rec_percent"] = f"{recovered:.2f}"
-    assert base_loss_from_ratio(rows) is None
+    # against an ablation of 10 nats
+    rows = [replace(row, frac_rec=1 - row.delta_loss / (10 - 3.2097)) for row in grid.published_rows()]
+    assert grid.implied_base_loss(rows)[1] > 0.01
 
 
 def test_instruct_win_counts():
