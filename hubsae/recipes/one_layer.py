@@ -1,8 +1,7 @@
-"""What recipes about one layer of a model share: the place, its subject and activations, a release with pages."""
+"""What recipes about one layer of a model share: the settings of the place, its subject and its activations."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,6 @@ from pydantic import Field
 from hubsae.activations import ActivationDataset, harvest
 from hubsae.core.hooks import HookPoint
 from hubsae.core.text import MESSAGE_KEYS, TEXT_KEYS
-from hubsae.formats import Release
-from hubsae.index import page
-from hubsae.index.files import FOLDER
 from hubsae.recipes.standard import Activations, pick_device
 from hubsae.recipes.steps import StepContext
 from hubsae.recipes.subject import DataSettings, ModelSettings, Subject, fetch_subject, subject_of
@@ -60,13 +56,6 @@ class OneLayer:
     def rows(self, folder: Path, split: str) -> ActivationDataset:
         """The activations that a step left, in one of the splits."""
         return Activations(folder).open(self.hook, split)
-
-
-def add_pages(folder: Path, indexes: Path, title: str) -> Release:
-    """Put indexes and the pages that show them into a release; its card shows features once there are some to show."""
-    shutil.copytree(indexes, folder / FOLDER, dirs_exist_ok=True)
-    page.build(folder, title=title)
-    return Release.open(folder).refresh()
 
 
 def message_key(rows: list[dict[str, Any]]) -> str | None:

@@ -27,6 +27,8 @@ from hubsae.core.sae import SAE
 from hubsae.core.settings import Settings
 from hubsae.formats import Release, native
 from hubsae.hub.sae import HubSAE
+from hubsae.index import page
+from hubsae.index.files import FOLDER
 from hubsae.recipes.subject import Subject
 from hubsae.train.parallel import pick_device as pick_device
 
@@ -133,6 +135,13 @@ def package(
     made.verify()
     write_card(made.path, name)
     return made
+
+
+def add_pages(folder: Path, indexes: Path, title: str) -> Release:
+    """Put indexes and the pages that show them into a release; its card shows features once there are some to show."""
+    shutil.copytree(indexes, folder / FOLDER, dirs_exist_ok=True)
+    page.build(folder, title=title)
+    return Release.open(folder).refresh()
 
 
 def write_card(folder: Path, name: str) -> None:

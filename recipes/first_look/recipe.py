@@ -26,9 +26,9 @@ from hubsae.index.build import Settings as IndexSettings
 from hubsae.index.build import index_activations
 from hubsae.index.features import FeatureIndex
 from hubsae.index.files import mark
-from hubsae.recipes.one_layer import LayerData, OneLayer, add_pages, items
+from hubsae.recipes.one_layer import LayerData, OneLayer, items
 from hubsae.recipes.report import Report
-from hubsae.recipes.standard import Shelf, package, write_card
+from hubsae.recipes.standard import Shelf, add_pages, package, write_card
 from hubsae.recipes.steps import Estimate, Step, StepContext
 from hubsae.recipes.subject import ModelSettings, subject_of
 from hubsae.train import TrainConfig, train

@@ -34,9 +34,9 @@ from hubsae.index.build import Settings as IndexSettings
 from hubsae.index.build import index_activations
 from hubsae.index.chat import LocalChat, ServerChat
 from hubsae.index.features import FeatureIndex
-from hubsae.recipes.one_layer import OneLayer, add_pages, items, message_key
+from hubsae.recipes.one_layer import OneLayer, items, message_key
 from hubsae.recipes.report import Report
-from hubsae.recipes.standard import package, pick_device, publish, write_card
+from hubsae.recipes.standard import add_pages, package, pick_device, publish, write_card
 from hubsae.recipes.steps import Step, StepContext
 from hubsae.recipes.subject import Subject, subject_of
 from hubsae.recipes.sweep import cells_in, train_cells
