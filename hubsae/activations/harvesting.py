@@ -106,8 +106,8 @@ def harvest(
     - `select`: keep `all` tokens, those of the `prompt`, of the `response`, or of every turn of the `assistant`.
     - `exclude`: groups of tokens that are not stored: `position_0`, `special`, `template`, `role=system` ...
     - A sample that cannot be used is counted, named and skipped; `strict=True` stops there.
-    - `scorers`: name -> callable (or `ModelScorer`); the scores become float32 columns. `columns`: name -> type
-      of columns copied from the data.
+    - `scorers`: name -> callable (or a reward model: `rl.reward_models.HarvestScorer`); the scores become float32
+      columns. `columns`: name -> type of columns copied from the data.
     - `scale`: power of two applied before storing as float16; `auto` looks at the first batches.
     - `validation_fraction` puts samples aside (`split_by="token"` or `"tail"` for comparison with older releases).
     - Files are closed at least every `shard_seconds`, so that a kill costs no more work than that (and a batch).

@@ -12,11 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from hubsae.activations.samples import Sample
-from hubsae.core.errors import ConfigError, DataError
-from hubsae.core.extras import require
+from hubsae.core.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -96,97 +94,6 @@ def _column(name: str, score: Any, sample: Sample) -> Any:
             hint="return StepScores for scores of steps",
         )
     return array
-
-
-class ModelScorer:
-    """A transformers model as a scorer.
-
-    A sequence classifier with one label scores samples: its logit. A token classifier scores steps: at the
-    last token of each step, the logit (one label) or the probability of the last label (two labels).
-    """
-
-    def __init__(
-        self, model: nn.Module, tokenizer: Any, *, separator: str | None = None, batch_size: int = 16, raw: bool = False
-    ):
-        """`separator` ends a step (a blank line, say); it makes the model a scorer of steps. `raw` gives logits."""
-        self.model, self.tokenizer, self.separator, self.batch_size, self.raw = (
-            model,
-            tokenizer,
-            separator,
-            batch_size,
-            raw,
-        )
-        self.labels = int(model.config.num_labels)  # pyright: ignore[reportAttributeAccessIssue,reportArgumentType,reportCallIssue]
-        if separator is None and self.labels != 1:
-            raise ConfigError(f"a scorer of samples has one label, not {self.labels}")
-        if separator is not None and self.labels > 2:
-            raise ConfigError(f"a scorer of steps has one or two labels, not {self.labels}")
-
-    @staticmethod
-    def from_pretrained(
-        path: str, *, separator: str | None = None, device: str | None = None, **options: Any
-    ) -> ModelScorer:
-        """Load a classifier, and refuse one whose head is not in the checkpoint (transformers would invent it)."""
-        transformers = require("transformers", extra="train")
-        kind = transformers.AutoModelForSequenceClassification
-        if separator is not None:
-            kind = transformers.AutoModelForTokenClassification
-        model, report = kind.from_pretrained(path, output_loading_info=True, dtype=torch.float32)
-        wrong = sorted(
-            set(report["missing_keys"]) | set(report["unexpected_keys"]) | {str(k) for k in report["mismatched_keys"]}
-        )
-        if wrong:
-            raise DataError(
-                f"{path} is not a whole {kind.__name__.removeprefix('AutoModelFor')} checkpoint: "
-                + ", ".join(wrong[:4]),
-                hint="missing weights would be random numbers, and so would the scores",
-            )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        return ModelScorer(model.to(device or "cpu").eval(), tokenizer, separator=separator, **options)
-
-    def __call__(self, text: ScoredText) -> Any:
-        return self.score_batch([text])[0]
-
-    @torch.inference_mode()
-    def score_batch(self, texts: Sequence[ScoredText]) -> list[Any]:
-        """Scores of samples, longest first inside so that little is padded."""
-        from hubsae.activations.capture import padded
-
-        order = sorted(range(len(texts)), key=lambda i: -len(texts[i].ids))
-        scores: list[Any] = [None] * len(texts)
-        device = next(self.model.parameters()).device
-        for first in range(0, len(order), self.batch_size):
-            chosen = order[first : first + self.batch_size]
-            ids, mask = padded([texts[i].ids for i in chosen], pad=int(self.tokenizer.pad_token_id or 0))
-            if self.separator is None:
-                # the head reads the last token that is not padding; run the backbone and find it by the mask
-                for row, index in enumerate(chosen):
-                    one = ids[row : row + 1, : int(mask[row].sum())].to(device)
-                    scores[index] = float(self._sequence_logit(one))
-            else:
-                logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.float().cpu()
-                for row, index in enumerate(chosen):
-                    scores[index] = self._steps(texts[index], logits[row])
-        return scores
-
-    def _sequence_logit(self, ids: torch.Tensor) -> torch.Tensor:
-        # an end token that doubles as padding would be skipped by id, so the last position is read by hand
-        core = getattr(self.model, str(self.model.base_model_prefix))
-        hidden = core(input_ids=ids, use_cache=False)[0]
-        head = getattr(self.model, "score", None) or getattr(self.model, "classifier", None)
-        if head is None:
-            raise ConfigError(f"{type(self.model).__name__} has no score head")
-        return head(hidden[:, -1])[0, 0]
-
-    def _steps(self, text: ScoredText, logits: torch.Tensor) -> StepScores:
-        assert self.separator is not None
-        ends = step_ends(text.ids, text.prompt_length, self.separator, self.tokenizer)
-        picked = logits[torch.tensor(ends, dtype=torch.long)]  # [steps, labels]
-        if self.labels == 1 or self.raw:
-            values = picked[:, -1]
-        else:
-            values = picked.softmax(-1)[:, -1]
-        return StepScores(ends, values.tolist(), start=text.prompt_length)
 
 
 def step_ends(ids: Sequence[int], first: int, separator: str, tokenizer: Any) -> list[int]:

@@ -88,9 +88,10 @@ def command(
     rows, record = load_texts(dataset, config=dataset_config, split=dataset_split, streaming=streaming)
     scorers = {}
     if reward_model is not None:
-        from hubsae.activations.rewards import ModelScorer
+        from hubsae.rl.reward_models import HarvestScorer, load_reward_model
 
-        scorers["reward"] = ModelScorer.from_pretrained(reward_model, separator=separator, device=device)
+        model_of_reward = load_reward_model(reward_model, separator=separator, device=device or "cpu")
+        scorers["reward"] = HarvestScorer(model_of_reward, separator)
     points = list(range(layer_count(model, revision))) if layers == "all" else [p for p in layers.split(",") if p]
     generation = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:

@@ -11,6 +11,7 @@ noise. Here the head is built from its tensors and nothing else, and no code of 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from hubsae.activations.models import as_dtype, load_tokenizer, not_loaded
+from hubsae.activations.rewards import ScoredText, StepScores, step_ends
 from hubsae.core.errors import ConfigError, FormatError
 from hubsae.core.extras import require
 from hubsae.core.quiet import quiet
 from hubsae.rl.stages import cached_file
 from hubsae.rl.steps import Aggregate, StepFormat, StepReward
 
-HEAD = "score."
+HEADS = ("score.", "classifier.")
 IGNORED = ("lm_head.",)
 """Left in such checkpoints by the language model they were made from."""
 STEP_TOKEN = "<extra_0>"
@@ -63,6 +65,31 @@ class RewardModel(StepReward):
         return margin if self.margin else margin.sigmoid()
 
 
+class HarvestScorer:
+    """A reward model as a scorer of a harvest with the same tokenizer: of samples, or of steps with a `separator`.
+
+    A sample is scored at its last token, a step at the last token of its own.
+    """
+
+    def __init__(self, model: RewardModel, separator: str | None = None):
+        self.model, self.separator = model, separator
+
+    def __call__(self, text: ScoredText) -> Any:
+        return self.score_batch([text])[0]
+
+    def score_batch(self, texts: Sequence[ScoredText]) -> list[Any]:
+        """A number, or `StepScores`, of each."""
+        if self.separator is None:
+            found = self.model.at([t.ids for t in texts], [[len(t.ids) - 1] for t in texts])
+            return [float(scores[0]) if len(scores) else None for scores in found]
+        ends = [step_ends(t.ids, t.prompt_length, self.separator, self.model.tokenizer) for t in texts]
+        found = self.model.at([t.ids for t in texts], ends)
+        return [
+            StepScores(at, scores.tolist(), start=t.prompt_length)
+            for t, at, scores in zip(texts, ends, found, strict=True)
+        ]
+
+
 def load_reward_model(
     path: str | Path,
     *,
@@ -96,7 +123,7 @@ def load_reward_model(
         backbone, report = transformers.AutoModel.from_pretrained(
             str(path), dtype=as_dtype(dtype), output_loading_info=True, **options
         )
-    strange = [k for k in report["unexpected_keys"] if not k.startswith((HEAD, *IGNORED))]
+    strange = [k for k in report["unexpected_keys"] if not k.startswith((*HEADS, *IGNORED))]
     wrong = sorted([*report["missing_keys"], *strange, *(str(k) for k in report["mismatched_keys"])])
     if wrong:
         raise FormatError(path, "every weight of the backbone and no other", ", ".join(wrong[:6]))
@@ -118,7 +145,7 @@ def build_head(path: str | Path, tensors: dict[str, Tensor], width: int) -> nn.M
     two = {"0.weight", "0.bias", "2.weight", "2.bias"}
     last = tensors.get("2.weight" if set(tensors) == two else "weight")
     if last is None or last.ndim != 2 or (set(tensors) != two and not set(tensors) <= {"weight", "bias"}):
-        found = ", ".join(HEAD + name for name in sorted(tensors)) or "none of them; a new one would score at random"
+        found = ", ".join(HEADS[0] + name for name in sorted(tensors)) or "none; a new one would score at random"
         raise FormatError(path, "a head: score.weight, or score.0 and score.2 with biases", found)
     if last.shape[0] > 2:
         raise FormatError(path, "a head of one output or two", f"one of {last.shape[0]}")
@@ -139,7 +166,7 @@ def _head_tensors(path: str | Path, revision: str | None) -> dict[str, Tensor]:
     index = cached_file(str(path), "model.safetensors.index.json", revision)
     if index is not None:
         places = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-        names = sorted({file for key, file in places.items() if key.startswith(HEAD)})
+        names = sorted({file for key, file in places.items() if key.startswith(HEADS)})
     else:
         names = ["model.safetensors"]
     found: dict[str, Tensor] = {}
@@ -149,6 +176,6 @@ def _head_tensors(path: str | Path, revision: str | None) -> dict[str, Tensor]:
             raise FormatError(path, f"{name}, with the weights of the head", "no such file")
         with safe_open(file, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118
-                if key.startswith(HEAD):
-                    found[key.removeprefix(HEAD)] = tensors.get_tensor(key).float()
+                if key.startswith(HEADS):
+                    found[key.partition(".")[2]] = tensors.get_tensor(key).float()
     return found

@@ -130,18 +130,22 @@ class StepReward:
     def score(self, texts: Sequence[StepText]) -> list[np.ndarray]:
         """One score per step of each solution."""
         rows = tokenize(self.tokenizer, texts, self.how)
-        found: list[np.ndarray] = [np.zeros(0)] * len(rows)
-        for batch in token_budget_batches([len(row.ids) for row in rows], BATCH_TOKENS):
-            ids, mask = padded([rows[i].ids for i in batch])
+        return checked(self.at([row.ids for row in rows], [row.ends for row in rows]), texts)
+
+    def at(self, sequences: Sequence[list[int]], ends: Sequence[list[int]]) -> list[np.ndarray]:
+        """Scores of sequences of tokens at the places named for each, [places] each."""
+        found: list[np.ndarray] = [np.zeros(0)] * len(sequences)
+        for batch in token_budget_batches([len(ids) for ids in sequences], BATCH_TOKENS):
+            ids, mask = padded([sequences[i] for i in batch])
             keep = torch.zeros_like(mask)
-            for at, i in enumerate(batch):
-                keep[at, rows[i].ends] = True
+            for row, i in enumerate(batch):
+                keep[row, ends[i]] = True
             with torch.inference_mode():
                 scores = self.read(ids, mask, keep).double().cpu().numpy()
-            cuts = np.cumsum([len(rows[i].ends) for i in batch])[:-1]
+            cuts = np.cumsum([len(ends[i]) for i in batch])[:-1]
             for i, part in zip(batch, np.split(scores, cuts), strict=True):
                 found[i] = part
-        return checked(found, texts)
+        return found
 
     def total(self, texts: Sequence[StepText]) -> np.ndarray:
         """One score per solution. [solutions]"""

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from hubsae.activations import ActivationDataset, harvest
-from hubsae.activations.rewards import ModelScorer, StepScores, step_ends
+from hubsae.activations.rewards import ScoredText, StepScores, step_ends
 from hubsae.activations.samples import Preparation, prepare
 from hubsae.activations.stream import open_stream
 from hubsae.core.errors import ConfigError, DataError
+from hubsae.rl.reward_models import HarvestScorer, load_reward_model
 
 PAIR = {"question": "Ann has 12 apples", "answer": "She eats 3 of them"}
 
@@ -275,7 +276,7 @@ def classifier(tokenizer, folder, kind: str, labels: int):
 
 def test_a_sequence_classifier_as_scorer(tmp_path, tiny_model, tokenizer):
     model = classifier(tokenizer, tmp_path / "rm", "Sequence", 1)
-    scorer = ModelScorer.from_pretrained(str(tmp_path / "rm"))
+    scorer = HarvestScorer(load_reward_model(tmp_path / "rm"))
     data = [PAIR, {"question": "Ann", "answer": "3"}]
     found = harvest(
         tiny_model,
@@ -296,12 +297,10 @@ def test_a_sequence_classifier_as_scorer(tmp_path, tiny_model, tokenizer):
 
 def test_a_token_classifier_scores_steps(tmp_path, tokenizer):
     model = classifier(tokenizer, tmp_path / "prm", "Token", 2)
-    scorer = ModelScorer.from_pretrained(str(tmp_path / "prm"), separator="\n")
+    scorer = HarvestScorer(load_reward_model(tmp_path / "prm"), "\n")
     sample = prepare([("Ann", "12 apples\nand 3\nof")], 0, tokenizer, Preparation("prompt+response", chat=False))[0]
     ends = step_ends(sample.ids, sample.prompt_length, "\n", tokenizer)
     assert len(ends) == 3 and ends[-1] == len(sample.ids) - 1
-    from hubsae.activations.rewards import ScoredText
-
     scores = scorer(ScoredText(None, sample.ids, sample.prompt_length, "", ""))
     with torch.no_grad():
         expected = model(torch.tensor([sample.ids])).logits[0, ends].softmax(-1)[:, 1]
@@ -311,5 +310,5 @@ def test_a_token_classifier_scores_steps(tmp_path, tokenizer):
 def test_a_classifier_whose_head_is_missing_is_refused(tmp_path, tiny_model, tokenizer):
     tiny_model.save_pretrained(tmp_path / "lm")
     tokenizer.save_pretrained(tmp_path / "lm")
-    with pytest.raises(DataError, match=r"not a whole SequenceClassification checkpoint: (.|\n)*score"):
-        ModelScorer.from_pretrained(str(tmp_path / "lm"))
+    with pytest.raises(ConfigError, match="has no head that scores"):
+        load_reward_model(tmp_path / "lm")
