@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hubsae.activations.batching import batches_of
 from hubsae.activations.capture import padded
 from hubsae.activations.groups import no_groups
 from hubsae.activations.samples import Sample
 from hubsae.core.errors import ConfigError
+from hubsae.core.extras import require
 
 DEFAULTS: dict[str, Any] = {"max_new_tokens": 256, "do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
 
@@ -27,6 +28,8 @@ def generate_responses(
     ends = end_ids(model, tokenizer)
     pad = getattr(tokenizer, "pad_token_id", None)
     pad = pad if pad is not None else (ends[0] if ends else 0)
+    if not settings["do_sample"]:
+        settings = {name: value for name, value in settings.items() if name not in ("temperature", "top_p", "top_k")}
     device = next(model.parameters()).device
     answered: dict[int, Sample] = {}
     longest = int(settings["max_new_tokens"])
@@ -39,19 +42,48 @@ def generate_responses(
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 torch.manual_seed(_seed(seed, part[0].id))
                 with torch.inference_mode():
-                    out = model.generate(  # pyright: ignore[reportCallIssue]
-                        input_ids=ids.to(device),
-                        attention_mask=mask.to(device),
-                        pad_token_id=pad,
-                        eos_token_id=ends or None,
-                        **settings,
-                    )
-            for sample, row in zip(part, out[:, ids.shape[1] :].tolist(), strict=True):
-                stop = next((n + 1 for n, token in enumerate(row) if token in ends), len(row))
-                answered[sample.id] = replace(
-                    sample, ids=sample.ids + row[:stop], columns=_lengthened(sample.columns, row[:stop], ends)
-                )
+                    out = generate(model, ids.to(device), mask.to(device), ends, pad, **settings)
+            for sample, row in zip(part, answers(out, ends), strict=True):
+                columns = _lengthened(sample.columns, row, ends)
+                answered[sample.id] = replace(sample, ids=sample.ids + row, columns=columns)
     return [answered.get(sample.id, sample) for sample in samples]
+
+
+def generate(
+    model: Any,
+    ids: Tensor,
+    mask: Tensor,
+    ends: Sequence[int],
+    pad: int,
+    *,
+    processors: Sequence[Any] = (),
+    **settings: Any,
+) -> Tensor:
+    """What the model writes behind prompts that are padded on the left. [prompts, new tokens]
+
+    The settings are said whole: `generate` would fill what is unset from the checkpoint's own defaults, and those of
+    instruct models (top_k 20, repetition penalty 1.05) make another distribution.
+    """
+    transformers = require("transformers", extra="train")
+    common: dict[str, Any] = {"eos_token_id": list(ends) or None, "pad_token_id": pad}
+    wanted = transformers.GenerationConfig(**{"repetition_penalty": 1.0, **settings, **common})
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own, base.generation_config = base.generation_config, transformers.GenerationConfig(**common)
+    try:
+        out = model.generate(
+            input_ids=ids, attention_mask=mask, generation_config=wanted,
+            logits_processor=transformers.LogitsProcessorList(processors),
+        )  # fmt: skip
+    finally:
+        base.generation_config = own
+    return out[:, ids.shape[1] :]
+
+
+def answers(written: Tensor, ends: Sequence[int]) -> list[list[int]]:
+    """Each row up to and including its first end token."""
+    rows = written.tolist()
+    stops = [next((n + 1 for n, token in enumerate(row) if token in ends), len(row)) for row in rows]
+    return [row[:stop] for row, stop in zip(rows, stops, strict=True)]
 
 
 def _lengthened(columns: Mapping[str, Any], answer: list[int], ends: list[int]) -> dict[str, Any]:
@@ -66,16 +98,15 @@ def _lengthened(columns: Mapping[str, Any], answer: list[int], ends: list[int]) 
     return {k: np.concatenate([v, more[k]]) if k in more else v for k, v in columns.items()}
 
 
-def end_ids(model: nn.Module, tokenizer: Any) -> list[int]:
-    """Tokens that end a response, by the model's generation settings or its tokenizer."""
+def end_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end a response, by the model's generation settings and its tokenizer."""
     if not hasattr(model, "generate"):
         raise ConfigError(
             f"{type(model).__name__} cannot generate", hint="load the causal language model, not its backbone"
         )
     found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    if found is None:
-        found = getattr(tokenizer, "eos_token_id", None)
-    return [] if found is None else [int(i) for i in (found if isinstance(found, (list, tuple)) else [found])]
+    own = list(found) if isinstance(found, (list, tuple)) else [found]
+    return sorted({*own, getattr(tokenizer, "eos_token_id", None)} - {None})
 
 
 def _seed(seed: int, sample: int) -> int:

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from hubsae.activations.capture import padded
-from hubsae.activations.generation import end_ids
+from hubsae.activations.generation import answers, end_ids, generate
 from hubsae.core.errors import ConfigError, DataError
-from hubsae.core.extras import require
 from hubsae.core.hooks import HookPoint, edit_hook
 from hubsae.core.intervene import hook_out_of
 from hubsae.core.progress import progress
@@ -191,25 +190,13 @@ class _Writer:
         return written
 
     def _generate(self, which: list[int]) -> list[_Written]:
-        transformers = require("transformers", extra="train")
         ids, mask = padded([self.prompts[i] for i in which], left=True, pad=self.pad)
-        # said whole: generate() would fill what is unset from the checkpoint's own defaults
-        settings = transformers.GenerationConfig(
-            max_new_tokens=self.longest, do_sample=False, eos_token_id=self.ends or None, pad_token_id=self.pad
-        )
-        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        own, base.generation_config = base.generation_config, settings
-        noise = _Noise(which, self.temperature, self.seed) if self.temperature else None
-        try:
-            out = self.model.generate(
-                input_ids=ids.to(self.device), attention_mask=mask.to(self.device).long(), generation_config=settings,
-                logits_processor=transformers.LogitsProcessorList([noise] if noise else []),
-            )  # fmt: skip
-        finally:
-            base.generation_config = own
-        rows = out[:, ids.shape[1] :].tolist()
-        stops = [next((n + 1 for n, token in enumerate(row) if token in self.ends), len(row)) for row in rows]
-        return [_Written(row[:stop]) for row, stop in zip(rows, stops, strict=True)]
+        noise = [_Noise(which, self.temperature, self.seed)] if self.temperature else []
+        written = generate(
+            self.model, ids.to(self.device), mask.to(self.device).long(), self.ends, self.pad, processors=noise,
+            max_new_tokens=self.longest, do_sample=False,
+        )  # fmt: skip
+        return [_Written(row) for row in answers(written, self.ends)]
 
     def _logits(self, which: list[int], written: Sequence[_Written]) -> Tensor:
         """What predicts each token of the continuations [rows, longest continuation, vocabulary]."""

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hubsae.core.extras import require
+from hubsae.activations.capture import padded
+from hubsae.activations.generation import end_ids, generate
 from hubsae.rl.objectives import position_ids, response_mask, token_log_probs
 
 
@@ -64,69 +65,34 @@ class Rollout:
         ]
 
 
-def eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
-    """All tokens that end a response: the model's own list and the tokenizer's EOS."""
-    found = getattr(model.generation_config, "eos_token_id", None)
-    ids = list(found) if isinstance(found, (list, tuple)) else [found] if found is not None else []
-    return sorted({*ids, tokenizer.eos_token_id} - {None})
-
-
-def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: Any = "cpu") -> tuple[Tensor, Tensor]:
-    """Prompts as one tensor, padded on the left, with their mask.
-
-    >>> left_pad([[5], [6, 7]], pad_id=0)[0]
-    tensor([[0, 5],
-            [6, 7]])
-    """
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    return ids, mask
-
-
 @torch.no_grad()
 def sample(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int) -> Rollout:
     """One response per prompt. The same seed gives the same responses; the caller's random state is left alone."""
-    transformers = require("transformers", extra="train")
-    device = next(model.parameters()).device
-    eos = eos_token_ids(model, tokenizer)
-    # stated whole: generate() fills what is unset from the checkpoint's own defaults, and those of instruct models
-    # (top_k 20, top_p 0.8, repetition penalty 1.05) would make the samples come from another distribution than
-    # the log-probabilities
+    device, pad = next(model.parameters()).device, tokenizer.pad_token_id
+    eos = end_ids(model, tokenizer)
     greedy = sampling.temperature == 0
-    choices: dict[str, Any] = {"do_sample": False} if greedy else {"do_sample": True, "top_k": 0, "top_p": 1.0}
+    how: dict[str, Any] = {"do_sample": False} if greedy else {"do_sample": True, "top_k": 0, "top_p": 1.0}
     if not greedy:
-        choices["temperature"] = sampling.temperature
-    settings = transformers.GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens,
-        eos_token_id=eos,
-        pad_token_id=tokenizer.pad_token_id,
-        repetition_penalty=1.0,
-        **choices,
-    )
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    own_defaults, was_training = base.generation_config, model.training
-    base.generation_config = transformers.GenerationConfig(eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
+        how["temperature"] = sampling.temperature
+    was_training = model.training
     model.eval()
-    ids, mask = left_pad(prompts, tokenizer.pad_token_id, device)
+    ids, mask = padded(prompts, left=True, pad=pad)
+    ids, mask = ids.to(device), mask.to(device).long()
     parts: list[Tensor] = []
-    cuda = [device] if device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices=cuda):
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             for start in range(0, len(prompts), sampling.micro_batch):
                 rows = slice(start, start + sampling.micro_batch)
-                out = model.generate(input_ids=ids[rows], attention_mask=mask[rows], generation_config=settings)
-                parts.append(out[:, ids.shape[1] :])
+                parts.append(
+                    generate(model, ids[rows], mask[rows], eos, pad, max_new_tokens=sampling.max_new_tokens, **how)
+                )
     finally:
-        base.generation_config = own_defaults
         model.train(was_training)
     width = max(part.shape[1] for part in parts)
-    response = torch.cat(
-        [torch.nn.functional.pad(part, (0, width - part.shape[1]), value=tokenizer.pad_token_id) for part in parts]
-    )
+    response = torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1]), value=pad) for part in parts])
     real = response_mask(response, eos)
-    response = torch.where(real.bool(), response, tokenizer.pad_token_id)
+    response = torch.where(real.bool(), response, pad)
     return Rollout(torch.cat([ids, response], 1), torch.cat([mask, real], 1), ids.shape[1], real)
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hubsae.activations.generation import end_ids
 from hubsae.rl.objectives import position_ids
 from hubsae.rl.policy import LoRA, Policy, new_critic
 from hubsae.rl.problems import PromptStyle, Question, batch_of_step, make_prompts
-from hubsae.rl.rollout import Sampling, eos_token_ids, log_probs_of, sample, values_of
+from hubsae.rl.rollout import Sampling, log_probs_of, sample, values_of
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +124,7 @@ def test_every_eos_of_the_checkpoint_ends_a_response(quick_world):
     model = quick_world.load_stage("sft_step200")
     newline = quick_world.tokenizer("\n").input_ids[0]
     model.generation_config.eos_token_id = [quick_world.tokenizer.eos_token_id, newline]
-    assert eos_token_ids(model, quick_world.tokenizer) == sorted([quick_world.tokenizer.eos_token_id, newline])
+    assert end_ids(model, quick_world.tokenizer) == sorted([quick_world.tokenizer.eos_token_id, newline])
     prompts = [quick_world.prompt_ids(p) for p in quick_world.test_problems[:8]]
     rollout = sample(model, quick_world.tokenizer, prompts, Sampling(20), seed=0)
     for row in range(8):
