@@ -9,8 +9,11 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
+from hubsae.activations.generation import end_ids, generate
+from hubsae.activations.models import load_model, load_tokenizer
 from hubsae.core.errors import HubSAEError
-from hubsae.core.extras import require
 
 Message = dict[str, str]
 Chat = Callable[[list[Message]], str]
@@ -56,17 +59,19 @@ class LocalChat:
     """A model of transformers in this process, decoding greedily."""
 
     def __init__(self, model: str, *, device: str | None = None, max_tokens: int = 200):
-        transformers = require("transformers", extra="train")
         self.model_id, self.max_tokens = model, max_tokens
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(model).eval()
-        if device:
-            self.model = self.model.to(device)
+        self.tokenizer, self.model = load_tokenizer(model), load_model(model, device=device)
+        self.ends = end_ids(self.model, self.tokenizer)
 
     def __call__(self, messages: list[Message]) -> str:
         """The answer to a conversation."""
-        ids = self.tokenizer.apply_chat_template(
+        asked = self.tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        ).to(self.model.device)
-        out = self.model.generate(**ids, max_new_tokens=self.max_tokens, do_sample=False)
-        return self.tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+        ).to(next(self.model.parameters()).device)
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.ends[0]
+        with torch.inference_mode():
+            out = generate(
+                self.model, asked["input_ids"], asked["attention_mask"], self.ends, pad,
+                max_new_tokens=self.max_tokens, do_sample=False,
+            )  # fmt: skip
+        return self.tokenizer.decode(out[0], skip_special_tokens=True)
