@@ -10,7 +10,11 @@ from hubsae.core.errors import HubSAEError
 from hubsae.core.files import writing
 from hubsae.core.metadata import Metric
 from hubsae.core.sae import SAE
+from hubsae.evals.definitions import DEFINITIONS
 from hubsae.train.config import TrainConfig
+
+VALIDATED = {"val_mse": "mse", "val_fvu": "fvu", "val_l0": "l0", "val_dead": "dead_fraction"}
+"""What is measured on validation data, by its name in the log."""
 
 
 @dataclass
@@ -52,15 +56,10 @@ class TrainResult:
 
 def as_metadata(values: dict[str, float], scope: str = "all") -> list[Metric]:
     """Validation numbers as metadata metrics; `scope` is the SAE's own."""
-    named = {
-        "val_mse": ("mse", "mean over tokens and dimensions of (x - x̂)², raw activations"),
-        "val_fvu": ("fvu", "Σ|x - x̂|² / Σ|x - mean(x)|², mean per dimension"),
-        "val_l0": ("l0", "mean number of active latents per token"),
-        "val_dead": ("dead_fraction", "share of latents that never fired on these tokens"),
-    }
     common: dict[str, Any] = {"n_tokens": int(values.get("val_rows", 0)), "scope": scope}
+    common["source"] = "hubsae, validation in training"
     return [
-        Metric(name=name, value=values[key], definition=text, source="hubsae, validation in training", **common)
-        for key, (name, text) in named.items()
+        Metric(name=name, value=values[key], definition=DEFINITIONS[name], **common)
+        for key, name in VALIDATED.items()
         if key in values
     ]

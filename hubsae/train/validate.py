@@ -13,8 +13,7 @@ from hubsae.core.sae import SAE
 from hubsae.evals.passes import BLOCK_ROWS, run_pass
 from hubsae.evals.reconstruction import prepare
 from hubsae.train import data
-
-NAMES = {"val_mse": "mse", "val_fvu": "fvu", "val_l0": "l0", "val_dead": "dead_fraction"}
+from hubsae.train.result import VALIDATED
 
 
 def measure(
@@ -30,7 +29,7 @@ def measure(
     (found,) = run_pass(table, named, [sums], blocks=blocks, ranks=Ranks())
     out = {}
     for name in saes:
-        values = {key: found[name].value(metric, selection.scope.name) for key, metric in NAMES.items()}
+        values = {key: found[name].value(metric, selection.scope.name) for key, metric in VALIDATED.items()}
         if not (n_tokens := found[name].get("mse", selection.scope.name).n_tokens):
             raise DataError("every validation token is left out", hint="leave out fewer (exclude, max_norm_factor)")
         out[name] = {key: value for key, value in values.items() if value is not None} | {"val_rows": n_tokens}
