@@ -145,7 +145,8 @@ def build_head(path: str | Path, tensors: dict[str, Tensor], width: int) -> nn.M
     two = {"0.weight", "0.bias", "2.weight", "2.bias"}
     last = tensors.get("2.weight" if set(tensors) == two else "weight")
     if last is None or last.ndim != 2 or (set(tensors) != two and not set(tensors) <= {"weight", "bias"}):
-        found = ", ".join(HEADS[0] + name for name in sorted(tensors)) or "none; a new one would score at random"
+        found = ", ".join(HEADS[0] + name for name in sorted(tensors))
+        found = found or "none of them; a new one would score at random"
         raise FormatError(path, "a head: score.weight, or score.0 and score.2 with biases", found)
     if last.shape[0] > 2:
         raise FormatError(path, "a head of one output or two", f"one of {last.shape[0]}")
