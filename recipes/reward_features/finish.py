@@ -58,9 +58,9 @@ def index(
     found = []
     for row in carriers:
         effect, where = float(row["effect"]), row["score_where_it_fires"]
-        text = f"{'raises' if effect > 0 else 'lowers'} the reward by {abs(effect):.3g}"
+        text = f"score {float(where):.2f} where it fires; " if where else ""
+        text += f"{'raises' if effect > 0 else 'lowers'} the reward by {abs(effect):.3g}"
         text += f"; without it R² loses {float(row['drop']):.2g}"
-        text += f"; the score is {float(where):.2f} where it fires" if where else ""
         found.append(labels.Label(int(row["feature"]), text, "hubsae", "ridge probe", effect))
     labels.write(made, found)
     return made.name
