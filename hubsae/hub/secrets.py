@@ -14,6 +14,7 @@ from typing import Any
 
 from hubsae.core.errors import HubSAEError
 from hubsae.core.extras import require
+from hubsae.core.parquet import arrow
 from hubsae.core.text import printable
 from hubsae.hub.contents import LocalFile
 
@@ -63,28 +64,28 @@ def _contents(path: Path) -> Iterator[bytes]:
     with open(path, "rb") as file:
         yield file.read(WHOLE if path.stat().st_size <= WHOLE else HEAD)
     if path.suffix == ".parquet" and find_spec("pyarrow"):
-        pa, pq = require("pyarrow", extra="train"), require("pyarrow.parquet", extra="train")
         try:
-            with pq.ParquetFile(path) as table:
+            with arrow().parquet.ParquetFile(path) as table:
                 columns = [field.name for field in table.schema_arrow if "string" in str(field.type)]
                 for batch in table.iter_batches(ROWS, columns=columns) if columns else ():
                     for column in batch.columns:
-                        for texts in _texts(pa, column):
+                        for texts in _texts(column):
                             yield "\n".join(texts.unique().drop_null().to_pylist()).encode()
-        except pa.ArrowInvalid:
+        except arrow().ArrowInvalid:
             pass  # Parquet by its name only
 
 
-def _texts(pa: Any, column: Any) -> Iterator[Any]:
+def _texts(column: Any) -> Iterator[Any]:
     """The columns of strings in a column; the strings of a list as one."""
-    if pa.types.is_struct(column.type):
+    types = arrow().types
+    if types.is_struct(column.type):
         for number in range(column.type.num_fields):
-            yield from _texts(pa, column.field(number))
-    elif pa.types.is_list(column.type) and pa.types.is_string(column.type.value_type):
+            yield from _texts(column.field(number))
+    elif types.is_list(column.type) and types.is_string(column.type.value_type):
         yield require("pyarrow.compute", extra="train").binary_join(column, "")
-    elif pa.types.is_list(column.type):
-        yield from _texts(pa, column.flatten())
-    elif pa.types.is_string(column.type):
+    elif types.is_list(column.type):
+        yield from _texts(column.flatten())
+    elif types.is_string(column.type):
         yield column
 
 

@@ -2,8 +2,11 @@
 
 Of every firing four things are done, all of them by columns: its size goes into a histogram, its value into a sum, and
 it is compared with the bounds of its feature: the weakest of the strongest samples kept so far, and the largest hash
-of the random ones. Few pass; only for these a context is looked up. Everything is exact and mergeable: counts are
-integers, sums are integers of 2^-20, records are an n-best cut (see `best`).
+of the random ones. Few pass; only for these a context is looked up, and they wait together until they are worth a look
+at the bounds again. Everything is exact and mergeable: counts are integers, sums are integers of 2^-20, records are an
+n-best cut (see `best`).
+
+    codes -> counted, compared -> candidates -> context -> waiting -> cut, bounds raised -> records
 """
 
 from __future__ import annotations
@@ -24,8 +27,10 @@ from hubsae.index.best import Kept, Records, keep, order_by, rank_in_group
 from hubsae.index.tally import Cofiring, Tally
 
 KIND = "feature table"
-ROWS = 8192
-"""Rows taken in at once: half a million records at k 64, so that what the first firings displace is looked up once."""
+ROWS = 4096
+"""Rows taken in at once, where blocks are smaller."""
+WAITING = 1 << 14
+"""Candidates that wait; more of one block are cut before their context is looked up."""
 NO_VALUE, NO_HASH, NO_SAMPLE = np.float32(-np.inf), 2**63 - 1, -(2**63)
 
 
@@ -88,6 +93,7 @@ class FeatureTable:
         self._next: int | None = None
         self._waiting: list[dict[str, np.ndarray]] = []
         self._behind = 0
+        self._candidates: list[Records] = []
 
     # ---- adding -----------------------------------------------------------------------------------------------
 
@@ -99,13 +105,11 @@ class FeatureTable:
     @property
     def histogram(self) -> np.ndarray:
         """Firings of each feature by size. [d_sae, BINS]"""
-        self.settle()
         return self._tally.histogram
 
     @property
     def sum(self) -> np.ndarray:
         """Sum of each feature's values, in integers of 2^-20. [d_sae]"""
-        self.settle()
         return self._tally.sum
 
     @property
@@ -153,13 +157,14 @@ class FeatureTable:
             "counted": counted,
         }
         if self._next is not None and self._next != start:
-            self.settle()
+            self._take_in(last=True)
         self._next = start + n
-        self._waiting.append(block)
         if not halo:
             self._cover(start, start + n)
             self.n_rows += n
             self.n_tokens += int(counted.sum())
+        block["passes"] = self._count(block)
+        self._waiting.append(block)
         if sum(len(b["index"]) for b in self._waiting) - self._behind >= self.rows + self.window:
             self._take_in(last=False)
 
@@ -178,52 +183,69 @@ class FeatureTable:
         self.spans = _joined([*self.spans, [start, end]])
 
     def settle(self) -> None:
-        """Take in what waits for its right neighbours, as if none came."""
-        if self._waiting:
-            self._take_in(last=True)
-            self._waiting, self._behind = [], 0
+        """Take in what waits for its right neighbours, as if none came, and cut what waits to be cut."""
+        self._take_in(last=True)
+        self._cut_candidates()
+
+    def _count(self, block: dict[str, np.ndarray]) -> np.ndarray:
+        """Count the firings of a block, and compare them; which may be among the best. [rows, k] bool"""
+        feature, value, counted = block["feature"], block["value"], block["counted"]
+        if not counted.any():
+            return np.zeros(feature.shape, bool)
+        part: Any = slice(None) if counted.all() else np.flatnonzero(counted)
+        feature, value, hashes = feature[part], value[part], mix(block["index"][part])
+        for table, column in ((self.first, block["position"][part] == 0), (self.special, block["special"][part])):
+            np.add.at(table, feature[column][value[column] != 0], 1)
+        self._cofiring.add(hashes, feature, value)
+        near: Any = {"hashes": _upper(hashes), "bound_hash": self._near} if self.random else {}
+        # while rows come in order a tie always loses to the token before it; otherwise it may win
+        passes = self._tally.count(feature, value, self._bound, strict=self._rising, **near)
+        if isinstance(part, slice):
+            return passes
+        every = np.zeros(block["feature"].shape, bool)
+        every[part] = passes
+        return every
 
     def _take_in(self, *, last: bool) -> None:
-        """Count and compare the waiting rows, all but the last `window`, whose neighbours may still come."""
+        """Look up what is around the candidates of the waiting rows, but for the last `window` rows, whose neighbours
+        may still come."""
+        if not self._waiting:
+            return
         width = max(b["feature"].shape[1] for b in self._waiting)
         rows = {
             name: np.concatenate([_widened(b[name], width) for b in self._waiting]) for name in self._waiting[0]
         } if len(self._waiting) > 1 else self._waiting[0]  # fmt: skip
         n = len(rows["index"])
-        here = np.arange(self._behind, n if last else n - self.window)
-        here = here[rows["counted"][here]]
-        if len(here):
-            self._count(rows, here)
-        kept = max(0, n - 2 * self.window)
-        self._waiting = [{name: column[kept:].copy() for name, column in rows.items()}]
-        self._behind = n - self.window - kept
+        end = n if last else n - self.window
+        places = np.flatnonzero(rows["passes"][self._behind : end]) + self._behind * width
+        feature, value, row = rows["feature"].reshape(-1)[places], rows["value"].reshape(-1)[places], places // width
+        index, sample = rows["index"][row], rows["sample"][row]
+        if len(places) > WAITING:
+            self._cut_candidates()
+            chosen = self._best_of(feature, value, index, sample)
+            self._put(self._with_context(rows, feature[chosen], value[chosen], row[chosen]))
+        elif len(places):
+            self._candidates.append(self._with_context(rows, feature, value, row))
+            if sum(len(records.feature) for records in self._candidates) > WAITING:
+                self._cut_candidates()
+        kept = n if last else max(0, n - 2 * self.window)
+        self._waiting = [{name: column[kept:].copy() for name, column in rows.items()}] if kept < n else []
+        self._behind = end - kept if kept < n else 0
 
-    def _count(self, rows: dict[str, np.ndarray], here: np.ndarray) -> None:
-        every = len(here) == here[-1] - here[0] + 1
-        part = slice(here[0], here[-1] + 1) if every else here
-        feature, value = rows["feature"][part], rows["value"][part]
-        for table, column in ((self.first, rows["position"][part] == 0), (self.special, rows["special"][part])):
-            if column.any():
-                chosen = feature[column][value[column] != 0]
-                table += np.bincount(chosen, minlength=self.d_sae)
-        hashes = mix(rows["index"][part])
-        self._cofiring.add(hashes, feature, value)
-        near: Any = {"hashes": _upper(hashes), "bound_hash": self._near} if self.random else {}
-        # while rows come in order a tie always loses to the token before it; otherwise it may win
-        found = self._tally.count(feature, value, self._bound, strict=self._rising, **near)
-        if not len(found):
-            return
-        row = found // feature.shape[1]
-        candidate, size = feature.reshape(-1)[found], value.reshape(-1)[found]
-        ranks = np.empty(len(hashes), np.int64)
-        ranks[np.argsort(hashes)] = np.arange(len(hashes))
-        sample = rows["sample"][part]
-        best = keep(candidate, size, row, sample[row], self.top, self.random, ranks[row])
-        candidate, size, row = candidate[best.rows], size[best.rows], row[best.rows]
-        hashed = hashes[row]
-        self._raise_bounds(candidate, size, sample[row], hashed, best.prompt_rank >= 0, best.random_rank >= 0)
-        still = np.flatnonzero(self._passes(candidate, size, hashed))
-        self._put(self._with_context(rows, candidate[still], size[still], here[row[still]]))
+    def _cut_candidates(self) -> None:
+        """Keep the best of those that wait."""
+        if self._candidates:
+            new = Records(*(np.concatenate(columns) for columns in zip(*self._candidates, strict=True)))
+            self._candidates = []
+            self._put(new.take(self._best_of(new.feature, new.value, new.index, new.sample)))
+
+    def _best_of(self, feature: np.ndarray, value: np.ndarray, index: np.ndarray, sample: np.ndarray) -> np.ndarray:
+        """Raise the bounds by candidates; which of these are not below them."""
+        hashes = mix(index)
+        best = keep(feature, value, index, sample, self.top, self.random, hashes)
+        feature, value, hashes = feature[best.rows], value[best.rows], hashes[best.rows]
+        self._raise_bounds(feature, value, sample[best.rows], hashes, best.prompt_rank >= 0, best.random_rank >= 0)
+        return best.rows[self._passes(feature, value, hashes)]
 
     def _passes(self, feature: np.ndarray, value: np.ndarray, hashed: np.ndarray) -> np.ndarray:
         """Which records the bounds have not risen above. bool"""
@@ -265,14 +287,15 @@ class FeatureTable:
         self, rows: dict[str, np.ndarray], feature: np.ndarray, value: np.ndarray, row: np.ndarray
     ) -> Records:
         """Records of firings (feature, row), with the tokens around and the feature's value at each of them."""
-        width = 2 * self.window + 1
-        sample, ids = rows["sample"], np.empty((len(row), width), np.int32)
-        padded = (np.pad(rows["token"], self.window), np.pad(sample, self.window, constant_values=NO_SAMPLE))
-        tokens, samples = (np.lib.stride_tricks.sliding_window_view(column, width) for column in padded)
+        width, sample, beyond = 2 * self.window + 1, rows["sample"], np.full(self.window, NO_SAMPLE)
+        ids, around = np.empty((len(row), width), np.int32), np.zeros((len(row), width), np.float32)
+        tokens, samples = (
+            np.lib.stride_tricks.sliding_window_view(np.concatenate([beyond, column, beyond]), width)
+            for column in (rows["token"], sample)
+        )
         for start in range(0, len(row), 8192):
             part = row[start : start + 8192]
             ids[start : start + 8192] = np.where(samples[part] == sample[part, None], tokens[part], -1)
-        around = np.zeros((len(row), width), np.float32)
         around[:, self.window] = value
         if self.window and len(row):
             self._fill_around(rows, feature, row, around)
@@ -321,8 +344,8 @@ class FeatureTable:
             held = len(self.records.feature)
             still = self._passes(self.records.feature, self.records.value, mix(self.records.index))
             self._free = np.flatnonzero(~(still & self._used()))
-            if len(self._free) < max(len(new.feature), held // 8):
-                more = max(len(new.feature) - len(self._free), held // 8)
+            if len(self._free) < max(len(new.feature), held // 16):
+                more = max(len(new.feature) - len(self._free), held // 16)
                 for column in self.records:
                     column.resize((held + more, *column.shape[1:]), refcheck=False)
                 self._free = np.append(self._free, np.arange(held, held + more))
@@ -395,6 +418,7 @@ class FeatureTable:
     def result(self) -> FeatureTable:
         """This table, cut and in the one order that its contents have."""
         self.settle()
+        _ = self.histogram  # so that nothing is held twice during the cut
         self._cut()
         roles = sorted(self.roles)
         moved = np.array([*(roles.index(role) for role in self.roles), -1], np.int16)

@@ -13,12 +13,14 @@ import torch
 BINS = 64
 """Histogram bins: two per doubling of |z|, from 2^-16 to 2^16; smaller and larger ones fall into the outermost."""
 LOWEST = -16
+FIRST = (127 + LOWEST) << 1
+"""Of the first bin: exponent and first bit of the mantissa, as they stand in a float32."""
 UNIT = np.float32(2**20)
 CHUNK = 1 << 16
 """Firings at once."""
 PAIRED = 16_384
 """Tokens, drawn by hash, whose features are kept whole: which features fire together."""
-_ONE = torch.ones(1, dtype=torch.int16)
+_ONE = np.uint16(1)
 
 
 def bin_edges() -> list[float]:
@@ -34,7 +36,7 @@ def bins_of(values: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """The histogram bin of each float32 value, by its exponent and the first bit behind it. int32"""
     out = np.right_shift(values.view(np.int32), 22, out=out)
     np.bitwise_and(out, 0x1FF, out=out)
-    np.subtract(out, (127 + LOWEST) << 1, out=out)
+    np.subtract(out, FIRST, out=out)
     return np.clip(out, 0, BINS - 1, out=out)
 
 
@@ -43,7 +45,7 @@ class Tally:
 
     >>> tally, feature, value = Tally(8), np.int32([[1, 3], [1, 0]]), np.float32([[2, 5], [7, 0]])
     >>> tally.count(feature, value, np.full(8, 4, np.float32), strict=True).tolist()
-    [1, 2]
+    [[False, True], [True, False]]
     >>> tally.histogram.sum(1).tolist()[:4], (tally.sum / UNIT).tolist()[:4]
     ([0, 2, 0, 1], [0.0, 9.0, 0.0, 5.0])
     """
@@ -54,22 +56,25 @@ class Tally:
         # laid out by bin; no memory is taken for the bins that nothing falls in
         self._histogram = np.zeros((d_sae, BINS), np.int64, order="F") if histogram is None else histogram
         self._sums = torch.zeros(d_sae, dtype=torch.float64) if total is None else torch.from_numpy(total)
-        self._counts, self._rows = torch.zeros(BINS * d_sae, dtype=torch.int16), 0
+        self._clear()
         self._make_buffers(CHUNK)
 
+    def _clear(self) -> None:
+        # from code 0 on, so that a firing's place needs no subtraction; of the codes below the bins no memory is taken
+        self._counts, self._rows = np.zeros((FIRST + BINS) * self.d_sae, np.uint16), 0
+
     def _make_buffers(self, n: int) -> None:
-        self._place, self._size = np.empty(n, np.int32), np.empty(n, np.float32)
-        self._wide, self._passes = np.empty(n), np.empty(n, bool)
+        self._code, self._size = np.empty(n, np.int32), np.empty(n, np.float32)
+        self._place, self._passes = np.empty(n, np.int64), np.empty(n, bool)
 
     @property
     def histogram(self) -> np.ndarray:
         """Firings by feature and bin. [d_sae, BINS] int64"""
         if self._rows:
-            counts = self._counts.numpy().view(np.uint16).reshape(BINS, self.d_sae)
+            counts = self._counts.reshape(-1, self.d_sae)[FIRST:]
             for used in np.flatnonzero(counts.any(1)):
                 self._histogram[:, used] += counts[used]
-                counts[used] = 0
-            self._rows = 0
+            self._clear()
         return self._histogram
 
     @property
@@ -92,24 +97,25 @@ class Tally:
         hashes: np.ndarray | None = None,
         bound_hash: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Count the firings in codes [rows, k]; the places (row · k + column) of those that may pass a bound.
+        """Count the firings in codes [rows, k]; which of them may pass a bound. [rows, k] bool
 
         They pass when the value is above the `bound` of the feature (`strict`: a tie does not pass), or, with `hashes`
         (int32, by row), when the hash of the row is at most the feature's `bound_hash`. A value of 0 is no firing.
         """
         rows, k = feature.shape
         step = max(1, CHUNK // max(k, 1))
-        if step * k > len(self._place):
+        if step * k > len(self._code):
             self._make_buffers(step * k)
-        found = []
+        found = np.empty(feature.shape, bool)
         for low in range(0, rows, step):
             flat, size = feature[low : low + step].reshape(-1), value[low : low + step].reshape(-1)
             here = None if hashes is None else np.broadcast_to(hashes[low : low + step, None], (len(flat) // k, k))
             if self._rows + step > 2**16 - 1:  # a feature fires once on a row, so no count is larger
                 _ = self.histogram
             self._rows += step
-            found.append(np.flatnonzero(self._count(flat, size, bound, strict, here, bound_hash)) + low * k)
-        return np.concatenate(found) if found else np.zeros(0, np.int64)
+            passes = self._count(flat, size, bound, strict, here, bound_hash)
+            found[low : low + step] = passes.reshape(-1, k)
+        return found
 
     def _count(
         self,
@@ -122,25 +128,29 @@ class Tally:
     ) -> np.ndarray:
         """`count` for some firings [n]; `hashes` are as many, of any shape. Which pass: bool [n]"""
         n, index = len(of), torch.from_numpy(of)
-        place, size, wide, passes = self._place[:n], self._size[:n], self._wide[:n], self._passes[:n]
-        if not np.not_equal(value, 0, out=passes).all():
-            passes = passes.copy()
-            chosen = None if hashes is None else hashes.reshape(-1)[passes]
-            passes[passes] = self._count(of[passes], value[passes], bound, strict, chosen, bound_hash)
-            return passes
-        bins_of(value, out=place)
-        np.multiply(place, self.d_sae, out=place)
-        np.add(place, of, out=place)
-        self._counts.index_add_(0, torch.from_numpy(place), _ONE.expand(n))
+        code, size, place, passes = self._code[:n], self._size[:n], self._place[:n], self._passes[:n]
+        np.right_shift(value.view(np.int32), 22, out=code)
+        if code.min(initial=FIRST) < FIRST or code.max(initial=FIRST) >= FIRST + BINS:
+            if not np.not_equal(value, 0, out=passes).all():
+                passes = passes.copy()
+                chosen = None if hashes is None else hashes.reshape(-1)[passes]
+                passes[passes] = self._count(of[passes], value[passes], bound, strict, chosen, bound_hash)
+                return passes
+            np.add(bins_of(value, out=code), FIRST, out=code)
+        np.multiply(code, self.d_sae, out=code)
+        np.add(code, of, out=code)
+        place[:] = code
+        np.add.at(self._counts, place, _ONE)
         np.multiply(value, UNIT, out=size)
         np.rint(size, out=size)
+        wide = place.view(np.float64)
         wide[:] = size
-        self._sums.index_add_(0, index, torch.from_numpy(wide))
+        self._sums.add_(torch.bincount(index, weights=torch.from_numpy(wide), minlength=self.d_sae))
         torch.index_select(torch.from_numpy(bound), 0, index, out=torch.from_numpy(size))
         (np.greater if strict else np.greater_equal)(value, size, out=passes)
         if hashes is not None and bound_hash is not None:
-            torch.index_select(torch.from_numpy(bound_hash), 0, index, out=torch.from_numpy(place))
-            passes |= (place.reshape(hashes.shape) >= hashes).reshape(-1)
+            torch.index_select(torch.from_numpy(bound_hash), 0, index, out=torch.from_numpy(code))
+            passes |= (code.reshape(hashes.shape) >= hashes).reshape(-1)
         return passes
 
 
