@@ -17,10 +17,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from imports import circles, import_graph, upward
 
 ROOT = Path(hubsae.__file__).parent
-ROOMS = ["cli", "recipes", "rl", "hub", "index", "train", "evals", "activations", "formats", "core", "kernels"]
+ROOMS = ["cli", "recipes", "scale", "rl", "hub", "index", "train", "evals", "activations", "formats", "core", "kernels"]
 HEAVY = {
     "transformers", "datasets", "trl", "peft", "accelerate", "sae_lens", "onnx", "onnxruntime", "matplotlib",
-    "numba", "scipy", "pyarrow", "pandas", "polars", "sparsify", "dictionary_learning",
+    "numba", "scipy", "pyarrow", "datatrove", "ray", "pandas", "polars", "sparsify", "dictionary_learning",
 }  # fmt: skip
 
 

@@ -1,8 +1,13 @@
-"""Rewrite activations of any readable layout into ours: SAELens caches, `.pt` and `.npy` piles, other Parquet."""
+"""Rewrite activations of any readable layout into ours: SAELens caches, `.pt` and `.npy` piles, other Parquet.
+
+The rows are cut into parts of about a file each, at beginnings of samples, so that ranks share them: whoever writes
+them, the files are the same.
+"""
 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +16,12 @@ import numpy as np
 import torch
 
 from hubsae.activations.dataset import ActivationDataset
-from hubsae.activations.layout import LABELS, SHARD_BYTES, configs_in
+from hubsae.activations.layout import LABELS, SHARD_BYTES, configs_in, shard_name
 from hubsae.activations.manifest import finalize
 from hubsae.activations.opening import find_activations, find_pile
+from hubsae.activations.ranks import Ranks
 from hubsae.activations.writer import ActivationWriter, scale_for
-from hubsae.core.errors import DataError
+from hubsae.core.errors import ConfigError, DataError
 
 ROWS = 8192
 
@@ -30,11 +36,14 @@ def convert(
     vector: str | None = None,
     source: dict[str, Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
+    ranks: Ranks | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Path:
     """Write the activations at `path` into the folder `out`; labels the source lacks get the value -1.
 
-    `dtype` is float32 for float32 sources and float16 otherwise, unless given; `config` renames the only config.
+    `dtype` is float32 for float32 sources and float16 otherwise, unless given; `config` renames the only config. With
+    `ranks` this is one of several writers, or of several attempts: parts that are there stay, and who finds all of
+    them there finishes the dataset.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as d:
@@ -43,16 +52,19 @@ def convert(
     5
     """
     target = Path(out)
-    if configs_in(target):
+    if ranks is None and configs_in(target):
         raise DataError(f"{target} holds activations already", hint="convert into an empty folder")
+    mine = ranks or Ranks()
     names = list_configs(Path(path), vector)
     if config is not None and len(names) > 1:
         raise DataError(f"{path} holds {len(names)} configs, so they cannot all be named {config!r}")
+    complete = True
     for name, splits in names.items():
         for split in splits:
             data = ActivationDataset.open(path, name, split, vector=vector)
-            _convert_one(data, target, config or name, split, dtype, scale, source, shard_bytes, progress)
-    return finalize(target)
+            how = _how(data, config or name, dtype, scale, source, mine)
+            complete &= _convert_one(data, target, split, how, shard_bytes, mine, progress)
+    return finalize(target) if complete else target
 
 
 def list_configs(path: Path, vector: str | None = None) -> dict[str, list[str]]:
@@ -67,39 +79,75 @@ def list_configs(path: Path, vector: str | None = None) -> dict[str, list[str]]:
     return {name: list(splits) for name, splits in pile.items()}
 
 
-def _convert_one(
-    data: ActivationDataset, out: Path, config: str, split: str, dtype: str | None, scale: float | str,
-    source: dict[str, Any] | None, shard_bytes: int, progress: Callable[[int], None] | None,
-) -> None:  # fmt: skip
+def _how(
+    data: ActivationDataset, config: str, dtype: str | None, scale: float | str, source: dict[str, Any] | None,
+    ranks: Ranks,
+) -> dict[str, Any]:  # fmt: skip
+    """What every writer of a config is opened with."""
     kind = dtype or ("float32" if data.stored_dtype == torch.float32 else "float16")
-    factor = 1.0 if kind != "float16" else float(scale) if scale != "auto" else scale_for(_largest(data))
+    exact = kind != "float16" or (data.stored_dtype == torch.float16 and data.scale == 1)
+    if scale == "auto" and not exact and ranks.world_size > 1:
+        raise ConfigError(
+            f"{config}: to choose a scale for float16 every task would have to read everything first",
+            hint="give the scale: scale=1 where no value exceeds 65504, else a power of two such as 0.0625",
+        )
     extra = {name: _kind(data, name) for name in data.label_names if name not in LABELS}
     record: dict[str, Any] = {"converted_from": Path(data.path).name, **data.info, **(source or {})}
     if found := re.fullmatch(r"(?:(?P<stage>.+)\.)?(?P<hook>layers\.\d+.*)", config):
         record = {"hook_point": found["hook"], **({"stage": found["stage"]} if found["stage"] else {}), **record}
-    writer = ActivationWriter(
-        out, d=data.d, dtype=kind, config=config, scale=factor, split=split, columns=extra, source=record,
-        shard_bytes=shard_bytes, finalize=False,
-    )  # fmt: skip
-    with writer:
-        for x, labels in data.labelled_batches(data.label_names, ROWS, shuffle=False, dtype=_computing_type(data)):
-            writer.write(x, **labels)
-            if progress is not None:
-                progress(len(x))
+    factor = 1.0 if kind != "float16" else float(scale) if scale != "auto" else 1.0 if exact else _largest_scale(data)
+    return {"d": data.d, "dtype": kind, "config": config, "scale": factor, "columns": extra, "source": record}
+
+
+def _convert_one(
+    data: ActivationDataset, out: Path, split: str, how: dict[str, Any], shard_bytes: int, ranks: Ranks,
+    progress: Callable[[int], None] | None,
+) -> bool:  # fmt: skip
+    """Write this rank's parts of a config; whether all parts are there."""
+    rows = max(1, shard_bytes // (data.d * (2 if how["dtype"] == "float16" else 4)))
+    starts = [_sample_start(data, row) for row in range(0, data.n_rows, rows)]
+    parts = [(a, b) for a, b in zip(starts, [*starts[1:], data.n_rows], strict=True) if a < b]
+    files = [out / how["config"] / shard_name(split, part, 0) for part in range(len(parts))]
+    for part, (first, last) in enumerate(parts):
+        if part % ranks.world_size == ranks.rank and not files[part].is_file():
+            # a part is one file: the last sample may make it longer than the others
+            with ActivationWriter(
+                out, **how, split=split, rank=part, shard_bytes=sys.maxsize, finalize=False, anew=True
+            ) as writer:
+                for start in range(first, last, ROWS):
+                    n = min(ROWS, last - start)
+                    x, labels = data.rows(start, n, columns=data.label_names, dtype=_computing_type(data))
+                    writer.write(x, **labels)
+        if progress is not None:
+            progress(last - first)
+    return all(file.is_file() for file in files)
+
+
+def _sample_start(data: ActivationDataset, row: int) -> int:
+    """The first row from `row` on that begins a sample; the row itself where samples are not known."""
+    if row == 0 or "sample_id" not in data.label_names:
+        return row
+    before = None
+    for start in range(row - 1, data.n_rows, ROWS):
+        ids = np.asarray(data._labels(["sample_id"], [(start, min(start + ROWS, data.n_rows))])["sample_id"])
+        begins = np.flatnonzero((ids != np.concatenate([ids[:1] if before is None else before, ids[:-1]])) | (ids < 0))
+        begins = begins[begins + start >= row]
+        if len(begins):
+            return start + int(begins[0])
+        before = ids[-1:]
+    return data.n_rows
 
 
 def _computing_type(data: ActivationDataset) -> torch.dtype:
     return torch.float16 if data.stored_dtype == torch.float16 and data.scale == 1 else torch.float32
 
 
-def _largest(data: ActivationDataset) -> float:
-    """The largest absolute value; float16 sources cannot exceed their own type."""
-    if data.stored_dtype == torch.float16 and data.scale == 1:
-        return 0.0
+def _largest_scale(data: ActivationDataset) -> float:
+    """The scale at which the largest value fits float16."""
     found = 0.0
     for batch in data.batches(ROWS, shuffle=False, dtype=torch.float32):
         found = max(found, float(batch.abs().amax()))
-    return found
+    return scale_for(found)
 
 
 def _kind(data: ActivationDataset, name: str) -> str:

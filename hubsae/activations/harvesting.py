@@ -13,10 +13,11 @@ import itertools
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from hubsae.activations.layout import SHARD_BYTES, config_name, shards_in
 from hubsae.activations.manifest import finalize
 from hubsae.activations.models import weights_id
 from hubsae.activations.parquet_source import ParquetSource
+from hubsae.activations.ranks import FOLDER as RANKS
 from hubsae.activations.ranks import Ranks
 from hubsae.activations.rewards import Scorer
 from hubsae.activations.samples import BadSample, Mode, Select
@@ -36,7 +38,8 @@ from hubsae.activations.sources import LocalFile
 from hubsae.activations.splits import SplitRule
 from hubsae.activations.stream import PROBE_SAMPLES, HarvestBatch, Probe, Stream, open_stream
 from hubsae.activations.writer import ActivationWriter, scale_for
-from hubsae.core.errors import DataError, WriteError
+from hubsae.core.errors import ConfigError, DataError, WriteError
+from hubsae.core.files import read_json, write_json_atomic
 from hubsae.core.hooks import HookPoint
 from hubsae.core.options import pass_on
 from hubsae.core.progress import progress as show_progress
@@ -92,6 +95,7 @@ def harvest(
     world_size: int | None = None,
     shard_bytes: int = SHARD_BYTES,
     shard_seconds: float | None = KILL_LOSS,
+    parts: bool = False,
     strict: bool = False,
     source: Mapping[str, Any] | None = None,
     progress: bool = True,
@@ -112,6 +116,8 @@ def harvest(
     - `validation_fraction` puts samples aside (`split_by="token"` or `"tail"` for comparison with older releases).
     - Files are closed at least every `shard_seconds`, so that a kill costs no more work than that (and a batch).
     - Under `torchrun` every rank takes its share of the batches; `rank` and `world_size` override the environment.
+    - `parts`: each window of samples has files of its own, all of them or none, so that any number of ranks writes the
+      same bytes; a kill costs the window.
     - The model: `tokenizer` (its own unless given), `adapter` merged into it, `revision`, `model_dtype`, `device`,
       access `token`; `stage` names the checkpoint in configs and records, `source` adds facts to the record.
     - The texts: `prompt_column`, `response_column`, `text_column` where names are unusual; `chat`, `system` and
@@ -131,6 +137,8 @@ def harvest(
     (['layers.0', 'layers.1'], 5)
     """
     ranks = Ranks.find(rank, world_size)
+    if parts and max_tokens is not None and mode != "packed":
+        raise ConfigError("max_tokens counts over all samples, which parts do not know", hint="use max_samples")
     name = str(model) if isinstance(model, (str, Path)) else None
     stream = pass_on(open_stream, locals(), needs_tokenizer=_holds_texts(data))
     n_items = len(data) if hasattr(data, "__len__") else None  # pyright: ignore[reportArgumentType]
@@ -158,18 +166,26 @@ def harvest(
         "window": stream.window,
         **dict(source or {}),
     }
+    whole = isinstance(data, Sequence) or hasattr(data, "select")  # may be read from the beginning again
     items = iter(data)
     head = list(itertools.islice(items, PROBE_SAMPLES if max_samples is None else min(PROBE_SAMPLES, max_samples)))
     if not head:
         raise DataError("there is no data to harvest from", hint="the dataset is empty")
     probe = stream.probe(head)
     scales = _scales(stream, probe, Path(out), stage, scale, dtype)
-    writers = _open_writers(stream, Path(out), stage, record, probe, scales, rule, dtype, shard_bytes, shard_seconds)
+    open_writers = partial(
+        _open_writers, stream, Path(out), stage, record, probe, scales, rule, dtype, shard_bytes,
+        None if parts else shard_seconds, parts,
+    )  # fmt: skip
+    files = _Parts(open_writers, Path(out), stage, stream) if parts else _Files(open_writers, ranks.rank)
     with _sigterm_stops():
-        _run(stream, itertools.chain(head, items), n_items, writers, shard_seconds, progress)
-    run = {"empty": stream.counts.empty, "bad": len(stream.counts.bad)}  # found again by every run
+        _run(stream, data if whole else itertools.chain(head, items), n_items, files, progress)
     decode = None if stream.tokenizer is None else lambda token: stream.tokenizer.decode([token])
-    ranks.finish(Path(out), lambda total: finalize(out, {stage or "run": total}, decode), run)
+    if isinstance(files, _Parts):
+        files.finish(decode)
+    else:
+        run = {"empty": stream.counts.empty, "bad": len(stream.counts.bad)}  # found again by every run
+        ranks.finish(Path(out), lambda total: finalize(out, {stage or "run": total}, decode), run)
     return ActivationSet(out, [config_name(hook.name, stage) for hook in stream.hooks])
 
 
@@ -209,6 +225,7 @@ def _scales(
 def _open_writers(
     stream: Stream, out: Path, stage: str | None, record: dict[str, Any], probe: Mapping[str, Probe],
     scales: Mapping[str, float], rule: SplitRule, dtype: str, shard_bytes: int, shard_seconds: float | None,
+    anew: bool, rank: int,
 ) -> dict[str, ActivationWriter]:  # fmt: skip
     writers = {}
     for hook in stream.hooks:
@@ -221,30 +238,131 @@ def _open_writers(
         writers[hook.name] = ActivationWriter(
             out, d=probe[hook.name].d, dtype=dtype, config=config_name(hook.name, stage), columns=stream.columns,
             scale=scales[hook.name], split=rule if rule.fraction else "train", source={**record, **where},
-            rank=stream.ranks.rank, shard_bytes=shard_bytes, shard_seconds=shard_seconds, finalize=False,
+            rank=rank, shard_bytes=shard_bytes, shard_seconds=shard_seconds, finalize=False, anew=anew,
         )  # fmt: skip
     return writers
 
 
-def _run(
-    stream: Stream, items: Iterator[Any], n_items: int | None, writers: dict[str, ActivationWriter],
-    shard_seconds: float | None, show: bool,
-) -> None:  # fmt: skip
+class _Files:
+    """Where the batches of a rank go: a file per hook point, closed at least every half minute."""
+
+    def __init__(self, open_writers: Callable[[int], dict[str, ActivationWriter]], rank: int):
+        self.writers = open_writers(rank)
+
+    def done(self, ids: np.ndarray) -> np.ndarray:
+        """Which samples lie in finished files."""
+        return np.logical_and.reduce([writer.done(ids) for writer in self.writers.values()])
+
+    def write(self, batch: HarvestBatch, seconds: float) -> None:
+        """Write a batch; the next one will take about as long as this did, `seconds`."""
+        for name, vectors in batch.vectors.items():
+            writer = self.writers[name]
+            writer.write(vectors, **batch.labels)
+            if writer.shard_seconds is not None:
+                writer.commit_older_than(writer.shard_seconds - seconds)
+
+    def stop(self, error: BaseException) -> None:
+        """Close what is open after an error."""
+        for writer in self.writers.values():
+            # each write holds whole samples, so what was written is worth keeping - unless writing itself failed
+            writer.abort() if isinstance(error, (DataError, WriteError)) else writer.commit()
+
+    def close(self) -> None:
+        """Close what is open."""
+        for writer in self.writers.values():
+            writer.close()
+
+
+class _Parts(_Files):
+    """Files by window of samples. A marker says that those of a window are all there; without one they are made anew.
+
+    What a marker counts is of its window alone; what belongs to none (texts behind the last whole block of packed ones)
+    stands, with the number of windows, in a last file, which every rank writes alike.
+    """
+
+    def __init__(
+        self, open_writers: Callable[[int], dict[str, ActivationWriter]], out: Path, stage: str | None, stream: Stream
+    ):
+        self.open_writers, self.out, self.stage, self.stream = open_writers, out, stage, stream
+        self.writers: dict[str, ActivationWriter] = {}
+        self.window, self.windows, self.counted = -1, 0, (0, 0)
+        self.markers = parts_folder(out, stage, [hook.name for hook in stream.hooks])
+        finished = [int(path.stem) for path in self.markers.glob("[0-9]*.json")]
+        self.finished = np.array(sorted(finished), dtype=np.int64)
+
+    def done(self, ids: np.ndarray) -> np.ndarray:
+        return np.isin(ids // self.stream.window, self.finished)
+
+    def write(self, batch: HarvestBatch, seconds: float) -> None:
+        if self.window != batch.window:
+            self.window, self.writers = batch.window, self.open_writers(batch.window)
+        super().write(batch, seconds)
+
+    def stop(self, error: BaseException) -> None:
+        for writer in self.writers.values():
+            writer.abort()
+
+    def seen(self) -> dict[str, int]:
+        """What the stream counted since the last time."""
+        now = self.stream.counts.empty, len(self.stream.counts.bad)
+        before, self.counted = self.counted, now
+        return {"empty": now[0] - before[0], "bad": now[1] - before[1]}
+
+    def end(self, window: int, seen: Mapping[str, int]) -> None:
+        """All batches of a window are written."""
+        super().close()
+        self.writers = {}
+        write_json_atomic(self.markers / f"{window:05d}.json", seen)
+
+    def finish(self, decode: Callable[[int], str] | None) -> None:
+        """Say how many windows there are, and complete the dataset if no other rank has still to make one."""
+        write_json_atomic(self.markers / "all.json", {"windows": self.windows, **self.seen()})
+        if not missing_parts(self.markers):
+            complete_parts(self.out, self.stage, self.markers, decode)
+
+
+def parts_folder(out: str | Path, stage: str | None, hooks: Sequence[str]) -> Path:
+    """Where a harvest in parts leaves its markers."""
+    of = hashlib.sha256(" ".join(sorted(hooks)).encode()).hexdigest()[:12]
+    return Path(out) / RANKS / f"parts-{stage or 'run'}-{of}"
+
+
+def missing_parts(markers: Path) -> list[int]:
+    """Windows of a harvest in parts that are not written yet; [-1] where their number is not known."""
+    if not (markers / "all.json").is_file():
+        return [-1]
+    there = {path.name for path in markers.glob("[0-9]*.json")}
+    return [n for n in range(read_json(markers / "all.json")["windows"]) if f"{n:05d}.json" not in there]
+
+
+def complete_parts(out: str | Path, stage: str | None, markers: Path, decode: Callable[[int], str] | None) -> Path:
+    """Manifest, statistics and card of a dataset whose parts are all there."""
+    every = [read_json(path) for path in sorted(markers.glob("*.json"))]
+    return finalize(out, {stage or "run": {key: sum(said[key] for said in every) for key in ("empty", "bad")}}, decode)
+
+
+def _run(stream: Stream, items: Iterable[Any], n_items: int | None, files: _Files, show: bool) -> None:
     """All batches of this rank through the model and into the writers."""
     pending: list[Future[None]] = []
     began = last = time.monotonic()
+    parts = files if isinstance(files, _Parts) else None
 
-    def done(ids: np.ndarray) -> np.ndarray:
-        return np.logical_and.reduce([writer.done(ids) for writer in writers.values()])
+    def behind(window: int) -> None:
+        assert parts is not None
+        parts.windows, seen = window + 1, parts.seen()
+        if stream.takes(window) and window not in parts.finished:
+            while pending:
+                pending.pop(0).result()
+            parts.end(window, seen)
 
     try:
         with (
             ThreadPoolExecutor(1, thread_name_prefix="hubsae-write") as beside,
             show_progress("harvest", unit="tokens", show=None if show else False) as task,
         ):
-            for batch in stream.batches(items, done=done, n_items=n_items):
+            for batch in stream.batches(items, done=files.done, n_items=n_items, behind=behind if parts else None):
                 now = time.monotonic()
-                pending.append(beside.submit(_write, writers, batch, shard_seconds, now - last))
+                pending.append(beside.submit(files.write, batch, now - last))
                 last = now
                 if len(pending) >= QUEUE:
                     pending.pop(0).result()
@@ -252,12 +370,9 @@ def _run(
             for job in pending:
                 job.result()
     except BaseException as error:
-        for writer in writers.values():
-            # each write holds whole samples, so what was written is worth keeping - unless writing itself failed
-            writer.abort() if isinstance(error, (DataError, WriteError)) else writer.commit()
+        files.stop(error)
         raise
-    for writer in writers.values():
-        writer.close()
+    files.close()
     if show:
         _report(stream, time.monotonic() - began)
 
@@ -283,16 +398,6 @@ def name_bad(bad: Sequence[BadSample]) -> str:
     """
     named = "; ".join(f"{sample.id} {printable(sample.why, 120)}" for sample in bad[:NAMED])
     return named + (f"; and {len(bad) - NAMED} more" if len(bad) > NAMED else "")
-
-
-def _write(
-    writers: Mapping[str, ActivationWriter], batch: HarvestBatch, shard_seconds: float | None, seconds: float
-) -> None:
-    for name, vectors in batch.vectors.items():
-        writers[name].write(vectors, **batch.labels)
-        if shard_seconds is not None:
-            # the next batch will take about as long as this one did
-            writers[name].commit_older_than(shard_seconds - seconds)
 
 
 @contextmanager

@@ -40,6 +40,8 @@ ROW_GROUP_BYTES = 64 << 20
 SHARD_BYTES = 1 << 30
 FOOTER_KEY = "hubsae"
 MANIFEST, STATISTICS = "activations.json", "statistics.safetensors"
+PARTS = ".parts.json"
+"""In a config folder that is written in parts: the header that all of them have."""
 FP16_MAX = 65504.0
 
 _CONFIG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

@@ -61,6 +61,8 @@ class HarvestBatch:
     """[rows] each: token_id, position, sample_id, is_prompt, and what is known of chats"""
     place: Place
     """Where the stream goes on behind this batch."""
+    window: int = 0
+    """The window that its samples are of."""
 
 
 @dataclass
@@ -156,13 +158,24 @@ class Stream:
         start: Place = Place(),
         done: Callable[[np.ndarray], np.ndarray] | None = None,
         n_items: int | None = None,
+        behind: Callable[[int], object] | None = None,
     ) -> Iterator[HarvestBatch]:
-        """The batches of this rank from `start` on. `done` says of sample ids [n] which need not be computed."""
-        by_window = self.how.mode == "generate" or (
-            self.max_tokens is None and n_items is not None and n_items >= 8 * self.window * self.ranks.world_size
+        """The batches of this rank from `start` on. `done` says of sample ids [n] which need not be computed.
+
+        With `behind` ranks take whole windows, and it is called with the number of each window of the data: of one of
+        this rank when its batches are through.
+        """
+        by_window = (
+            self.how.mode == "generate"
+            or behind is not None
+            or (self.max_tokens is None and n_items is not None and n_items >= 8 * self.window * self.ranks.world_size)
         )
-        windows = _windows(itertools.islice(iter(data), self.max_samples), self.window)
-        source = self._packed(windows) if self.how.mode == "packed" else self._prepared(windows, done, by_window, start)
+        packed, mine = self.how.mode == "packed", self.takes if by_window else None
+        windows = _windows(data, self.window, self.max_samples, None if packed else mine)
+        if packed:
+            source = self._packed(windows, counts=self.ranks.rank == 0 or behind is not None)
+        else:
+            source = self._prepared(windows, done, by_window, start)
         was_training = self.model.training
         self.model.eval()
         try:
@@ -184,10 +197,16 @@ class Stream:
                 self.counts.planned += sum(len(s.ids) for _, batch in todo for s in batch)
                 self.counts.planned_samples += len(samples) if todo else 0
                 for place, batch in todo:
-                    behind = Place(number, place + 1) if place + 1 < len(batches) else Place(number + 1)
-                    yield HarvestBatch(*self._forward(batch), behind)
+                    then = Place(number, place + 1) if place + 1 < len(batches) else Place(number + 1)
+                    yield HarvestBatch(*self._forward(batch), then, number)
+                if behind is not None:
+                    behind(number)
         finally:
             self.model.train(was_training)
+
+    def takes(self, window: int) -> bool:
+        """Whether a window is this rank's, where ranks take whole ones."""
+        return is_mine(window, 0, rank=self.ranks.rank, world_size=self.ranks.world_size, by_window=True)
 
     def expected(self, n_items: int | None) -> float | None:
         """Tokens that this rank will have computed in the end, as far as one can say."""
@@ -216,7 +235,7 @@ class Stream:
 
     def _prepared(
         self,
-        windows: Iterator[tuple[int, list[Any]]],
+        windows: Iterator[tuple[int, Sequence[Any]]],
         done: Callable[[np.ndarray], np.ndarray] | None,
         by_window: bool,
         start: Place,
@@ -225,9 +244,7 @@ class Stream:
         total = 0
         for number, (first, items) in enumerate(windows):
             self.counts.passed = first + len(items)
-            mine = not by_window or is_mine(
-                number, 0, rank=self.ranks.rank, world_size=self.ranks.world_size, by_window=True
-            )
+            mine = not by_window or self.takes(number)
             ids = np.arange(first, first + len(items))
             finished = number < start.window or (done is not None and bool(done(ids).all()))
             if not mine or (finished and self.max_tokens is None):
@@ -257,15 +274,15 @@ class Stream:
             if self.max_tokens is not None and total >= self.max_tokens:
                 return
 
-    def _packed(self, windows: Iterator[tuple[int, list[Any]]]) -> Iterator[list[Sample]]:
-        """Windows of packed blocks; a block is a sample."""
+    def _packed(self, windows: Iterator[tuple[int, Sequence[Any]]], counts: bool) -> Iterator[list[Sample]]:
+        """Windows of packed blocks; a block is a sample. All ranks see all texts; those of one count them."""
         assert self.how.max_length is not None
         preparer = Preparer(self.tokenizer, self._as_text(), strict=self.strict)
 
         def texts() -> Iterator[Sample]:
             for first, items in windows:
                 samples, bad = preparer.prepare(items, first)
-                self.counts.bad += bad if self.ranks.rank == 0 else []
+                self.counts.bad += bad if counts else []
                 yield from samples
                 self.counts.passed = first + len(items)
 
@@ -276,7 +293,7 @@ class Stream:
         numbered = (Sample(number, ids, 0) for number, ids in enumerate(packed))
         while window := list(itertools.islice(numbered, self.window)):
             score_samples(window, self.scorers, self.tokenizer)
-            self.counts.samples += len(window) if self.ranks.rank == 0 else 0
+            self.counts.samples += len(window) if counts else 0
             yield window
 
     def _labels(self, sample: Sample) -> dict[str, np.ndarray]:
@@ -388,9 +405,22 @@ def _tokenizer_of(name: str, revision: str | None, token: str | bool | None, nee
         return None  # token ids need none
 
 
-def _windows(items: Iterator[Any], size: int) -> Iterator[tuple[int, list[Any]]]:
-    """Consecutive items with the number of the first."""
-    first = 0
+def _windows(
+    data: Iterable[Any], size: int, most: int | None, wanted: Callable[[int], bool] | None
+) -> Iterator[tuple[int, Sequence[Any]]]:
+    """Consecutive items with the number of the first.
+
+    Of data that can be cut (a list, a `datasets.Dataset`) windows that are not wanted are not read: numbers stand for
+    their items.
+    """
+    cut = getattr(data, "select", None) or (isinstance(data, Sequence) and (lambda rows: data[rows.start : rows.stop]))
+    if wanted is not None and cut:
+        n = min(len(data), most if most is not None else len(data))  # pyright: ignore[reportArgumentType]
+        for first in range(0, n, size):
+            rows = range(first, min(first + size, n))
+            yield first, list(cut(rows)) if wanted(first // size) else rows
+        return
+    items, first = itertools.islice(iter(data), most), 0
     while chunk := list(itertools.islice(items, size)):
         yield first, chunk
         first += len(chunk)

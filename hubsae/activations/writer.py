@@ -27,6 +27,7 @@ from hubsae.activations.layout import (
     FP16_MAX,
     LABELS,
     PAGE_BYTES,
+    PARTS,
     SHARD_BYTES,
     TRUNCATED,
     VECTOR,
@@ -86,11 +87,13 @@ class ActivationWriter:
         shard_bytes: int = SHARD_BYTES,
         shard_seconds: float | None = None,
         finalize: bool = True,
+        anew: bool = False,
     ):
         """Open `out/config` for writing, continuing what a killed run left there.
 
         `scale` (a power of two) multiplies the vectors before they are stored as float16; readers divide it out.
         `shard_seconds` closes a file after that time even if it is small, so that a kill costs little.
+        `anew`: the files of this `rank` are one part of many, made whole by one writer: what there is of them goes.
         """
         self.out = Path(out)
         self.folder = self.out / check_config(config)
@@ -113,9 +116,25 @@ class ActivationWriter:
         names = self.rule.names if isinstance(split, SplitRule) else (split,)
         self._finalize = finalize
         self.folder.mkdir(parents=True, exist_ok=True)
+        if anew:
+            self._begin_part(names)
         self.journal = Journal(self.folder, rank)
-        finished, rows, next_index = self._take_up(names)
-        self._streams = {n: _Stream(self, n, next_index[n], finished[n], rows[n]) for n in names}
+        finished, rows, next_index = self._take_up(() if anew else names)
+        nothing = np.empty(0, dtype=np.int64)
+        self._streams = {
+            n: _Stream(self, n, next_index.get(n, 0), finished.get(n, nothing), rows.get(n, 0)) for n in names
+        }
+
+    def _begin_part(self, names: tuple[str, ...]) -> None:
+        """Agree with the writers of other parts on what the folder holds, and remove an unfinished attempt at this."""
+        said = self.folder / PARTS
+        if not said.is_file():
+            if shards_in(self.folder):
+                raise DataError(f"{self.folder} holds activations already", hint="write into an empty folder")
+            write_json_atomic(said, self.header.to_json())
+        self._refuse_other(ShardHeader.from_json(read_json(said)))
+        for left in [p for name in names for p in self.folder.glob(f"{name}-{self.rank:05d}-*.parquet")]:
+            left.unlink()
 
     def _take_up(self, names: tuple[str, ...]) -> tuple[dict, dict, dict]:
         """What earlier runs finished, per split: sample ids, rows, and our next file number."""
@@ -135,11 +154,7 @@ class ActivationWriter:
                 found = read_header(str(path), metadata)
                 if found is None:
                     raise DataError(f"{path} was not written by hubsae", hint="write into an empty folder")
-                if wrong := self.header.differences(found[0]):
-                    raise DataError(
-                        f"{self.folder} holds other activations: {'; '.join(wrong)}",
-                        hint="write into another folder, or remove this one to start over",
-                    )
+                self._refuse_other(found[0])
                 ids.append(np.unique(pq.read_table(path, columns=["sample_id"])["sample_id"].to_numpy()))
                 rows[split] += file.metadata.num_rows
                 _, rank, index = parse_shard_name(path.name) or (split, 0, 0)
@@ -150,6 +165,13 @@ class ActivationWriter:
         for stale in self.folder.glob(f".*-{self.rank:05d}-*.parquet.*.tmp"):
             stale.unlink()
         return finished, rows, next_index
+
+    def _refuse_other(self, found: ShardHeader) -> None:
+        if wrong := self.header.differences(found):
+            raise DataError(
+                f"{self.folder} holds other activations: {'; '.join(wrong)}",
+                hint="write into another folder, or remove this one to start over",
+            )
 
     @property
     def n_rows(self) -> int:

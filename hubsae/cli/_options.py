@@ -71,6 +71,41 @@ Force = Annotated[
     bool, typer.Option("--force", help="Measure an SAE at another layer or in another model than its record names.")
 ]
 
+# past one machine
+Executor = Annotated[
+    str | None,
+    typer.Option("--executor", help="Cut the work into tasks and let datatrove run them: local, slurm, ray or jobs."),
+]
+Tasks = Annotated[int, typer.Option("--tasks", help="Number of tasks; any number gives the same bytes.")]
+Workers = Annotated[int | None, typer.Option("--workers", help="Tasks that run at the same time.")]
+ExecutorSet = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--executor-set", metavar="NAME=VALUE",
+        help="A setting of the executor: partition=gpu, time=4:00:00, gpus_per_task=1, bucket=me/work ...",
+    ),
+]  # fmt: skip
+
+
+def run_job(
+    job: Any, executor: str | None, tasks: int, workers: int | None, given: list[str] | None, **here: Any
+) -> Any:
+    """Do a job in this process, with what is `here` already, or in tasks where an executor is named."""
+    if executor is None:
+        if tasks != 1 or workers is not None or given:
+            raise typer.BadParameter("--tasks, --workers and --executor-set need --executor", param_hint="--executor")
+        return job.here(**here)
+    from hubsae.scale import run
+
+    settings = {}
+    for item in given or []:
+        name, equals, value = item.partition("=")
+        if not equals or not name:
+            raise typer.BadParameter(f"{item!r} is not NAME=VALUE", param_hint="--executor-set")
+        # 4:00:00 is a time to Slurm; YAML would make a number of it
+        settings[name.replace("-", "_")] = int(value) if value.isdigit() else value
+    return run(job, executor=executor, tasks=tasks, workers=workers, settings=settings)
+
 
 def names_of(given: str | None) -> list[str]:
     """A comma-separated list.

@@ -9,7 +9,6 @@ import typer
 
 from hubsae.cli import _options as options
 from hubsae.cli._common import print_json
-from hubsae.core.progress import progress
 
 PANEL = "Activations"
 
@@ -24,17 +23,22 @@ def command(
     config: Annotated[str | None, typer.Option(help="Name of the config, where there is only one.")] = None,
     vector: Annotated[str | None, typer.Option(help="Column or tensor with the vectors.")] = None,
     model: Annotated[str | None, typer.Option(help="Model the activations come from, for the card.")] = None,
+    executor: options.Executor = None,
+    tasks: options.Tasks = 1,
+    workers: options.Workers = None,
+    executor_set: options.ExecutorSet = None,
     as_json: options.Json = False,
 ) -> None:
     """Rewrite cached activations (SAELens, .pt piles, .npy, safetensors, Parquet) as an activation dataset."""
-    from hubsae.activations.convert import convert
     from hubsae.activations.manifest import describe
+    from hubsae.scale.jobs import Convert
 
-    with progress("converting", unit="tokens") as task:
-        convert(
-            path, out, dtype=dtype, scale=scale if scale == "auto" else float(scale), config=config, vector=vector,
-            source={"model": model} if model else None, progress=task.advance,
-        )  # fmt: skip
+    how = {"dtype": dtype, "scale": scale if scale == "auto" else float(scale), "config": config, "vector": vector}
+    job = Convert(path=str(path), out=str(out), options={**how, "source": {"model": model} if model else None})
+    done = options.run_job(job, executor, tasks, workers, executor_set)
+    if isinstance(done, str):  # in a bucket
+        print(done)
+        return
     info = describe(out)
     if as_json:
         print_json(info)

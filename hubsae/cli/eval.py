@@ -9,7 +9,6 @@ import typer
 
 from hubsae.cli import _options as options
 from hubsae.cli._common import print_json, print_table
-from hubsae.cli._saes import load, together
 from hubsae.core.errors import ConfigError, HubSAEError
 from hubsae.core.files import write_csv_atomic
 from hubsae.core.progress import say
@@ -61,6 +60,10 @@ def command(
     device: options.Device = "cpu",
     dtype: Annotated[str | None, typer.Option(help="Type the model runs in; otherwise as it is stored.")] = None,
     force: options.Force = False,
+    executor: options.Executor = None,
+    tasks: options.Tasks = 1,
+    workers: options.Workers = None,
+    executor_set: options.ExecutorSet = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="Write tables here instead of into the release. Needed for a repo."),
@@ -77,7 +80,10 @@ def command(
       hubsae eval release/ --activations acts/ --by-group
     """
     from hubsae.core.scopes import excluding, parse
+    from hubsae.hub.measured import load
 
+    if executor is not None and (activations is None or text is not None or by_group):
+        raise typer.BadParameter("tasks measure reconstruction: --activations, without --text and --by-group")
     if activations is None and model is None:
         raise typer.BadParameter("give --activations, or --model with --text, or both")
     if (text is not None or activations is None) and (model is None) != (text is None):
@@ -87,8 +93,7 @@ def command(
         scope = scope if scope is None else parse(scope).name
     except ConfigError as error:
         raise typer.BadParameter(str(error)) from None
-    release = _release(target)
-    if release is None and out is None and not by_group:
+    if _release(target) is None and out is None and not by_group:
         raise ConfigError(
             f"{target} is not a release folder, so results cannot be written into it",
             hint="pass --out DIR; or fetch it with `hubsae pull`, evaluate, and push again",
@@ -102,12 +107,22 @@ def command(
         _by_group(saes, activations, config, split, model, force, as_json)
         return
     rows: list[dict[str, Any]] = []
-    into = release if out is None else None
     if activations is not None:
-        asked = [s for s in (scope, replace) if s]
-        rows += _reconstruct(saes, activations, config, split, into, out, asked, force)
+        from hubsae.scale.jobs import Evaluate
+
+        job = Evaluate(
+            release=target, activations=activations, out=None if out is None else str(out), config=config, split=split,
+            filters={"id": id, "layer": layer, "stage": stage, "k": k}, scopes=[s for s in (scope, replace) if s],
+            device=device, force=force,
+        )  # fmt: skip
+        measured = options.run_job(job, executor, tasks, workers, executor_set, saes=saes)
+        if isinstance(measured, str):  # in a bucket
+            print(measured)
+            return
+        rows += measured
     if model is not None and text is not None:
         how = {"scope": scope or replace, "replace": replace, "max_length": max_length, "force": force}
+        into = _release(target) if out is None else None
         rows += _splice(saes, model, text, max_texts, device, dtype, how, into, out)
     _show(rows, shown, as_json, out or target)
 
@@ -119,34 +134,12 @@ def _release(target: str) -> Any:
     return Release.open(target) if (Path(target) / MANIFEST_NAME).is_file() else None
 
 
-def _reconstruct(
-    saes: dict[str, HubSAE], path: str, config: str | None, split: str | None, release: Any, out: Path | None,
-    scopes: list[str], force: bool,
-) -> list[dict[str, Any]]:  # fmt: skip
-    from hubsae.evals.reconstruction import reconstruction
-    from hubsae.evals.record import record_reconstruction
-    from hubsae.evals.results import ReconstructionResult
-
-    measured: dict[str, Any] = {}
-    tokens, found = 0, []
-    for data, group in together(saes, path, config, split):
-        title = f"{data.config} {data.split}, {len(group)} SAEs"
-        result = reconstruction(group, data, scopes=scopes, force=force, show=None, name=title)
-        measured.update(result.saes)
-        tokens, found = tokens + result.n_tokens, result.scopes
-    whole = ReconstructionResult(measured, tokens, found)
-    if release is not None:
-        record_reconstruction(release, whole)
-    elif out is not None:
-        whole.write(out)
-    return whole.rows()
-
-
 def _by_group(
     saes: dict[str, HubSAE], path: str | None, config: str | None, split: str | None, model: str | None, force: bool,
     as_json: bool,
 ) -> None:  # fmt: skip
     from hubsae.evals.groups import error_by_group
+    from hubsae.hub.measured import together
 
     if path is None:
         raise typer.BadParameter("--by-group needs --activations")

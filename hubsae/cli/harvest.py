@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from hubsae.cli import _options as options
-from hubsae.core.options import pass_on
+from hubsae.core.options import option_names
 
 PANEL = "Activations"
 
@@ -66,6 +66,13 @@ def command(
     model_dtype: Annotated[str | None, typer.Option(help="Type to compute in.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...")] = None,
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens per batch, padding included.")] = None,
+    window: Annotated[
+        int | None, typer.Option(min=1, help="Samples sorted by length together; tasks take whole windows.")
+    ] = None,
+    executor: options.Executor = None,
+    tasks: options.Tasks = 1,
+    workers: options.Workers = None,
+    executor_set: options.ExecutorSet = None,
     private: options.Private = False,
     as_json: options.Json = False,
 ) -> None:
@@ -74,37 +81,38 @@ def command(
     Example: hubsae harvest -m Qwen/Qwen2.5-0.5B-Instruct -d openai/gsm8k --dataset-config main
     --layers 6,12,18,23 --mode prompt+response --out acts
 
-    Under `torchrun --nproc-per-node N` with the same arguments every process takes its share.
+    Under `torchrun --nproc-per-node N` with the same arguments every process takes its share. With --executor the work
+    is cut into tasks, for a cluster; docs/scale.md has more.
     """
     if out is None and push is None:
         raise typer.BadParameter("give --out DIR, --push REPO, or both")
     separator = step_separator.encode().decode("unicode_escape") if step_separator else None
     from hubsae.activations.harvesting import harvest
     from hubsae.activations.manifest import describe
-    from hubsae.activations.models import layer_count, load_tokenizer
     from hubsae.activations.ranks import Ranks
-    from hubsae.activations.texts import load_texts
+    from hubsae.scale.jobs import Harvest
 
-    rows, record = load_texts(dataset, config=dataset_config, split=dataset_split, streaming=streaming)
-    scorers = {}
-    if reward_model is not None:
-        from hubsae.rl.reward_models import HarvestScorer, load_reward_model
-
-        model_of_reward = load_reward_model(reward_model, separator=separator, device=device or "cpu")
-        scorers["reward"] = HarvestScorer(model_of_reward, separator)
-    points = list(range(layer_count(model, revision))) if layers == "all" else [p for p in layers.split(",") if p]
     generation = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:
         generation["temperature"] = temperature
     folder = out or Path(str(push).rpartition("/")[2])
-    harvested = pass_on(
-        harvest, locals(), data=rows, hook_points=points, out=folder, chat=False if raw else None, source=record,
-        tokenizer=load_tokenizer(tokenizer) if tokenizer else None, scale=scale if scale == "auto" else float(scale),
-        validation_fraction=validation, exclude=options.names_of(exclude),
+    taken = set(option_names(harvest)) - {"model", "out", "tokenizer"}
+    chosen: dict[str, Any] = {name: value for name, value in locals().items() if name in taken}
+    chosen |= {"scale": scale if scale == "auto" else float(scale), "exclude": options.names_of(exclude)}
+    chosen |= {"validation_fraction": validation, "chat": False if raw else None}
+    job = Harvest(
+        model=model, dataset=dataset, layers=layers if layers == "all" else options.names_of(layers), out=str(folder),
+        loading={"config": dataset_config, "split": dataset_split, "streaming": streaming},
+        reward_model=reward_model, separator=separator, tokenizer=tokenizer,
+        options=chosen,
     )  # fmt: skip
+    done = options.run_job(job, executor, tasks, workers, executor_set)
+    if isinstance(done, str):  # in a bucket
+        print(done)
+        return
     if Ranks.find().rank != 0:
         return
-    info = describe(harvested.path)
+    info = describe(folder)
     if as_json:
         from hubsae.cli._common import print_json
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from hubsae.cli import _options as options
 from hubsae.cli._common import out as console
 from hubsae.cli._common import print_json
-from hubsae.cli._saes import load, together
-from hubsae.core.errors import HubSAEError
 from hubsae.core.progress import say
 
 PANEL = "Train and measure"
@@ -47,6 +45,10 @@ def command(
     max_length: options.MaxLength = None,
     device: options.Device = "cpu",
     force: options.Force = False,
+    executor: options.Executor = None,
+    tasks: options.Tasks = 1,
+    workers: options.Workers = None,
+    executor_set: options.ExecutorSet = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write here; otherwise RELEASE/reverse-index. Needed for a repo.")
     ] = None,
@@ -69,59 +71,28 @@ def command(
         raise typer.BadParameter("give --activations, or --model with --texts")
     if texts is not None and model is None:
         raise typer.BadParameter("--texts needs --model")
-    root = Path(targets[0])
-    if out is None and not root.is_dir():
-        raise typer.BadParameter(f"{root} is not a folder here, so pass --out DIR", param_hint="--out")
-    from hubsae.index.build import Settings, index_activations, index_texts
-    from hubsae.index.files import FOLDER
+    if out is None and not Path(targets[0]).is_dir():
+        raise typer.BadParameter(f"{targets[0]} is not a folder here, so pass --out DIR", param_hint="--out")
+    from hubsae.scale.jobs import Index
 
-    saes: Any = load(targets[0], device, id=id, layer=layer, stage=stage, k=k)
-    settings = Settings(top=top, random=random, window=window, scope=scope)
-    where = out or root / FOLDER
-    loaded, tokenizer = _model(model, device)
-    written = []
-    if texts is not None:
-        from hubsae.evals.texts import read_texts
-
-        how = {"tokenizer_id": model, "max_length": max_length, "force": force}
-        written += index_texts(saes, loaded, tokenizer, read_texts(texts)[:max_texts], where, settings, **how)
-    else:
-        for data, group in together(saes, str(activations), config, split):
-            name = model or data.info.get("model")
-            read = tokenizer if model else _tokenizer(name)
-            how = {"tokenizer": read, "tokenizer_id": name, "model": loaded, "force": force}
-            written += index_activations(group, data, where, settings, **how)
-    if out is None:
-        from hubsae.index.page import build
-
-        written.append(build(root))  # the page that shows them, hubsae view
+    filters = {"id": id, "layer": layer, "stage": stage, "k": k}
+    job = Index(
+        release=targets[0], out=None if out is None else str(out), activations=activations, model=model,
+        texts=None if texts is None else str(texts), config=config, split=split, filters=filters,
+        settings={"top": top, "random": random, "window": window, "scope": scope}, max_texts=max_texts,
+        max_length=max_length, device=device, force=force,
+    )  # fmt: skip
+    written = options.run_job(job, executor, tasks, workers, executor_set)
+    written = [written] if isinstance(written, str) else written
     if as_json:
         print_json([str(path) for path in written])
     for path in written if not as_json else []:
         console().print(f"wrote {path}", markup=False)
 
 
-def _model(name: str | None, device: str) -> tuple[Any, Any]:
-    if name is None:
-        return None, None
-    from hubsae.activations.models import load_model, load_tokenizer
-
-    return load_model(name, device=device), load_tokenizer(name)
-
-
-def _tokenizer(name: str | None) -> Any:
-    """The tokenizer the activations name, where it can be had; without one tokens are shown by number."""
-    from hubsae.activations.models import load_tokenizer
-
-    try:
-        return load_tokenizer(name) if name else None
-    except HubSAEError as error:
-        say(f"tokens are shown by number: {error}")
-        return None
-
-
 def _merge(paths: list[str], model: str | None, out: Path | None) -> None:
     from hubsae.index.build import merge_parts, write_merged
+    from hubsae.scale.jobs import tokenizer_of
 
     if out is None:
         raise typer.BadParameter("merge needs --out", param_hint="--out")
@@ -129,5 +100,5 @@ def _merge(paths: list[str], model: str | None, out: Path | None) -> None:
     if out.suffix == ".safetensors":
         table.save(out)
     else:
-        write_merged(table, out, tokenizer=_tokenizer(model))
+        write_merged(table, out, tokenizer=tokenizer_of(model, say))
     console().print(f"wrote {out}: {table.n_tokens:,} tokens", markup=False)

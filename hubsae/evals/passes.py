@@ -27,12 +27,14 @@ from hubsae.activations.dataset import Labelled
 from hubsae.activations.ranks import Ranks
 from hubsae.core.codes import SparseCodes
 from hubsae.core.errors import DataError, FormatError
-from hubsae.core.files import atomic_path
+from hubsae.core.files import atomic_path, read_json, write_json_atomic
 from hubsae.core.progress import progress
 from hubsae.core.sae import SAE
 
 BLOCK_ROWS = 4096
 """Rows of a block. Part of a number only for SAEs that select over a batch."""
+PART_BLOCKS = 64
+"""Blocks of a part, 262,144 rows: what one of many tasks does whole or not at all."""
 # An SAE sees at most this many pre-activations at once; a power of two of rows, so blocks divide evenly.
 PRE_ACTIVATIONS = 1 << 25
 NORM = "norm"
@@ -370,6 +372,21 @@ def _share(n: int | None, ranks: Ranks) -> tuple[int, int | None]:
     return ranks.rank * blocks // ranks.world_size, (ranks.rank + 1) * blocks // ranks.world_size
 
 
+def parts_of(rows: Rows) -> list[tuple[int, int]]:
+    """First and last block of each part of a table; they depend on its rows alone.
+
+    >>> parts_of(Rows(torch.zeros(300_000, 1)))
+    [(0, 64), (64, 74)]
+    """
+    count = -(-(rows.n or 0) // BLOCK_ROWS)
+    return [(first, min(first + PART_BLOCKS, count)) for first in range(0, count, PART_BLOCKS)]
+
+
+def part_name(part: tuple[int, int]) -> str:
+    """What a file of a part is called: by its first row."""
+    return f"{part[0] * BLOCK_ROWS:012d}.safetensors"
+
+
 def _check_finite(block: PassBlock, device: torch.device) -> None:
     bad = ~torch.isfinite(block.on(device)[2] + block.expected(device)[2])
     if bool(bad.any()):
@@ -392,15 +409,36 @@ def _agree_on_products(saes: Mapping[str, SAE], rank: int) -> None:
     """Which backend multiplies is decided by a timed trial; ranks that decided differently would round differently."""
     import torch.distributed as dist
 
-    from hubsae.kernels.linear import adopt, decisions
+    from hubsae.kernels.linear import adopt
 
-    found: list[Any] = [None]
-    if rank == 0:
-        for sae in {sae.config: sae for sae in saes.values()}.values():
-            sae.encode_sparse(torch.zeros(rows_at_once(sae.d_sae), sae.d_in, device=sae.device))
-        found = [decisions()]
+    found: list[Any] = [_product_decisions(saes) if rank == 0 else None]
     dist.broadcast_object_list(found, src=0)
     adopt(found[0])
+
+
+def _product_decisions(saes: Mapping[str, SAE]) -> list[list[int | str]]:
+    from hubsae.kernels.linear import decisions
+
+    for sae in {sae.config: sae for sae in saes.values()}.values():
+        sae.encode_sparse(torch.zeros(rows_at_once(sae.d_sae), sae.d_in, device=sae.device))
+    return decisions()
+
+
+def agree_on_products(saes: Mapping[str, SAE], path: str | os.PathLike[str]) -> None:
+    """The same among processes without a group, through a file: whoever comes first decides."""
+    from hubsae.kernels.linear import adopt
+
+    path = Path(path)
+    if not path.is_file():
+        mine = write_json_atomic(path.with_name(f".{path.name}.{os.getpid()}"), _product_decisions(saes))
+        try:
+            os.link(mine, path)
+        except FileExistsError:
+            pass
+        except OSError:  # a disk without links
+            os.replace(mine, path)
+        mine.unlink(missing_ok=True)
+    adopt(read_json(path))
 
 
 def _gather(accumulators: Sequence[Accumulator]) -> None:

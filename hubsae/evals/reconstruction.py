@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch  # noqa: F401  (used by the example)
@@ -17,7 +18,7 @@ from hubsae.activations.ranks import Ranks
 from hubsae.core.errors import DataError
 from hubsae.core.sae import SAE
 from hubsae.core.scopes import Scope, parse
-from hubsae.evals.passes import Rows, name_saes, run_pass
+from hubsae.evals.passes import Rows, name_saes, part_name, parts_of, run_pass
 from hubsae.evals.places import check_place, check_target, place_of
 from hubsae.evals.read_off import Reconstruction
 from hubsae.evals.results import ReconstructionResult
@@ -116,3 +117,40 @@ def reconstruction(
     labels = {"position": position, "is_prompt": is_prompt, "sample_id": sample_id, **(columns or {})}
     rows, named, sums = prepare(saes, activations, scopes=scopes, columns=labels, batch_size=batch_size, force=force)
     return run_pass(rows, named, [sums], ranks=ranks, show=show, name=name)[0]
+
+
+def reconstruct_parts(
+    saes: Mapping[str, SAE],
+    activations: Any,
+    folder: str | Path,
+    *,
+    scopes: Sequence[str | Scope] = (),
+    ranks: Ranks | None = None,
+    force: bool = False,
+) -> None:
+    """The parts of an evaluation that are this rank's: a state of each into `folder`, where it is not there yet."""
+    ranks = ranks or Ranks.find()
+    rows, named, _ = prepare(saes, activations, scopes=scopes, force=force)
+    for part in parts_of(rows)[ranks.rank :: ranks.world_size]:
+        if not (file := Path(folder) / part_name(part)).is_file():
+            sums = prepare(saes, rows, scopes=scopes, force=force)[2]
+            run_pass(rows, named, [sums], blocks=part, ranks=Ranks())
+            sums.save(file)
+
+
+def merged_reconstruction(
+    saes: Mapping[str, SAE],
+    activations: Any,
+    folder: str | Path,
+    *,
+    scopes: Sequence[str | Scope] = (),
+    force: bool = False,
+) -> ReconstructionResult:
+    """The result of an evaluation whose parts are all in `folder`; the same as `reconstruction`, to the last bit."""
+    rows, _, whole = prepare(saes, activations, scopes=scopes, force=force)
+    for number, part in enumerate(parts_of(rows)):
+        sums = whole if number == 0 else prepare(saes, rows, scopes=scopes, force=force)[2]
+        sums.load(Path(folder) / part_name(part))
+        if sums is not whole:
+            whole.merge(sums)
+    return whole.result()

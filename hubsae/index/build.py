@@ -27,7 +27,7 @@ from hubsae.core.hooks import HookPoint
 from hubsae.core.progress import progress, say
 from hubsae.core.sae import SAE
 from hubsae.core.scopes import parse
-from hubsae.evals.passes import BLOCK_ROWS, Rows, Stream, run_pass
+from hubsae.evals.passes import BLOCK_ROWS, Rows, Stream, part_name, parts_of, run_pass
 from hubsae.evals.places import check_place, place_of
 from hubsae.evals.texts import Tokens, batches, encode_texts
 from hubsae.index.files import Extras, index_name, write_index
@@ -35,8 +35,6 @@ from hubsae.index.lens import cofiring, decoder_neighbours, logit_lens
 from hubsae.index.table import FeatureTable
 
 PARTS = ".parts"
-PART_BLOCKS = 64
-"""Blocks of a part: 262,144 tokens."""
 PART_TEXTS = 512
 
 
@@ -67,11 +65,13 @@ def index_activations(
     model: nn.Module | None = None,
     force: bool = False,
     ranks: Ranks | None = None,
+    finish: bool = True,
     show: bool | None = None,
 ) -> list[Path]:
     """Index SAEs on activations; returns the folders written, below `out`.
 
-    `tokenizer` gives tokens their texts, `model` adds the logit lens.
+    `tokenizer` gives tokens their texts, `model` adds the logit lens. `finish=False` leaves the parts of this rank to a
+    later call, which finds them and writes the files.
     """
     settings, ranks, rows = settings or Settings(), ranks or Ranks.find(), Rows(data)
     hook, of_model = place_of(rows.data)
@@ -82,22 +82,17 @@ def index_activations(
     path = str(getattr(data, "path", ""))
     source["dataset"] = _id(path) if path.count("/") == 1 else None
     work = _Work(saes, Path(out), settings, tokenizer, tokenizer_id, {k: v for k, v in source.items() if v})
-    count = -(-(rows.n or 0) // BLOCK_ROWS)
-    parts = [(first, min(first + PART_BLOCKS, count)) for first in range(0, count, PART_BLOCKS)]
-    mine = [part for number, part in enumerate(parts) if number % ranks.world_size == ranks.rank]
+    parts = parts_of(rows)
     with progress(f"indexing {len(saes)} SAEs", rows.n, "tokens", show=show) as task:
-        for first, last in mine:
-            name = f"{first * BLOCK_ROWS:012d}"
+        for part in parts[ranks.rank :: ranks.world_size]:
+            name = part_name(part)
             missing = work.missing(name)
             if missing:
                 tables = {label: work.table(label) for label in missing}
-                run_pass(
-                    rows, {n: saes[n] for n in missing}, list(tables.values()), blocks=(first, last), ranks=Ranks()
-                )
+                run_pass(rows, {n: saes[n] for n in missing}, list(tables.values()), blocks=part, ranks=Ranks())
                 work.keep(name, tables)
-            task.advance(min(last * BLOCK_ROWS, rows.n or 0) - first * BLOCK_ROWS)
-    names = [f"{first * BLOCK_ROWS:012d}" for first, _ in parts]
-    return work.finish(names, model, show)
+            task.advance(min(part[1] * BLOCK_ROWS, rows.n or 0) - part[0] * BLOCK_ROWS)
+    return work.finish([part_name(part) for part in parts], model, show) if finish else []
 
 
 def index_texts(
@@ -111,12 +106,14 @@ def index_texts(
     tokenizer_id: str | None = None,
     max_length: int | None = None,
     force: bool = False,
+    ranks: Ranks | None = None,
+    finish: bool = True,
     show: bool | None = None,
 ) -> list[Path]:
     """Index SAEs on what a model makes of texts, with no activations on disk; SAEs of one hook point share the runs."""
     from hubsae.core.intervene import hook_of
 
-    settings = settings or Settings()
+    settings, ranks = settings or Settings(), ranks or Ranks.find()
     by_hook: dict[HookPoint, dict[str, SAE]] = {}
     model_id = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
     for label, sae in saes.items():
@@ -131,12 +128,12 @@ def index_texts(
         work = _Work(group, Path(out), settings, tokenizer, tokenizer_id, source)
         names, start = [], 0
         with progress(f"indexing {len(group)} SAEs at {hook.name}", len(texts), "texts", show=show) as task:
-            for first in range(0, len(texts), PART_TEXTS):
+            for number, first in enumerate(range(0, len(texts), PART_TEXTS)):
                 some = texts[first : first + PART_TEXTS]
                 encoded, _ = encode_texts(some, tokenizer, max_length=max_length)
-                name = f"{start:012d}"
+                name = f"{start:012d}.safetensors"
                 names.append(name)
-                missing = work.missing(name)
+                missing = work.missing(name) if number % ranks.world_size == ranks.rank else []
                 if missing:
                     tables = {label: work.table(label, start) for label in missing}
                     stream = _stream(model, hook, encoded, first)
@@ -144,7 +141,7 @@ def index_texts(
                     work.keep(name, tables)
                 start += sum(t.ids.numel() for t in encoded)
                 task.advance(len(some))
-        written += work.finish(names, model, show)
+        written += work.finish(names, model, show) if finish else []
     return written
 
 
@@ -211,7 +208,7 @@ class _Work:
         return self.out / index_name(label)
 
     def part(self, label: str, name: str) -> Path:
-        return self.folder(label) / PARTS / f"{name}.safetensors"
+        return self.folder(label) / PARTS / name
 
     def missing(self, name: str) -> list[str]:
         return [label for label in self.saes if not self.part(label, name).is_file()]

@@ -112,11 +112,11 @@ def test_the_tables_of_the_pages_hold_row_groups_of_256_features(data, tmp_path)
 
 
 def test_the_same_rows_are_the_same_bytes_in_one_part_or_many(sae, data, tmp_path, monkeypatch):
-    import hubsae.index.build as build
     from hubsae.activations.ranks import Ranks
+    from hubsae.evals import passes
 
     (one,) = index_activations({"a": sae}, data, tmp_path / "one")
-    monkeypatch.setattr(build, "PART_BLOCKS", 1)
+    monkeypatch.setattr(passes, "PART_BLOCKS", 1)
     assert index_activations({"a": sae}, data, tmp_path / "two", ranks=Ranks(1, 2)) == []
     (two,) = index_activations({"a": sae}, data, tmp_path / "two", ranks=Ranks(0, 2))
     assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
@@ -128,9 +128,10 @@ KILLED = """
 import os, random, shutil, signal, sys, time, torch
 import hubsae.index.build as build
 from hubsae.activations import ActivationDataset
+from hubsae.evals import passes
 from hubsae.hub.sae import HubSAE
 torch.set_num_threads(1)
-build.PART_BLOCKS = 1
+passes.PART_BLOCKS = 1
 sae = HubSAE.from_pretrained(sys.argv[2])
 data = ActivationDataset.open(sys.argv[1], "layers.1")
 def work():
@@ -166,10 +167,10 @@ def test_a_killed_run_goes_on_to_the_same_bytes(kills, sae, data, tmp_path):
 
 
 def test_parts_of_different_saes_are_not_merged(sae, data, tmp_path, monkeypatch):
-    import hubsae.index.build as build
     from hubsae.activations.ranks import Ranks
+    from hubsae.evals import passes
 
-    monkeypatch.setattr(build, "PART_BLOCKS", 1)
+    monkeypatch.setattr(passes, "PART_BLOCKS", 1)
     other = HubSAE.random(sae.config, seed=2)
     for number, one in enumerate((sae, other)):
         index_activations({"a": one}, data, tmp_path / f"{number}", ranks=Ranks(number, 2), force=True)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hubsae.core.progress import progress
-
-if TYPE_CHECKING:
-    from hubsae.hub.sae import HubSAE
+from hubsae.hub.sae import HubSAE
 
 
 def load(target: str, device: str, **filters: Any) -> dict[str, HubSAE]:
     """SAEs of a release or repo that fit, by id."""
-    from hubsae.hub.sae import HubSAE
-
     chosen = {name: value for name, value in filters.items() if value is not None}
     saes: dict[str, HubSAE] = {}
     with progress("loading SAEs") as task:

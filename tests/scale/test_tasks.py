@@ -1,0 +1,217 @@
+"""Jobs cut into tasks on one machine: the same bytes for every number of tasks, also where a task was killed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("datatrove", reason="the engine of tasks, pip install 'hubsae[scale]'")
+from worlds import D, DyingHarvest, DyingIndex, contents, small_parts
+
+from hubsae.activations import ActivationDataset
+from hubsae.core.errors import ConfigError, HubSAEError, MissingExtraError
+from hubsae.scale import Convert, Evaluate, Harvest, Index, TaskError, run
+
+TASKS = (1, 4, 7)
+HARVEST = {"window": 4, "batch_tokens": 200, "validation_fraction": 0.2}
+INDEX = {"top": 3, "random": 3, "window": 2}
+
+
+@pytest.fixture(autouse=True)
+def parts(monkeypatch):
+    """Parts of one block, and what children need to find the jobs of these tests."""
+    import os
+
+    from hubsae.evals import passes
+
+    monkeypatch.setattr(passes, "PART_BLOCKS", passes.PART_BLOCKS)  # put back behind each test
+    small_parts()
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)]))
+
+
+def harvest_job(world, out, kind=Harvest, **options):
+    return kind(
+        model=world["model"], dataset=world["texts"], layers=[0, 1], out=str(out), options={**HARVEST, **options}
+    )
+
+
+def index_job(world, out, kind=Index, **options):
+    return kind(
+        release=world["release"], activations=world["activations"], config="layers.1", out=str(out), force=True,
+        settings={**INDEX, **options},
+    )  # fmt: skip
+
+
+def test_a_harvest_is_the_same_bytes_for_every_number_of_tasks(world, tmp_path):
+    for tasks in TASKS:
+        made = run(harvest_job(world, tmp_path / f"{tasks}"), tasks=tasks)
+        assert list(made) == ["layers.0", "layers.1"] and len(made.open("layers.1").sources) == 15
+        assert contents(tmp_path / f"{tasks}") == contents(tmp_path / "1")
+    harvest_job(world, tmp_path / "here").here()
+    for split in ("train", "validation"):
+        here, one = (ActivationDataset.open(tmp_path / name, "layers.1", split) for name in ("here", "1"))
+        assert torch.equal(here.read_all(), one.read_all())
+
+
+def test_an_index_is_the_same_bytes_for_every_number_of_tasks_and_in_one_process(world, tmp_path):
+    index_job(world, tmp_path / "here").here()
+    for tasks in TASKS:
+        folders = run(index_job(world, tmp_path / f"{tasks}"), tasks=tasks)
+        assert [folder.name for folder in folders] == ["k2--layer1", "k4--layer1"]
+        assert contents(tmp_path / f"{tasks}") == contents(tmp_path / "here")
+
+
+def test_an_index_of_texts_is_the_same_bytes_in_tasks(world, tmp_path, monkeypatch):
+    from hubsae.index import build
+
+    monkeypatch.setattr(build, "PART_TEXTS", 16)
+    job = {
+        "release": world["release"],
+        "texts": world["texts"],
+        "model": world["model"],
+        "settings": INDEX,
+        "force": True,
+    }
+    Index(**job, out=str(tmp_path / "here")).here()
+    run(Index(**job, out=str(tmp_path / "tasks")), tasks=3)
+    assert contents(tmp_path / "tasks") == contents(tmp_path / "here")
+
+
+def test_an_evaluation_is_the_same_numbers_in_tasks_as_in_one_process(world, tmp_path):
+    job = {"release": world["release"], "activations": world["activations"], "config": "layers.1", "force": True}
+    here = Evaluate(**job, out=str(tmp_path / "here")).here()
+    for tasks in (1, 4):
+        assert run(Evaluate(**job, out=str(tmp_path / f"{tasks}")), tasks=tasks) == here
+        assert contents(tmp_path / f"{tasks}") == contents(tmp_path / "here")
+
+
+def test_a_conversion_is_the_same_bytes_in_tasks_and_needs_a_scale_that_no_task_can_choose(world, tmp_path):
+    pile = tmp_path / "layer3_train.pt"
+    torch.save(torch.randn(5000, D, generator=torch.Generator().manual_seed(0)), pile)
+    options = {"shard_bytes": 80_000}
+    Convert(path=str(pile), out=str(tmp_path / "here"), options=options).here()
+    for tasks in (1, 4):
+        run(Convert(path=str(pile), out=str(tmp_path / f"{tasks}"), options=options), tasks=tasks)
+        assert contents(tmp_path / f"{tasks}") == contents(tmp_path / "here")
+    half = Convert(path=str(pile), out=str(tmp_path / "half"), options={**options, "dtype": "float16"})
+    with pytest.raises(TaskError, match="every task would have to read everything"):
+        run(half, tasks=2)
+
+
+@pytest.mark.parametrize(("job", "kind"), [(harvest_job, DyingHarvest), (index_job, DyingIndex)])
+def test_a_killed_task_is_named_and_done_alone_by_the_same_call(world, tmp_path, job, kind):
+    run(job(world, tmp_path / "one"), tasks=1)
+    dying = job(world, tmp_path / "out", kind)
+    with pytest.raises(TaskError, match=r"1 of 4 tasks failed:\n  task 1 killed by signal 9: .*task_00001") as error:
+        run(dying, tasks=4, workers=2)
+    assert "the same command runs these alone" in str(error.value)
+    done = sorted((dying.folder / "completions").iterdir())
+    when = [path.stat().st_mtime_ns for path in done]
+    assert [path.name for path in done] == ["00000", "00002", "00003"]
+    run(dying, tasks=4, workers=2)
+    assert [path.stat().st_mtime_ns for path in done] == when
+    assert contents(tmp_path / "out") == contents(tmp_path / "one")
+
+
+def test_parts_that_are_done_stay_when_the_number_of_tasks_changes(world, tmp_path, monkeypatch):
+    from hubsae.activations.stream import Stream
+
+    run(harvest_job(world, tmp_path / "one"), tasks=1)
+    forward = Stream._forward
+
+    def failing(stream, batch):
+        if batch[0].id >= 48:
+            raise OSError("the disk is gone")
+        return forward(stream, batch)
+
+    monkeypatch.setattr(Stream, "_forward", failing)
+    job = harvest_job(world, tmp_path / "out")
+    with pytest.raises(TaskError, match="3 of 3 tasks failed:\n  task 0 stopped .the disk is gone"):
+        run(job, tasks=3)
+    monkeypatch.undo()
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / ".harvest").rglob("[0-9]*.json")}
+    run(job, tasks=2)
+    assert len(before) == 12 and all(path.stat().st_mtime_ns == when for path, when in before.items())
+    assert contents(tmp_path / "out") == contents(tmp_path / "one")
+
+
+def test_a_failed_task_is_named_with_what_it_said_and_the_others_are_done(world, tmp_path):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": "Ann has 12" if n != 5 else None}) + "\n" for n in range(16)))
+    job = Harvest(
+        model=world["model"], dataset=str(texts), layers=[1], out=str(tmp_path / "out"),
+        options={"window": 4, "strict": True},
+    )  # fmt: skip
+    with pytest.raises(TaskError, match=r"1 of 4 tasks failed:\n  task 1 stopped .*task_00001\.log"):
+        run(job, tasks=4)
+    assert len(list((job.folder / "completions").iterdir())) == 3
+
+
+def test_a_finished_job_may_be_run_again_and_a_folder_of_an_unfinished_one_is_not_taken_for_another(world, tmp_path):
+    job = index_job(world, tmp_path)
+    run(job, tasks=2)
+    first = contents(tmp_path)
+    run(job, tasks=2)
+    assert contents(tmp_path) == first
+    run(index_job(world, tmp_path, top=2), tasks=2)  # the other one is finished
+    assert contents(tmp_path) != first
+    (job.folder / "merged").unlink()
+    with pytest.raises(HubSAEError, match="tasks of another job, which is not finished: settings"):
+        run(job, tasks=2)
+
+
+def test_what_is_asked_wrongly_is_said(world, tmp_path, monkeypatch):
+    job = harvest_job(world, tmp_path)
+    for how, message in [
+        ({"executor": "sge"}, "there is no executor 'sge'"),
+        ({"tasks": 0}, "0 tasks and None workers"),
+        ({"workers": 0}, "0 workers"),
+        ({"settings": {"partitoin": "x"}}, "LocalPipelineExecutor has no setting 'partitoin'"),
+        ({"executor": "jobs"}, "share a bucket, mounted at /data"),
+        ({"executor": "jobs", "settings": {"bucket": "me/work"}}, "is not in it"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            run(job, **how)
+    with pytest.raises(HubSAEError, match="parts of this harvest are missing"):
+        job.merge()
+    monkeypatch.setitem(sys.modules, "datatrove", None)
+    with pytest.raises(MissingExtraError, match="needs datatrove") as error:
+        run(job)
+    assert "hubsae[scale]" in str(error.value)
+
+
+def test_the_verbs_take_an_executor(world, tmp_path):
+    import subprocess
+
+    def hubsae(*arguments, ok=0):
+        done = subprocess.run(
+            [sys.executable, "-m", "hubsae.cli.main", *map(str, arguments)], capture_output=True, text=True
+        )
+        assert done.returncode == ok, done.stderr
+        return done.stdout + done.stderr
+
+    run(harvest_job(world, tmp_path / "one", validation_fraction=0.0, batch_tokens=None), tasks=1)
+    hubsae(
+        "harvest", "-m", world["model"], "-d", world["texts"], "-l", "0,1", "-o", tmp_path / "out", "--window", 4,
+        "--executor", "local", "--tasks", 3,
+    )  # fmt: skip
+    for name in ("layers.0", "layers.1"):
+        one, out = (ActivationDataset.open(tmp_path / folder, name) for folder in ("one", "out"))
+        assert torch.equal(one.read_all(), out.read_all())
+    assert "need --executor" in hubsae("harvest", "-m", "m", "-d", "d", "-l", "1", "-o", "x", "--tasks", 3, ok=2)
+
+
+def test_what_would_be_submitted_to_hugging_face_is_as_recorded():
+    job = Harvest(model="Qwen/Qwen3-8B", dataset="me/chats", layers=[15], out="/data/acts", options={"mode": "prompt"})
+    settings = {
+        "bucket": "me/work", "flavor": "a10g-small", "namespace": "me", "secrets": "WANDB_API_KEY",
+        "package": "hubsae[train,scale]==1.0",
+    }  # fmt: skip
+    requests = run(job, executor="jobs", tasks=2, settings=settings, dry_run=True)
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    recorded = json.loads((Path(__file__).parent / "hugging_face_jobs.json").read_text().replace("PYTHON", python))
+    assert requests == recorded

@@ -1,0 +1,130 @@
+"""What tests of tasks share: tiny texts, activations and SAEs, and jobs of which one task is killed once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hubsae.activations.ranks import Ranks
+from hubsae.scale import Harvest, Index
+
+D, D_SAE, N = 32, 64, 20_000
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Every file that is no record of a run, by its hash."""
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
+    shown = [p for p in files if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
+    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in shown}
+
+
+def make_model(folder: Path) -> str:
+    """A random Qwen2 model with a tokenizer, in a folder."""
+    import transformers
+
+    from hubsae.recipes.tiny_tokenizer import train_tokenizer
+
+    tokenizer = train_tokenizer(["Ann has 12 apples and eats 3 of them"] * 8, vocab_size=290)
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=D, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    transformers.Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def make_texts(path: Path, count: int = 60) -> str:
+    """Texts of different lengths, one a line."""
+    path.write_text("".join(f"Ann has {n} apples and eats {'many ' * (n % 9)}of them\n" for n in range(count)))
+    return str(path)
+
+
+def make_release(folder: Path) -> str:
+    """A release of two SAEs."""
+    from hubsae.core.config import SAEConfig
+    from hubsae.formats.release import Release
+    from hubsae.hub.sae import HubSAE
+
+    release = Release.create(folder, name="r", base_model="someone/tiny")
+    for number, k in enumerate((2, 4)):
+        sae = HubSAE.random(SAEConfig(architecture="topk", d_in=D, d_sae=D_SAE, k=k), seed=number)
+        sae.metadata.hook.layer, sae.metadata.hook.module_path = 1, "model.layers.1"
+        release.add(sae, f"k{k}/layer1")
+    return str(folder)
+
+
+def make_activations(folder: Path) -> str:
+    """Rows of a hook point, in samples of 45 tokens."""
+    from hubsae.activations import ActivationWriter
+
+    rows = torch.arange(N)
+    with ActivationWriter(folder, d=D, config="layers.1", columns={"is_special": "bool"}) as writer:
+        x = torch.randn(N, D, generator=torch.Generator().manual_seed(0))
+        writer.write(x, position=rows % 45, sample_id=rows // 45, token_id=rows % 50, is_special=rows % 45 == 0)
+    return str(folder)
+
+
+def small_parts() -> None:
+    """Parts of one block, so that few rows are several of them; for this process."""
+    from hubsae.evals import passes
+
+    passes.PART_BLOCKS = 1
+
+
+def die_once(flag: Path) -> None:
+    """End this process as `kill -9` does, the first time."""
+    try:
+        flag.touch(exist_ok=False)
+    except FileExistsError:
+        return
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DyingHarvest(Harvest):
+    """A harvest whose task 1 is killed when it has written something, the first time."""
+
+    def task(self, ranks: Ranks) -> None:
+        from hubsae.activations.stream import Stream
+
+        if ranks.rank == 1:
+            forward = Stream._forward
+
+            def dying(stream: Stream, batch: list[Any]) -> Any:
+                if stream.counts.tokens > 100:
+                    die_once(Path(self.out) / ".died")
+                return forward(stream, batch)
+
+            Stream._forward = dying  # type: ignore[method-assign]
+        super().task(ranks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DyingIndex(Index):
+    """An index whose task 1 is killed behind its first part, the first time; parts are small."""
+
+    def task(self, ranks: Ranks) -> None:
+        from hubsae.index import build
+
+        small_parts()
+        if ranks.rank == 1:
+            keep = build._Work.keep
+
+            def dying(work: Any, name: str, tables: Any) -> None:
+                keep(work, name, tables)
+                die_once(self.home / ".died")
+
+            build._Work.keep = dying  # type: ignore[method-assign]
+        super().task(ranks)
+
+    def merge(self) -> list[Path]:
+        small_parts()
+        return super().merge()
