@@ -34,7 +34,9 @@ from hubsae.core.sae import SAE
 BLOCK_ROWS = 4096
 """Rows of a block. Part of a number only for SAEs that select over a batch."""
 PART_BLOCKS = 64
-"""Blocks of a part, 262,144 rows: what one of many tasks does whole or not at all."""
+"""Blocks of a part, 262,144 rows: what one of many tasks does whole or not at all ..."""
+MOST_PARTS = 512
+"""... or more, where these would be more parts: each leaves a state, and the last step reads them all."""
 # An SAE sees at most this many pre-activations at once; a power of two of rows, so blocks divide evenly.
 PRE_ACTIVATIONS = 1 << 25
 NORM = "norm"
@@ -379,7 +381,8 @@ def parts_of(rows: Rows) -> list[tuple[int, int]]:
     [(0, 64), (64, 74)]
     """
     count = -(-(rows.n or 0) // BLOCK_ROWS)
-    return [(first, min(first + PART_BLOCKS, count)) for first in range(0, count, PART_BLOCKS)]
+    size = max(PART_BLOCKS, -(-count // MOST_PARTS))
+    return [(first, min(first + size, count)) for first in range(0, count, size)]
 
 
 def part_name(part: tuple[int, int]) -> str:

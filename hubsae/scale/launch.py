@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hubsae.activations.ranks import Ranks
-from hubsae.core.errors import ConfigError, HubSAEError, MissingExtraError, nearest
+from hubsae.core.errors import ConfigError, HubSAEError, nearest
 from hubsae.core.extras import require
 from hubsae.core.files import read_json, write_json_atomic
 from hubsae.core.progress import progress, say
@@ -234,10 +234,7 @@ def _queued(job_id: str) -> bool:
 
 
 def _ray(job: Job, tasks: int, workers: int | None, settings: dict[str, Any]) -> dict[int, str]:
-    try:
-        ray = require("ray", extra="scale")
-    except MissingExtraError as error:
-        raise MissingExtraError(error.message, hint="pip install ray") from None
+    ray = require("ray", extra="ray")
     step, logs = Task(job, isolated=True), str(job.folder)
     executor = _executor("RayPipelineExecutor", step, settings, tasks=tasks, workers=workers or -1, logging_dir=logs)
     if not ray.is_initialized():

@@ -10,40 +10,13 @@ import pytest
 import torch
 
 pytest.importorskip("datatrove", reason="the engine of tasks, pip install 'hubsae[scale]'")
-from worlds import D, DyingHarvest, DyingIndex, contents, small_parts
+from worlds import INDEX, D, DyingHarvest, DyingIndex, contents, harvest_job, index_job
 
 from hubsae.activations import ActivationDataset
 from hubsae.core.errors import ConfigError, HubSAEError, MissingExtraError
 from hubsae.scale import Convert, Evaluate, Harvest, Index, TaskError, run
 
 TASKS = (1, 4, 7)
-HARVEST = {"window": 4, "batch_tokens": 200, "validation_fraction": 0.2}
-INDEX = {"top": 3, "random": 3, "window": 2}
-
-
-@pytest.fixture(autouse=True)
-def parts(monkeypatch):
-    """Parts of one block, and what children need to find the jobs of these tests."""
-    import os
-
-    from hubsae.evals import passes
-
-    monkeypatch.setattr(passes, "PART_BLOCKS", passes.PART_BLOCKS)  # put back behind each test
-    small_parts()
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)]))
-
-
-def harvest_job(world, out, kind=Harvest, **options):
-    return kind(
-        model=world["model"], dataset=world["texts"], layers=[0, 1], out=str(out), options={**HARVEST, **options}
-    )
-
-
-def index_job(world, out, kind=Index, **options):
-    return kind(
-        release=world["release"], activations=world["activations"], config="layers.1", out=str(out), force=True,
-        settings={**INDEX, **options},
-    )  # fmt: skip
 
 
 def test_a_harvest_is_the_same_bytes_for_every_number_of_tasks(world, tmp_path):
@@ -130,7 +103,7 @@ def test_parts_that_are_done_stay_when_the_number_of_tasks_changes(world, tmp_pa
 
     monkeypatch.setattr(Stream, "_forward", failing)
     job = harvest_job(world, tmp_path / "out")
-    with pytest.raises(TaskError, match="3 of 3 tasks failed:\n  task 0 stopped .the disk is gone"):
+    with pytest.raises(TaskError, match=r"3 of 3 tasks failed:\n  task 0 stopped .the disk is gone"):
         run(job, tasks=3)
     monkeypatch.undo()
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / ".harvest").rglob("[0-9]*.json")}

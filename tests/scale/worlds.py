@@ -128,3 +128,22 @@ class DyingIndex(Index):
     def merge(self) -> list[Path]:
         small_parts()
         return super().merge()
+
+
+HARVEST = {"window": 4, "batch_tokens": 200, "validation_fraction": 0.2}
+INDEX = {"top": 3, "random": 3, "window": 2}
+
+
+def harvest_job(world: dict[str, str], out: Path, kind: type[Harvest] = Harvest, **options: Any) -> Harvest:
+    """Texts of the world through its model; 15 parts."""
+    return kind(
+        model=world["model"], dataset=world["texts"], layers=[0, 1], out=str(out), options={**HARVEST, **options}
+    )
+
+
+def index_job(world: dict[str, str], out: Path, kind: type[Index] = Index, **settings: Any) -> Index:
+    """The SAEs of the world on its activations; 5 parts."""
+    return kind(
+        release=world["release"], activations=world["activations"], config="layers.1", out=str(out), force=True,
+        settings={**INDEX, **settings},
+    )  # fmt: skip
