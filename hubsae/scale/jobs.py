@@ -106,7 +106,7 @@ class Harvest(Job):
         from hubsae.core.hooks import HookPoint
 
         stage = self.options.get("stage")
-        hooks = [HookPoint.parse(point).name for point in self._points()]
+        hooks = [hook.name for hook in sorted({HookPoint.parse(point) for point in self._points()})]
         markers = parts_folder(self.out, stage, hooks)
         if missing := missing_parts(markers):
             raise HubSAEError(
@@ -115,7 +115,7 @@ class Harvest(Job):
             )
         names = tokenizer_of(self.tokenizer or self.model)
         complete_parts(self.out, stage, markers, None if names is None else lambda token: names.decode([token]))
-        return ActivationSet(self.out, [config_name(hook, stage) for hook in sorted(hooks)])
+        return ActivationSet(self.out, [config_name(hook, stage) for hook in hooks])
 
     def _points(self) -> list[Any]:
         from hubsae.activations.models import layer_count

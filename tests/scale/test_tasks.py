@@ -10,6 +10,7 @@ import pytest
 import torch
 
 pytest.importorskip("datatrove", reason="the engine of tasks, pip install 'hubsae[scale]'")
+import worlds
 from worlds import INDEX, D, DyingHarvest, DyingIndex, contents, harvest_job, index_job
 
 from hubsae.activations import ActivationDataset
@@ -76,17 +77,27 @@ def test_a_conversion_is_the_same_bytes_in_tasks_and_needs_a_scale_that_no_task_
 
 
 @pytest.mark.parametrize(("job", "kind"), [(harvest_job, DyingHarvest), (index_job, DyingIndex)])
-def test_a_killed_task_is_named_and_done_alone_by_the_same_call(world, tmp_path, job, kind):
+def test_a_task_that_failed_or_was_killed_is_named_and_done_alone_by_the_same_call(
+    world, tmp_path, monkeypatch, job, kind
+):
+    def fail(flag):
+        raise OSError("the disk is gone")
+
     run(job(world, tmp_path / "one"), tasks=1)
     dying = job(world, tmp_path / "out", kind)
-    with pytest.raises(TaskError, match=r"1 of 4 tasks failed:\n  task 1 killed by signal 9: .*task_00001") as error:
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(TaskError, match=r"1 of 4 tasks failed:\n  task 1 stopped") as error,
+    ):
+        patch.setattr(worlds, "die_once", fail)
+        run(dying, tasks=4)
+    assert "(the disk is gone): " in str(error.value) and "the same command runs these alone" in str(error.value)
+    done = {path: path.stat().st_mtime_ns for path in (dying.folder / "completions").iterdir()}
+    assert sorted(path.name for path in done) == ["00000", "00002", "00003"]
+    with pytest.raises(TaskError, match=r"task 1 killed by signal 9: .*task_00001"):
         run(dying, tasks=4, workers=2)
-    assert "the same command runs these alone" in str(error.value)
-    done = sorted((dying.folder / "completions").iterdir())
-    when = [path.stat().st_mtime_ns for path in done]
-    assert [path.name for path in done] == ["00000", "00002", "00003"]
-    run(dying, tasks=4, workers=2)
-    assert [path.stat().st_mtime_ns for path in done] == when
+    run(dying, tasks=4)
+    assert all(path.stat().st_mtime_ns == when for path, when in done.items())
     assert contents(tmp_path / "out") == contents(tmp_path / "one")
 
 
@@ -158,24 +169,23 @@ def test_what_is_asked_wrongly_is_said(world, tmp_path, monkeypatch):
 
 
 def test_the_verbs_take_an_executor(world, tmp_path):
-    import subprocess
+    from typer.testing import CliRunner
 
-    def hubsae(*arguments, ok=0):
-        done = subprocess.run(
-            [sys.executable, "-m", "hubsae.cli.main", *map(str, arguments)], capture_output=True, text=True
-        )
-        assert done.returncode == ok, done.stderr
-        return done.stdout + done.stderr
+    from hubsae.cli.main import build
+
+    def hubsae(*arguments):
+        return CliRunner().invoke(build(), [str(a) for a in arguments])
 
     run(harvest_job(world, tmp_path / "one", validation_fraction=0.0, batch_tokens=None), tasks=1)
-    hubsae(
-        "harvest", "-m", world["model"], "-d", world["texts"], "-l", "0,1", "-o", tmp_path / "out", "--window", 4,
-        "--executor", "local", "--tasks", 3,
-    )  # fmt: skip
+    arguments = ["harvest", "-m", world["model"], "-d", world["texts"], "-l", "0,1", "--window", 4]
+    done = hubsae(*arguments, "-o", tmp_path / "out", "--executor", "local", "--tasks", 3, "--executor-set", "tasks=3")
+    assert isinstance(done.exception, ConfigError) and "has no setting 'tasks'" in str(done.exception)
+    done = hubsae(*arguments, "-o", tmp_path / "out", "--executor", "local", "--tasks", 3)
+    assert done.exit_code == 0, done.output
     for name in ("layers.0", "layers.1"):
         one, out = (ActivationDataset.open(tmp_path / folder, name) for folder in ("one", "out"))
-        assert torch.equal(one.read_all(), out.read_all())
-    assert "need --executor" in hubsae("harvest", "-m", "m", "-d", "d", "-l", "1", "-o", "x", "--tasks", 3, ok=2)
+        assert torch.equal(one.read_all(), out.read_all()) and len(out.sources) == 15
+    assert "need --executor" in hubsae(*arguments, "-o", "x", "--tasks", 3).output
 
 
 def test_what_would_be_submitted_to_hugging_face_is_as_recorded():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,6 +90,17 @@ def die_once(flag: Path) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Another method for a while."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DyingHarvest(Harvest):
     """A harvest whose task 1 is killed when it has written something, the first time."""
@@ -95,39 +108,34 @@ class DyingHarvest(Harvest):
     def task(self, ranks: Ranks) -> None:
         from hubsae.activations.stream import Stream
 
-        if ranks.rank == 1:
-            forward = Stream._forward
+        forward = Stream._forward
 
-            def dying(stream: Stream, batch: list[Any]) -> Any:
-                if stream.counts.tokens > 100:
-                    die_once(Path(self.out) / ".died")
-                return forward(stream, batch)
+        def dying(stream: Stream, batch: list[Any]) -> Any:
+            if ranks.rank == 1 and stream.counts.tokens > 100:
+                die_once(Path(self.out) / ".died")
+            return forward(stream, batch)
 
-            Stream._forward = dying  # type: ignore[method-assign]
-        super().task(ranks)
+        with replaced(Stream, "_forward", dying):
+            super().task(ranks)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DyingIndex(Index):
-    """An index whose task 1 is killed behind its first part, the first time; parts are small."""
+    """An index whose task 1 is killed when it has made its first part, the first time; parts are small."""
 
     def task(self, ranks: Ranks) -> None:
         from hubsae.index import build
 
         small_parts()
-        if ranks.rank == 1:
-            keep = build._Work.keep
+        keep = build._Work.keep
 
-            def dying(work: Any, name: str, tables: Any) -> None:
-                keep(work, name, tables)
+        def dying(work: Any, name: str, tables: Any) -> None:
+            if ranks.rank == 1:
                 die_once(self.home / ".died")
+            keep(work, name, tables)
 
-            build._Work.keep = dying  # type: ignore[method-assign]
-        super().task(ranks)
-
-    def merge(self) -> list[Path]:
-        small_parts()
-        return super().merge()
+        with replaced(build._Work, "keep", dying):
+            super().task(ranks)
 
 
 HARVEST = {"window": 4, "batch_tokens": 200, "validation_fraction": 0.2}
