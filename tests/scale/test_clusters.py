@@ -128,5 +128,7 @@ def test_four_tasks_one_of_them_killed_leave_the_bytes_of_one_process(
     assert all(path.stat().st_mtime_ns == when for path, when in done.items())
     assert contents(tmp_path / "out") == contents(tmp_path / "one")
     for tasks in (1, 7):
-        run(job(world, tmp_path / f"{tasks}"), executor=executor, tasks=tasks, settings=settings)
+        (tmp_path / f"{tasks}").mkdir()
+        (tmp_path / f"{tasks}" / ".died").touch()  # none is killed any more
+        run(job(world, tmp_path / f"{tasks}", kind), executor=executor, tasks=tasks, settings=settings)
         assert contents(tmp_path / f"{tasks}") == contents(tmp_path / "one")
