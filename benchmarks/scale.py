@@ -31,7 +31,7 @@ COSTS: dict[str, tuple[float, str, str]] = {
     "cpu": (115e9, "FLOP/s of one core in the encoder's product", "measured, AVX-512, oneDNN"),
     "read": (0.56e-6, "core seconds to read a token of width 4,096", "measured, `benchmarks/activations.py`"),
     "write": (31e-6, "core seconds to write a token of width 4,096", "measured, one run"),
-    "index": (22.2e6, "records per core second into the index, with contexts", "measured, `benchmarks/index.py`"),
+    "index": (23.8e6, "records per core second into the index, with contexts", "measured, `benchmarks/index.py`"),
     "part": (150e6, "bytes that a part of the index leaves", "measured, `--measure`"),
     "merge": (1.1, "core seconds to read and merge one part", "measured, `--measure`"),
     "cores": (16, "cores beside each GPU", "assumed"),

@@ -185,7 +185,8 @@ def test_the_verbs_take_an_executor(world, tmp_path):
     for name in ("layers.0", "layers.1"):
         one, out = (ActivationDataset.open(tmp_path / folder, name) for folder in ("one", "out"))
         assert torch.equal(one.read_all(), out.read_all()) and len(out.sources) == 15
-    assert "need --executor" in hubsae(*arguments, "-o", "x", "--tasks", 3).output
+    done = hubsae(*arguments, "-o", "x", "--tasks", 3)
+    assert done.exit_code == 2 and "--executor" in done.output
 
 
 def test_what_would_be_submitted_to_hugging_face_is_as_recorded():
