@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hubsae.activations.dataset import WINDOW_BYTES, ActivationDataset
+from hubsae.activations.dataset import ActivationDataset
 from hubsae.activations.layout import configs_in
 from hubsae.core.errors import DataError
 
@@ -133,12 +133,12 @@ class PairedActivations:
         columns: Sequence[str] = (),
         dtype: torch.dtype | None = None,
         drop_last: bool | None = None,
-        window_bytes: int = WINDOW_BYTES,
+        window_bytes: int | None = None,
     ) -> Iterator[Batch]:
         """One epoch of batches with the labels asked for, rows in step."""
         row, other = (data.d * data.stored_dtype.itemsize for data in (self.source, self.target))
         # windows of as many rows on both sides, so that both are permuted alike
-        window_rows = max(1, window_bytes // row)
+        window_rows = max(1, (window_bytes or self.source.window_bytes) // row)
         options: dict[str, Any] = {
             "shuffle": shuffle, "seed": seed, "epoch": epoch, "rank": rank, "world_size": world_size,
             "drop_last": drop_last,

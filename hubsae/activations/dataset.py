@@ -10,10 +10,12 @@ Opens folders of ours, datasets on the Hub, SAELens' cached activations, and pil
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
@@ -93,6 +95,10 @@ class ActivationDataset:
         self.d, self.stored_dtype, self.scale = first.d, first.dtype, first.scale
         self.label_names = tuple(n for n in first.label_names if all(n in s.label_names for s in sources))
         self.info: dict[str, Any] = dict(first.header.source) if first.header else {}
+        self.window_bytes = WINDOW_BYTES
+        """Vectors shuffled together, where `batches` does not say."""
+        self.prefetch: int | None = None
+        """Windows read ahead by a thread while one is used; None: one over a network, none from a disk."""
         self._stats: ActivationStats | None = None
         self._pools: dict[torch.dtype, BufferPool] = {}
         self._place: _Place | None = None
@@ -231,7 +237,7 @@ class ActivationDataset:
         world_size: int = 1,
         dtype: torch.dtype | None = None,
         drop_last: bool | None = None,
-        window_bytes: int = WINDOW_BYTES,
+        window_bytes: int | None = None,
     ) -> Iterator[Tensor]:
         """One epoch of batches [batch_size, d].
 
@@ -253,7 +259,7 @@ class ActivationDataset:
         world_size: int = 1,
         dtype: torch.dtype | None = None,
         drop_last: bool | None = None,
-        window_bytes: int = WINDOW_BYTES,
+        window_bytes: int | None = None,
     ) -> Iterator[Labelled]:
         """The batches of `batches` with the label columns asked for."""
         if batch_size < 1:
@@ -263,7 +269,7 @@ class ActivationDataset:
         names = self._check_columns(columns)
         dtype = dtype or self.dtype
         # the batch size has no part in it: the order, and a saved state, are the same for every batch size
-        window_rows = max(1, window_bytes // (self.d * self.stored_dtype.itemsize))
+        window_rows = max(1, (window_bytes or self.window_bytes) // (self.d * self.stored_dtype.itemsize))
         order = pass_on(plan_order, locals(), blocks=self._units(window_rows))
         shape = {"seed": seed, "shuffle": shuffle, "rank": rank, "world_size": world_size, "n_rows": self.n_rows}
         shape["window_rows"] = window_rows
@@ -380,20 +386,23 @@ class ActivationDataset:
                     self._read(*job)
             return pool, labels
 
-        if not remote:
+        ahead = int(remote) if self.prefetch is None else self.prefetch
+        if not ahead:
             for number in range(start, len(order.windows)):
                 pool, labels = load(number)
                 yield number, sum(n for _, n in order.windows[number]), pool, labels
                 del pool  # so that the next window may use its memory again
             return
-        with ThreadPoolExecutor(1) as ahead:  # the next window travels while this one is used
-            coming = ahead.submit(load, start) if start < len(order.windows) else None
+        reader, numbers = ThreadPoolExecutor(1), iter(range(start, len(order.windows)))
+        try:  # the next windows are read while this one is used
+            coming = deque(reader.submit(load, number) for number in islice(numbers, ahead))
             for number in range(start, len(order.windows)):
-                assert coming is not None
-                pool, labels = coming.result()
-                coming = ahead.submit(load, number + 1) if number + 1 < len(order.windows) else None
+                pool, labels = coming.popleft().result()
+                coming.extend(reader.submit(load, later) for later in islice(numbers, 1))
                 yield number, sum(n for _, n in order.windows[number]), pool, labels
                 del pool
+        finally:
+            reader.shutdown(cancel_futures=True)
 
     def _pool_of_readers(self) -> ThreadPoolExecutor:
         if self._readers is None:

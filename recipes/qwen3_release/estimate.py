@@ -49,7 +49,8 @@ def estimates(c: Config) -> dict[str, Estimate]:
         ),
         "train": Estimate(
             f"{parameters:,} parameters, {steps:,} steps of {s.batch_size:,} tokens = {steps * s.batch_size:,}, "
-            f"{s.tokens / tokens:.2f} passes", 2 * state + weights * s.keep_best, 4 * weights,
+            f"{s.tokens / tokens:.2f} passes", 2 * state + weights * s.keep_best,
+            4 * weights + (s.prefetch + 1) * s.window_bytes,
             max(trained, passes * rows / DISK) if passes else trained + s.tokens * forward,
             int(passes * rows + steps // s.save_every * (state + weights)),
         ),

@@ -115,6 +115,7 @@ class _Release(OneLayer):
         """What is trained on: the harvest, or the model itself on conversations behind those of the harvest."""
         rows, live, data = self.rows(ctx.path("activations"), "train"), self.config.live, self.config.data
         if not live.on:
+            rows.window_bytes, rows.prefetch = self.config.sae.window_bytes, self.config.sae.prefetch
             return rows
         held = self.rows(ctx.path("activations"), "validation")
         first = 1 + max(int(part.columns("sample_id")["sample_id"].max()) for part in (rows, held))

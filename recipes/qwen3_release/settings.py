@@ -36,6 +36,8 @@ class SAESettings(Settings):
     expansion: int = 16
     k: int = 64
     normalize: Literal["mean_std", "none"] = "mean_std"
+    window_bytes: int = Field(default=256 << 20, ge=1, description="Activations of the harvest shuffled together.")
+    prefetch: int = Field(default=0, ge=0, description="Windows of them read ahead.")
     exclude: tuple[str, ...] = Field(default=("position_0",), description="Groups of tokens it is not for.")
     pre_bias: Literal["tied", "untied", "none"] = "tied"
     tokens: int = Field(ge=1, description="Training tokens, passes counted.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -52,6 +54,38 @@ def test_the_order_does_not_follow_the_cut_into_files(folder, tmp_path):
     assert len(one.sources) == 1 and len(many.sources) > 10
     for options in ({}, {"window_bytes": WINDOW}, {"seed": 3, "epoch": 2}, {"world_size": 2, "rank": 1}):
         assert numbers(one.batches(128, **options)) == numbers(many.batches(128, **options))
+
+
+@pytest.mark.parametrize("prefetch", [1, 3])
+def test_windows_read_ahead_come_in_the_same_order_and_go_on_from_the_same_state(folder, prefetch):
+    plain, data = ActivationDataset.open(folder), ActivationDataset.open(folder)
+    for one in (plain, data):
+        one.window_bytes = WINDOW
+    data.prefetch = prefetch
+    expected = numbers(plain.batches(128))
+    assert numbers(data.batches(128)) == expected
+    started, got = data.batches(128), []
+    for _ in range(5):
+        got += numbers([next(started)])
+    state = data.state_dict()
+    del started  # what is still being read is let go
+    plain.load_state_dict(state)
+    assert got + numbers(plain.batches(128)) == expected
+
+
+def test_as_many_windows_are_read_ahead_as_are_asked_for(folder):
+    for prefetch in (0, 2):
+        data, read = ActivationDataset.open(folder), []
+        data.window_bytes, data.prefetch = WINDOW, prefetch
+        load = data._read
+        data._read = lambda first, rows, out, load=load, read=read: (read.append(rows), load(first, rows, out))[1]
+        batches = data.batches(64)
+        next(batches)
+        wanted, waited = (1 + prefetch) * WINDOW // 12, 0.0
+        while sum(read) < wanted - 32 and waited < 20:
+            time.sleep(0.01)
+            waited += 0.01
+        assert wanted - 32 <= sum(read) <= wanted + 32
 
 
 def test_a_window_mixes_distant_rows(folder):
