@@ -27,11 +27,13 @@ from hubsae.cli.recipe import app
 from hubsae.core.files import read_csv, read_json, sha256_file
 from hubsae.evals import reconstruction
 from hubsae.formats import Release, write
+from hubsae.index import labels
 from hubsae.index.features import FeatureIndex
 from hubsae.localhub.settings import Token
 from hubsae.recipes.registry import find_recipe, prepare
 from hubsae.recipes.standard import Activations
 from hubsae.recipes.tour import STOCK_SAELENS
+from tests.index.rule_model import RuleModel, served
 
 QUICK = [
     "model.size=quick", "data.max_tokens=8000", "sae.tokens=16384", "sae.save_every=10", "sae.batch_size=256",
@@ -212,6 +214,23 @@ def test_the_index_has_the_seeds_files_and_counts(run):
     kept = Counter(row["feature"] for row in table if row["kind"] == "prompt")
     assert found["prompt_rows"] == kept.total() and max(kept.values()) == 5
     assert set(kept) == set(np.flatnonzero(counts).tolist())
+
+
+def test_a_judge_names_features_and_its_names_are_scored(run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "judged")
+    with served(RuleModel()) as chat:
+        judge = ["judge.model=rules", f"judge.server={chat.url}", "judge.features=4"]
+        prepared = prepare("qwen3_release", overrides=[*QUICK, *judge], out=folder)
+        names = [step.name for step in prepared.steps]
+        outcomes = prepared.run.execute(prepared.steps[: names.index("index") + 1])
+    assert [one.name for one in outcomes if one.ran] == ["index"]
+    index = folder / "index" / outcomes[-1].result["folder"]
+    named = {one.feature: one for one in labels.read(index)}
+    assert len(named) == 4 and {one.author for one in named.values()} == {"rules"}
+    tops = {row["feature"]: row for row in pq.read_table(index / "feature_metrics.parquet").to_pylist()}
+    for feature, label in named.items():
+        assert label.text.startswith("says ") and tops[feature]["count"] > 0
+        assert label.score is not None and label.low <= label.score <= label.high and label.n > 0
 
 
 def test_the_card_says_which_features_steer_and_which_checkpoint_this_is(run):
