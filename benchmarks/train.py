@@ -10,6 +10,9 @@ reported, by wall clock and by CPU time of the process (the steady one on a shar
 classes, forward and loss functions and the optimiser step as their trainers do it; gradient clipping, which SAELens
 and dictionary_learning add, is left out everywhere, and so are logging and data loading. No trainer renders a
 verdict on another CPU: ratios are quoted with the CPU's name.
+
+`roofline` among the peers is the least that a step can take on this machine, measured in the same rounds: the encoder's
+product, and weights and Adam's moments read and written once. Its ratio is the share of the roofline that ours reaches.
 """
 
 from __future__ import annotations
@@ -56,7 +59,7 @@ CASES = {
     "auxk": Case("topk", 896, 7168, 64, 512, dead=True),
     "tiny": Case("topk", 16, 128, 4, 64),
 }
-PEERS = ("hubsae", "textbook", "saelens", "saelens-sparse", "sparsify", "dictionary_learning")
+PEERS = ("hubsae", "roofline", "textbook", "saelens", "saelens-sparse", "sparsify", "dictionary_learning")
 OURS = ("hubsae",)
 HEAD = f"  {'trainer':20s} {'tokens/s':>10s} {'ms wall':>9s} {'ms CPU':>9s}   times the first, by wall / by CPU"
 LR = 1e-4
@@ -102,6 +105,7 @@ def make(peer: str, case: Case, s: Start) -> Callable[[int], None] | None:
     """A function that takes training step i, or None where the peer has no such architecture."""
     builder = {
         "hubsae": hubsae,
+        "roofline": roofline,
         "textbook": textbook,
         "saelens": saelens,
         "saelens-sparse": lambda c, t: saelens(c, t, sparse=True),
@@ -150,6 +154,27 @@ def hubsae(case: Case, s: Start):
             cell.since_fired[: case.n // 2] = 10**12
         else:
             bank.count(signals.fired, case.batch)
+
+    return step
+
+
+def roofline(case: Case, s: Start):
+    """No trainer: the encoder's product on the faster backend, and weights and moments read and written once."""
+    import torch
+
+    from hubsae.kernels.linear import fastest
+
+    x, W, b = s.data[0], s.W, s.b_enc
+    ways = [lambda: torch.nn.functional.linear(x, W, b)]
+    if x.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        ways.append(lambda: torch.ops.mkldnn._linear_pointwise(x, W, b, "none", [], ""))
+    product = min(ways, key=fastest) if len(ways) > 1 else ways[0]
+    a, b_ = torch.ones_like(W), torch.ones_like(W)
+
+    def step(i: int) -> None:
+        product()
+        for _ in range(3):  # W, m and v of two matrices
+            a.mul_(1.0), b_.mul_(1.0)
 
     return step
 
@@ -423,7 +448,7 @@ def main() -> None:
         value = peak(options.one[0], CASES[options.one[1]])
         print("none" if value is None else f"{value:.0f}")
         return
-    peers = [p for p in options.peer or PEERS if p != options.ours]
+    peers = [p for p in options.peer or PEERS if p != options.ours and not (options.memory and p == "roofline")]
     cases = options.case or (["tiny"] if options.quick else [c for c in CASES if c != "tiny"])
     print(f"{cpu_name()}; python {platform.python_version()}", flush=True)
     if options.memory:

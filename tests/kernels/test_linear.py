@@ -1,5 +1,6 @@
 """The encoder's product: the same numbers on every backend, and a fallback that always holds."""
 
+import pytest
 import torch
 from torch.nn import functional as F
 
@@ -40,3 +41,15 @@ def test_decisions_survive_a_restart(monkeypatch):
     module.adopt([[512, 896, 7168, 1, "torch"]])
     assert module.backend(512, 896, 7168, 1) == "torch"
     assert [512, 896, 7168, 1, "torch"] in module.decisions()
+
+
+@pytest.mark.skipif(module._operator() is None, reason="this build of torch has no oneDNN product")
+@pytest.mark.parametrize(
+    ("amd", "onednn", "mkl", "wins"),
+    [(True, 1.2, 1.0, "onednn"), (True, 1.4, 1.0, "torch"), (False, 1.0, 1.2, "torch"), (False, 1.0, 1.4, "onednn")],
+)
+def test_near_a_tie_the_make_of_the_processor_decides_and_not_the_clock(monkeypatch, amd, onednn, mkl, wins):
+    clock = iter([onednn, mkl])
+    monkeypatch.setattr(module, "fastest", lambda work: next(clock))
+    monkeypatch.setattr(module, "_on_amd", lambda: amd)
+    assert module._trial(64, 64, 256) == wins
