@@ -3,6 +3,7 @@
     python benchmarks/train.py                       # the headline cases, every peer that is installed
     python benchmarks/train.py --case topk7168 --threads 1 --rounds 9
     python benchmarks/train.py --memory              # peak memory above imports and data, one process per trainer
+    python benchmarks/train.py --device cuda --case h200 --precision bf16   # kernels: triton, peers under autocast
 
 Each peer meets ours in a process of its own: five trainers in one disturb each other by factors that change each time.
 Every round times a few steps of each trainer in turn; a ratio is taken within a round and the median of the rounds is
@@ -57,12 +58,16 @@ CASES = {
     "jumprelu700": Case("jumprelu", 896, 7168, 0, 512, l0_target=700),
     "relu": Case("relu", 896, 7168, 0, 512),
     "auxk": Case("topk", 896, 7168, 64, 512, dead=True),
+    "h200": Case("topk", 4096, 65536, 64, 32768),
     "tiny": Case("topk", 16, 128, 4, 64),
 }
+CPU_CASES = [name for name in CASES if name not in ("h200", "tiny")]
 PEERS = ("hubsae", "roofline", "textbook", "saelens", "saelens-sparse", "sparsify", "dictionary_learning")
 OURS = ("hubsae",)
 HEAD = f"  {'trainer':20s} {'tokens/s':>10s} {'ms wall':>9s} {'ms CPU':>9s}   times the first, by wall / by CPU"
 LR = 1e-4
+DEVICE, PRECISION = "cpu", "fp32"
+"""Set by the options: where trainers run, and in what precision: bf16 is ours in bf16 and the peers under autocast."""
 BANDWIDTH = 0.02
 L0_COEFFICIENT = 1e-3
 
@@ -83,22 +88,22 @@ def start(case: Case) -> Start:
 
     g = torch.Generator().manual_seed(0)
     true = torch.randn(2 * case.d, case.d, generator=g)
-    true /= true.norm(dim=1, keepdim=True)
+    true = (true / true.norm(dim=1, keepdim=True)).to(DEVICE)
 
     def batch():
-        which = torch.randint(0, 2 * case.d, (case.batch, 32), generator=g)
-        size = torch.rand(case.batch, 32, generator=g) + 0.5
+        which = torch.randint(0, 2 * case.d, (case.batch, 32), generator=g).to(DEVICE)
+        size = torch.rand(case.batch, 32, generator=g).to(DEVICE) + 0.5
         x = torch.nn.functional.embedding_bag(which, true, per_sample_weights=size, mode="sum")
-        return x + 0.1 * torch.randn(case.batch, case.d, generator=g)
+        return x + 0.1 * torch.randn(case.batch, case.d, generator=g).to(DEVICE)
 
     data = [batch() for _ in range(8)]
     W = torch.randn(case.n, case.d, generator=g)
-    W /= W.norm(dim=1, keepdim=True)
+    W = (W / W.norm(dim=1, keepdim=True)).to(DEVICE)
     theta = 0.0
     if case.l0_target:
         pre = (data[0][:256] - data[0].mean(0)) @ W.t()
         theta = float(torch.quantile(pre.reshape(-1)[: 1 << 20], 1 - case.l0_target / case.n))
-    return Start(W, torch.zeros(case.n), data[0].mean(0), theta, data)
+    return Start(W, torch.zeros(case.n, device=DEVICE), data[0].mean(0), theta, data)
 
 
 def make(peer: str, case: Case, s: Start) -> Callable[[int], None] | None:
@@ -112,13 +117,27 @@ def make(peer: str, case: Case, s: Start) -> Callable[[int], None] | None:
         "sparsify": sparsify,
         "dictionary_learning": dictionary_learning,
     }[peer]
-    return builder(case, s)
+    made = builder(case, s)
+    if made is None or DEVICE == "cpu":
+        return made
+    import torch
+
+    dtype = torch.bfloat16 if PRECISION == "bf16" and peer not in OURS else torch.float32
+    cast = torch.autocast(DEVICE, dtype=dtype, enabled=dtype is torch.bfloat16)
+
+    def step(i: int) -> None:
+        with cast:
+            made(i)
+
+    return step
 
 
 def hubsae(case: Case, s: Start):
+    from hubsae import kernels
     from hubsae.train import step as S
     from hubsae.train import update as U
     from hubsae.train.config import AuxConfig, DeadConfig, SparsityConfig, TrainConfig
+    from hubsae.train.learn import learn
     from hubsae.train.parallel import Solo
     from hubsae.train.state import Bank
 
@@ -135,8 +154,10 @@ def hubsae(case: Case, s: Start):
         batch_size=case.batch,
         aux=AuxConfig(coefficient=1.0, scale_by_dead=True) if case.dead else None,
         dead=DeadConfig(tokens=10**9),
+        precision=PRECISION,
+        kernels="torch" if DEVICE == "cpu" else "triton",
     )
-    bank = Bank([config], case.d)
+    bank = Bank([config], case.d, device=DEVICE)
     cell = bank.cells[0]
     cell.W_dec.copy_(s.W), cell.W_enc.copy_(s.W), cell.vectors["b_dec"].copy_(s.b_dec)
     if case.arch == "jumprelu":
@@ -144,9 +165,16 @@ def hubsae(case: Case, s: Start):
     if case.dead:
         cell.since_fired[: case.n // 2] = 10**12
     solo = Solo()
+    kernels.use(config.kernels)
 
     def step(i: int) -> None:
         x = s.data[i % len(s.data)]
+        if DEVICE != "cpu":  # what the trainer does: the CUDA graph is taken here
+            import torch
+
+            with torch.no_grad():
+                learn(bank, x, solo, case.batch, number=i)
+            return
         f = S.forward(bank, x, solo, case.batch)
         signals = S.signals(bank, f, solo, case.batch)
         U.apply(bank, f, signals)
@@ -169,6 +197,9 @@ def roofline(case: Case, s: Start):
     if x.device.type == "cpu" and torch.backends.mkldnn.is_available():
         ways.append(lambda: torch.ops.mkldnn._linear_pointwise(x, W, b, "none", [], ""))
     product = min(ways, key=fastest) if len(ways) > 1 else ways[0]
+    if PRECISION == "bf16":
+        half = (x.bfloat16(), W.bfloat16())
+        product = lambda: torch.nn.functional.linear(*half)  # noqa: E731
     a, b_ = torch.ones_like(W), torch.ones_like(W)
 
     def step(i: int) -> None:
@@ -224,7 +255,7 @@ def saelens(case: Case, s: Start, sparse: bool = False):
     from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
     from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 
-    common = {"d_in": case.d, "d_sae": case.n, "device": "cpu", "dtype": "float32", "apply_b_dec_to_input": True}
+    common = {"d_in": case.d, "d_sae": case.n, "device": DEVICE, "dtype": "float32", "apply_b_dec_to_input": True}
     coefficients = {}
     if case.arch == "topk":
         # rescale_acts_by_decoder_norm with sparse activations raises in backward on the CPU
@@ -251,9 +282,9 @@ def saelens(case: Case, s: Start, sparse: bool = False):
         sae.W_dec.copy_(s.W), sae.W_enc.copy_(s.W.t()), sae.b_dec.copy_(s.b_dec)
     # the optimiser of its trainer, in the fused form that is a free gain
     optimiser = torch.optim.Adam(sae.parameters(), lr=LR, fused=True)
-    dead = torch.zeros(case.n, dtype=torch.bool)
+    dead = torch.zeros(case.n, dtype=torch.bool, device=DEVICE)
     dead[: case.n // 2] = case.dead
-    silent, frequency = torch.zeros(case.n), torch.zeros(case.n)
+    silent, frequency = torch.zeros(case.n, device=DEVICE), torch.zeros(case.n, device=DEVICE)
 
     def step(i: int) -> None:
         out = sae.training_forward_pass(
@@ -285,13 +316,13 @@ def sparsify(case: Case, s: Start):
     import torch
     from sparsify import SparseCoder, SparseCoderConfig
 
-    sae = SparseCoder(case.d, SparseCoderConfig(num_latents=case.n, k=case.k), device="cpu", dtype=torch.float32)
+    sae = SparseCoder(case.d, SparseCoderConfig(num_latents=case.n, k=case.k), device=DEVICE, dtype=torch.float32)
     with torch.no_grad():
         sae.W_dec.copy_(s.W), sae.encoder.weight.copy_(s.W), sae.encoder.bias.zero_(), sae.b_dec.copy_(s.b_dec)
     optimiser = torch.optim.Adam(sae.parameters(), lr=LR)
-    dead = torch.zeros(case.n, dtype=torch.bool)
+    dead = torch.zeros(case.n, dtype=torch.bool, device=DEVICE)
     dead[: case.n // 2] = True
-    silent = torch.zeros(case.n, dtype=torch.long)
+    silent = torch.zeros(case.n, dtype=torch.long, device=DEVICE)
 
     def step(i: int) -> None:
         sae.set_decoder_norm_to_unit_norm()
@@ -300,7 +331,7 @@ def sparsify(case: Case, s: Start):
         sae.remove_gradient_parallel_to_decoder_directions()
         optimiser.step()
         optimiser.zero_grad()
-        did = torch.zeros(case.n, dtype=torch.bool)
+        did = torch.zeros(case.n, dtype=torch.bool, device=DEVICE)
         did[out.latent_indices.flatten()] = True
         silent.add_(case.batch)
         silent[did] = 0
@@ -319,7 +350,7 @@ def dictionary_learning(case: Case, s: Start):
     )
 
     common = {"steps": 10**6, "activation_dim": case.d, "dict_size": case.n, "layer": 0, "lm_name": "none"}
-    common |= {"lr": LR, "warmup_steps": 0, "device": "cpu"}
+    common |= {"lr": LR, "warmup_steps": 0, "device": DEVICE}
     alpha = 1 / 32 if case.dead else 0.0
     with torch.no_grad():
         if case.arch in ("topk", "batch_topk"):
@@ -369,6 +400,15 @@ def cpu_name() -> str:
         return platform.processor() or "unknown CPU"
 
 
+def clock() -> float:
+    """Seconds, when the device has done what it was given."""
+    if DEVICE != "cpu":
+        import torch
+
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def compare(case: Case, peers: list[str], rounds: int, steps: int) -> None:
     """Interleaved rounds of every trainer; prints tokens/s and ratios to the first."""
     s = start(case)
@@ -380,17 +420,18 @@ def compare(case: Case, peers: list[str], rounds: int, steps: int) -> None:
             print(f"  {peer}: not installed ({error})")
             continue
         if made is not None:
-            made(0), made(1)
+            for i in range(2 if DEVICE == "cpu" else 6):  # a GPU's kernels are compiled, its graph is taken
+                made(i)
             runs[peer] = made
     wall: dict[str, list[float]] = {peer: [] for peer in runs}
     cpu: dict[str, list[float]] = {peer: [] for peer in runs}
     for _ in range(rounds):
         for peer, run in runs.items():
             run(2)  # the caches are another trainer's
-            w, c = time.perf_counter(), time.process_time()
+            w, c = clock(), time.process_time()
             for i in range(steps):
                 run(3 + i)
-            wall[peer].append((time.perf_counter() - w) / steps)
+            wall[peer].append((clock() - w) / steps)
             cpu[peer].append((time.process_time() - c) / steps)
     for peer in runs:
         w, c = statistics.median(wall[peer]), statistics.median(cpu[peer])
@@ -409,6 +450,8 @@ def peak(peer: str, case: Case) -> float | None:
     tiny = CASES["tiny"]
     if (warm := make(peer, tiny, start(tiny))) is not None:
         warm(0)  # code that is loaded at its first use counts as an import
+    if DEVICE != "cpu":
+        return _peak_on_gpu(peer, case, s)
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM; ru_maxrss would start at the parent's peak
     before = _high_water("VmRSS")
     run = make(peer, case, s)
@@ -417,6 +460,18 @@ def peak(peer: str, case: Case) -> float | None:
     for i in range(4):
         run(i)
     return _high_water("VmHWM") - before
+
+
+def _peak_on_gpu(peer: str, case: Case, s: Start) -> float | None:
+    import torch
+
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    if (run := make(peer, case, s)) is None:
+        return None
+    for i in range(8):
+        run(i)
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def _high_water(field: str) -> float:
@@ -437,8 +492,13 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--ours", choices=OURS, default="hubsae", help="the trainer that the others are compared with")
     parser.add_argument("--together", action="store_true", help="all trainers in this process, which disturbs them all")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="with --device cuda")
     parser.add_argument("--one", nargs=2, metavar=("PEER", "CASE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    global DEVICE, PRECISION
+    DEVICE, PRECISION = options.device, options.precision
+    where = ["--device", DEVICE, "--precision", PRECISION]
     if options.one:
         import torch
 
@@ -449,14 +509,18 @@ def main() -> None:
         print("none" if value is None else f"{value:.0f}")
         return
     peers = [p for p in options.peer or PEERS if p != options.ours and not (options.memory and p == "roofline")]
-    cases = options.case or (["tiny"] if options.quick else [c for c in CASES if c != "tiny"])
+    cases = options.case or (["tiny"] if options.quick else CPU_CASES if DEVICE == "cpu" else ["h200"])
     print(f"{cpu_name()}; python {platform.python_version()}", flush=True)
+    if DEVICE == "cuda":
+        import torch
+
+        print(f"{torch.cuda.get_device_name()}, {PRECISION}", flush=True)
     if options.memory:
         for name in cases:
             print(f"\n{name}: peak MB above imports and data")
             for peer in [options.ours, *peers]:
                 extra = ["--threads", str(options.threads)] if options.threads else []
-                command = [sys.executable, __file__, "--one", peer, name, *extra]
+                command = [sys.executable, __file__, "--one", peer, name, *extra, *where]
                 done = subprocess.run(command, capture_output=True, text=True)
                 text = done.stdout.strip().splitlines()
                 print(f"  {peer:20s} {text[-1] if done.returncode == 0 and text else 'failed: ' + done.stderr[-200:]}")
@@ -479,6 +543,7 @@ def main() -> None:
         for peer in peers:
             command = [sys.executable, __file__, "--together", "--case", name, "--ours", options.ours, "--peer", peer]
             command += ["--threads", str(torch.get_num_threads()), "--rounds", str(rounds), "--steps", str(steps)]
+            command += where
             done = subprocess.run(command, capture_output=True, text=True)
             lines = done.stdout.splitlines()
             print(

@@ -96,7 +96,7 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dz in latent order, gW_enc, gW_dec, gb_enc, all by dense products."""
     n = W_dec.shape[0]
-    latents = torch.repeat_interleave(torch.arange(n, device=W_dec.device), entries.counts)
+    latents = torch.repeat_interleave(torch.arange(n, device=W_dec.device), entries.offsets.diff())
     where = (entries.rows.long(), latents)
     z = torch.zeros(residual.shape[0], n, dtype=W_dec.dtype, device=W_dec.device)
     z.index_put_(where, entries.values, accumulate=True)

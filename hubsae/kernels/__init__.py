@@ -34,3 +34,8 @@ def using(name: str) -> Iterator[None]:
 def chosen() -> str:
     """The implementation in use."""
     return _chosen
+
+
+def aside(device_type: str) -> bool:
+    """Whether work runs beside the host, which should not wait for it: on a GPU, or as it would in the interpreter."""
+    return device_type != "cpu" or _chosen == "triton"

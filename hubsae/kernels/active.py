@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hubsae.kernels import aside
 from hubsae.kernels.entries import stable_order
 
 
@@ -44,18 +45,31 @@ class ActiveSet(NamedTuple):
     @staticmethod
     def from_entries(rows: Tensor, latents: Tensor, values: Tensor, n_rows: int, n_latents: int) -> ActiveSet:
         """From entries in row order."""
-        counts = torch.bincount(rows, minlength=n_rows)
-        offsets = (counts.cumsum(0) - counts).int()
+        offsets = _starts(rows, n_rows)[:-1]
         return ActiveSet(rows.int(), latents.int(), values, offsets, n_rows, n_latents)
 
     def by_latent(self) -> LatentOrder:
         """The same entries sorted by latent; stable, so rows stay in order within a latent."""
         order = stable_order(self.latents, self.n_latents)
-        counts = torch.bincount(self.latents, minlength=self.n_latents)
-        offsets = torch.zeros(self.n_latents + 1, dtype=torch.int32, device=counts.device)
-        torch.cumsum(counts, 0, out=offsets[1:])
+        if aside(self.latents.device.type):
+            offsets = _starts(self.latents.index_select(0, order), self.n_latents)
+        else:
+            offsets = _starts(self.latents, self.n_latents)
         rows, values = self.rows.index_select(0, order), self.values.index_select(0, order)
-        return LatentOrder(order, rows, values, counts, offsets)
+        return LatentOrder(order, rows, values, offsets)
+
+
+def _starts(keys: Tensor, n: int) -> Tensor:
+    """Where each of the keys 0 to n - 1 would start among sorted ones, and the end: [n + 1] int32.
+
+    Off the host the keys are sorted already, since counting them would wait for their maximum.
+    """
+    if aside(keys.device.type):
+        wanted = torch.arange(n + 1, dtype=keys.dtype, device=keys.device)
+        return torch.searchsorted(keys, wanted, out_int32=True)
+    offsets = torch.zeros(n + 1, dtype=torch.int32)
+    torch.cumsum(torch.bincount(keys, minlength=n), 0, out=offsets[1:])
+    return offsets
 
 
 class LatentOrder(NamedTuple):
@@ -67,7 +81,5 @@ class LatentOrder(NamedTuple):
     """[nnz] int32."""
     values: Tensor
     """[nnz]"""
-    counts: Tensor
-    """[n_latents] int64: on how many rows each latent fired."""
     offsets: Tensor
     """[n_latents + 1] int32."""

@@ -31,11 +31,11 @@ with warnings.catch_warnings():
 def bag_sum(table: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
     """out[i] = Σ weights[e] · table[indices[e]] over the entries e of bag i. [len(offsets), d]"""
     if indices.numel() == 0:
-        return table.new_zeros(offsets.shape[0], table.shape[1])
+        return weights.new_zeros(offsets.shape[0], table.shape[1])
     if chosen() == "triton":
-        from hubsae.kernels import triton_gpu
+        from hubsae.kernels import triton_sums
 
-        return triton_gpu.bag_sum(table, indices, offsets, weights)
+        return triton_sums.bag_sum(table, indices, offsets, weights)
     return torch.embedding_bag(table, indices, offsets, False, 0, False, weights)[0]
 
 
@@ -51,11 +51,11 @@ def entry_dots(W: Tensor, table: Tensor, rows: Tensor, offsets: Tensor) -> Tenso
     one core): in latent order the decoder row stays in the first-level cache.
     """
     if rows.numel() == 0:
-        return table.new_zeros(0)
+        return W.new_zeros(0)
     if chosen() == "triton":
-        from hubsae.kernels import triton_gpu
+        from hubsae.kernels import triton_sums
 
-        return triton_gpu.entry_dots(W, table, rows, offsets)
+        return triton_sums.entry_dots(W, table, rows, offsets)
     if W.device.type != "cpu" or W.dtype not in (torch.float32, torch.float64):
         latents = torch.repeat_interleave(
             torch.arange(W.shape[0], device=W.device), (offsets[1:] - offsets[:-1]).long()

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hubsae.kernels import aside
+
 
 def _plain(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64)
@@ -54,7 +56,7 @@ def stable_order(keys: Tensor, limit: int) -> Tensor:
     >>> stable_order(torch.tensor([70000, 1, 0, 1]), 70001).tolist()
     [2, 1, 3, 0]
     """
-    if keys.device.type != "cpu":
+    if aside(keys.device.type):
         return torch.sort(keys, stable=True).indices
     numbers = keys.numpy()
     order = numbers.astype(np.uint16).argsort(kind="stable")

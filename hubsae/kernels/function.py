@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hubsae.kernels import cpu
+from hubsae.kernels import chosen, cpu
 from hubsae.kernels.active import ActiveSet
 from hubsae.kernels.linear import linear
 from hubsae.kernels.select import topk
@@ -23,7 +23,12 @@ class _TopKAutoencode(torch.autograd.Function):
         ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, k: int, relu: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         xc = x - b_dec
-        values, indices = topk(linear(xc, W_enc, b_enc), k)
+        if chosen() == "triton" and xc.dtype is torch.float32:
+            from hubsae.kernels import triton_encode
+
+            values, indices = triton_encode.topk(xc, W_enc, b_enc, k)
+        else:
+            values, indices = topk(linear(xc, W_enc, b_enc), k)
         if relu:
             values = values.relu()
         active = ActiveSet.from_topk(values, indices, W_enc.shape[0])

@@ -199,10 +199,14 @@ class TrainConfig(Settings):
     clip: float | None = Field(default=None, gt=0, description="Largest gradient norm. Costs a stored gradient.")
     accumulate: int = Field(default=1, ge=1, description="Split each batch into this many parts (memory).")
     precision: Literal["fp32", "bf16"] = Field(
-        default="fp32", description="bf16: the encoder product under autocast; approximate selection."
+        default="fp32",
+        description="bf16: the encoder product in bf16, so an approximate selection; with kernels: triton what entries "
+        "gather from is rounded too.",
     )
     kernels: Literal["torch", "triton"] = Field(
-        default="torch", description="Implementation of the selection and the sparse sums; the same numbers."
+        default="torch",
+        description="torch runs everywhere; triton, on CUDA, encodes and selects in one kernel and updates in one: the "
+        "same numbers in fp32 up to rounding.",
     )
     unit_norm: bool = Field(default=True, description="Decoder rows are rescaled to norm one after each step.")
     project: bool = Field(default=True, description="The part of a decoder row's gradient along the row is removed.")

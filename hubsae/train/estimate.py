@@ -75,7 +75,11 @@ def estimate(
     block = 4 * (rows_at_once * n * 2 + part * (d_in + wide * (2 + prefixes))) + 40 * entries + 8 * TILE_ELEMENTS
     if config.architecture == "gated" or (config.k is None and density > 0.1):
         block += 4 * part * n * 3
-    if config.precision == "bf16":
+    if config.kernels == "triton" and config.architecture in ("topk", "batch_topk"):
+        # lists of candidates in place of pre-activations, and bf16 copies of what is multiplied or gathered from
+        block += part * (8 * 8 * (config.k or 0) + 2 * (d_in + wide)) - 4 * rows_at_once * n * 2
+        block += 2 * n * (d_in if config.precision == "fp32" else d_in + wide)
+    elif config.precision == "bf16":
         block += 2 * n * d_in
     if config.aux is not None:
         block += 4 * (n // 2 * d_in * 3 + part * n // 2 * 2)

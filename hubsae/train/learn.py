@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from hubsae.core.errors import DataError, TrainingError
-from hubsae.train import step, update
+from hubsae.kernels import chosen
+from hubsae.train import nowait, step, update
+from hubsae.train.nowait import EXPLODED
 from hubsae.train.parallel import Solo
 from hubsae.train.state import Bank, Cell
 
-# a loss this many times the first one is an explosion, not a fluctuation
-EXPLODED = 1e4
+BAD_DATA = "harvest again in float32 or bfloat16, or filter the data"
 
 
 def learn(
@@ -30,6 +31,11 @@ def learn(
         cell.now = {}
     if accumulate > 1 or comm.splits_rows or any(cell.config.clip is not None for cell in bank.live):
         fired, last = _with_stored_gradients(bank, x, target, comm, rows, number, accumulate)
+        if last is None:
+            return
+        bank.count(comm.sum(fired.clone()) if comm.splits_rows else fired, rows)
+    elif chosen() == "triton" and len(bank.cells) == 1:
+        nowait.take(bank, x, target, comm, rows)
     else:
         f = _forward(bank, x, target, comm, rows, number)
         if f is None:
@@ -37,12 +43,20 @@ def learn(
         s = step.signals(bank, f, comm, rows)
         update.apply(bank, f, s)
         _note(bank, s)
-        fired, last = s.fired, s
-    if last is None:
-        return
-    bank.count(comm.sum(fired.clone()) if comm.splits_rows else fired, rows)
+        bank.count(s.fired, rows)
     for cell in bank.live:
         cell.sums = [a + b for a, b in zip(cell.sums, (cell.now["loss"], cell.now["l0"], 1.0), strict=True)]
+
+
+def settle(bank: Bank) -> None:
+    """Hear of losses that were not waited for: an SAE whose loss was no number at some step is out."""
+    for cell in bank.live:
+        if (broken := cell.settle()) is None:
+            continue
+        loss, number, bad = broken
+        if bad:
+            raise DataError(f"step {number}: the batch holds NaN or infinity", hint=BAD_DATA)
+        _out(cell, loss, number)
 
 
 def _with_stored_gradients(
@@ -102,8 +116,12 @@ def _fail(cell: Cell, x: Tensor, loss: float, number: int) -> None:
         raise DataError(
             f"step {number}: row {int(broken.nonzero()[0])} of the batch holds NaN or infinity "
             f"({int(broken.sum())} of {x.shape[0]} rows)",
-            hint="harvest again in float32 or bfloat16, or filter the data",
+            hint=BAD_DATA,
         )
+    _out(cell, loss, number)
+
+
+def _out(cell: Cell, loss: float, number: int) -> None:
     cell.failed = TrainingError(
         f"{cell.config.name}: the loss became {loss:.4g} at step {number} (it was {cell.first_loss:.4g} at the start)",
         hint="lower lr, add a warm-up (schedule.warmup_steps) or clip",

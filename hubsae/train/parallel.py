@@ -147,8 +147,10 @@ def connect(split: str) -> Solo:
     if split == "none":
         return Solo()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and dist.is_available() and not dist.is_initialized():
-        # what torchrun and accelerate launch set is all that is needed
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        # what torchrun and accelerate launch set is all that is needed; counts on the host travel by gloo
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return Solo()
     return LatentParallel() if split == "latent" else DataParallel()

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hubsae.kernels import entries
+from hubsae.kernels import chosen, entries
 from hubsae.kernels.linear import linear
 from hubsae.kernels.select import largest, topk
 from hubsae.train import aux
@@ -20,6 +20,9 @@ DENSE_ABOVE = 0.18
 # rows encoded at once, where the whole block of pre-activations would not stay in cache
 CHUNK_ROWS = 256
 CHUNK_ELEMENTS = 1 << 21
+# with Triton kernels, entries that a row of a jumprelu SAE has room for, and times k of a batch_topk SAE
+ROOM = 512
+ROOM_FOR_K = 4
 
 
 class Selected(NamedTuple):
@@ -56,6 +59,17 @@ def select(cell: Cell, xc: Tensor, comm: Solo, rows_in_all: int) -> Selected:
     step = B if B * cell.n <= CHUNK_ELEMENTS else CHUNK_ROWS
     if arch == "batch_topk":
         return _batch_topk(cell, xc, step, dead, comm, rows_in_all)
+    if _in_one_kernel(xc):
+        found = None
+        if arch == "topk":
+            found = _topk_entries(cell, *_triton_topk(cell, xc), 0, comm)
+        elif arch == "jumprelu" and cell.widest <= ROOM:
+            theta = cell.vectors["theta"]
+            found = _triton_above(cell, xc, theta - cell.config.sparsity.bandwidth / 2, ROOM)
+            found = found and _gate(cell, *found, theta)
+        if found is not None:
+            rows, latents, values, near = _joined([found])
+            return Selected(rows, latents, values, near, _dead_pre(cell, xc, dead))
     parts, dead_pre, is_dense = [], [], None
     for start in range(0, B, step):
         pre = encode(cell, xc[start : start + step])
@@ -65,6 +79,8 @@ def select(cell: Cell, xc: Tensor, comm: Solo, rows_in_all: int) -> Selected:
             theta = cell.vectors.get("theta")
             edge = theta - cell.config.sparsity.bandwidth / 2 if theta is not None else 0.0
             mask = entries.above(pre, edge)
+            if theta is not None and chosen() == "triton":
+                cell.widest = int(mask.sum(1).max())
             if is_dense is None:
                 is_dense = entries.count(mask) > DENSE_ABOVE * mask.numel()
             parts.append(pre if is_dense else _entries(cell, pre, mask, theta, start))
@@ -76,6 +92,34 @@ def select(cell: Cell, xc: Tensor, comm: Solo, rows_in_all: int) -> Selected:
         return Selected(*_none(xc), dense=DenseCodes.thresholded(cell, pre), dead_pre=kept_dead)
     rows, latents, values, near = _joined(parts)
     return Selected(rows, latents, values, near, kept_dead)
+
+
+def _in_one_kernel(xc: Tensor) -> bool:
+    """Whether a Triton kernel encodes and selects at once."""
+    return chosen() == "triton" and xc.dtype is torch.float32
+
+
+def _triton_topk(cell: Cell, xc: Tensor) -> tuple[Tensor, Tensor]:
+    from hubsae.kernels import triton_encode
+
+    k, precise = min(cell.config.k or 0, cell.n), cell.config.precision == "fp32"
+    return triton_encode.topk(xc, cell.W_enc, cell.vectors["b_enc"], k, precise=precise)
+
+
+def _triton_above(cell: Cell, xc: Tensor, floor: Tensor, room: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Entries above their latent's floor; None where a row has more of them than `room`."""
+    from hubsae.kernels import triton_encode
+
+    room, precise = min(cell.n, room), cell.config.precision == "fp32"
+    *found, fits = triton_encode.above(xc, cell.W_enc, cell.vectors["b_enc"], floor, room, precise=precise)
+    return (found[0], found[1], found[2]) if bool(fits) else None
+
+
+def _dead_pre(cell: Cell, xc: Tensor, dead: Tensor | None) -> Tensor | None:
+    """Pre-activations of the dead latents alone [rows, n_dead]."""
+    if dead is None:
+        return None
+    return linear(xc, cell.W_enc.index_select(0, dead), cell.vectors["b_enc"].index_select(0, dead))
 
 
 def _none(xc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,8 +149,11 @@ def _entries(cell: Cell, pre: Tensor, mask: Tensor, theta: Tensor | None, start:
     rows, latents, values = entries.at(pre, mask)
     if start:
         rows += start
-    if theta is None:
-        return rows, latents, values
+    return (rows, latents, values) if theta is None else _gate(cell, rows, latents, values, theta)
+
+
+def _gate(cell: Cell, rows: Tensor, latents: Tensor, values: Tensor, theta: Tensor) -> tuple[Tensor, ...]:
+    """Entries of a jumprelu SAE: zero below the threshold, and which are near it."""
     at = theta.index_select(0, latents)
     near = ((values - at).abs() < cell.config.sparsity.bandwidth / 2).to(values.dtype)
     return rows, latents, torch.where(values > at, values, 0), near
@@ -121,7 +168,13 @@ def _batch_topk(cell: Cell, xc: Tensor, step: int, dead: Tensor | None, comm: So
     floor = 0.85 * cell.last_threshold
     while True:
         parts, dead_pre = [], []
-        for start in range(0, xc.shape[0], step):
+        if _in_one_kernel(xc):
+            room = min(cell.n, ROOM_FOR_K * (cell.config.k or 0))
+            found = _triton_above(cell, xc, torch.full_like(cell.vectors["b_enc"], floor), room)
+            parts = [] if found is None else [found]
+            if found is not None and dead is not None:
+                dead_pre.append(_dead_pre(cell, xc, dead))
+        for start in () if parts else range(0, xc.shape[0], step):
             pre = encode(cell, xc[start : start + step])
             if dead is not None:
                 dead_pre.append(pre.index_select(1, dead))

@@ -10,6 +10,7 @@ clipping, accumulation or data-parallel training ask for a stored gradient.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,6 +55,8 @@ class Cell:
         self.threshold: float | None = None
         self.last_threshold = 0.0
         """Smallest value of the last batch's selection; speeds up the next one, changes nothing."""
+        self.widest = 0
+        """jumprelu with Triton kernels: most entries of a row when the selection last looked."""
         self.tokens = 0
         self.since_fired, self.fired_in_epoch = bank.since_fired[rows], bank.fired_in_epoch[rows]
         self.tokens_in_epoch = 0
@@ -61,7 +64,7 @@ class Cell:
         self.row_norms = bank.row_norms[rows]
         """Norms that `unit_norm` keeps the decoder's rows at; other than one after a warm start from other norms."""
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.lr = config.lr
+        self.lr: float | Tensor = config.lr
         self.sparsity = 1.0
         self.failed: HubSAEError | None = None
         self.parent: SAE | None = None
@@ -77,6 +80,8 @@ class Cell:
         self.resampled = 0
         self.measured: dict[str, float] = {}
         """The last evaluation."""
+        self.watch: Tensor | None = None
+        """Where losses are not waited for [4]: the first loss; the first insane one, its step (-1: none), bad data."""
         self.prefixes = config.prefixes(n)
         self.offset = 0
         """First latent of this rank's share, where a dictionary is split across ranks."""
@@ -122,8 +127,18 @@ class Cell:
         out |= {"generator": self.generator.get_state()}
         return out
 
+    def settle(self) -> tuple[float, int, bool] | None:
+        """Read what stayed on the device; the first insane loss, its step and whether its data were bad, if any."""
+        if self.watch is None:
+            return None
+        first, loss, step, bad = self.watch.tolist()
+        self.first_loss = None if math.isnan(first) else first
+        self.sums = [float(value) for value in self.sums]
+        return (loss, int(step), bool(bad)) if step >= 0 else None
+
     def scalars(self) -> dict[str, Any]:
         """The rest of the state, JSON."""
+        self.settle()
         failed = None if self.failed is None else self.failed.message
         return {name: getattr(self, name) for name in SCALARS} | {"best": self.best.kept, "failed": failed}
 
@@ -180,6 +195,8 @@ class Bank:
         self.edges = torch.tensor([*(cell.low for cell in self.cells), low], device=self.device)
         """[cells + 1] first latent of each cell, and the end."""
         self._stored: tuple[Tensor, Tensor] | None = None
+        self.graph: Any = 0
+        """The CUDA graph of a step; until it is taken, how many steps ran without; None where it cannot be."""
 
     W_enc: Tensor
     W_dec: Tensor
@@ -200,9 +217,17 @@ class Bank:
 
     def count(self, fired: Tensor, tokens: int) -> None:
         """Note on how many of `tokens` tokens each latent fired [n]."""
+        self.count_tokens(tokens)
+        self.count_fired(fired, tokens)
+
+    def count_tokens(self, tokens: int) -> None:
+        """The half of `count` that is the host's."""
         for cell in self.live:
             cell.tokens += tokens
             cell.tokens_in_epoch += tokens
+
+    def count_fired(self, fired: Tensor, tokens: int) -> None:
+        """The half of `count` that is the device's."""
         self.fired_in_epoch += fired
         self.since_fired += tokens
         self.since_fired.masked_fill_(fired > 0, 0)

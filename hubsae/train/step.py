@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hubsae.kernels import cpu
+from hubsae.kernels import chosen, cpu
 from hubsae.kernels.active import ActiveSet, LatentOrder
 from hubsae.kernels.linear import linear
 from hubsae.train import aux
@@ -88,7 +88,7 @@ def forward(bank: Bank, batch: Tensor, comm: Solo, rows_in_all: int, target: Ten
         active = ActiveSet.from_topk(values[0].view(B, k), latents[0].view(B, k), bank.n)
     else:
         active = ActiveSet.from_entries(torch.cat(rows), torch.cat(latents), torch.cat(values), total, bank.n)
-    out = comm.sum_latents(cpu.decode(active, bank.W_dec))  # [residual rows, d]
+    out = comm.sum_latents(cpu.decode(active, to_gather(cells, bank.W_dec)))  # [residual rows, d]
     plain = all(c.config.pre_bias == "tied" and c.config.loss != "fvu" for c in cells)
     if plain and not by_group and all(s.dense is None for s in selected):
         losses, mse = _residuals_of_all(cells, out, inputs, rows_in_all)
@@ -109,6 +109,12 @@ def forward(bank: Bank, batch: Tensor, comm: Solo, rows_in_all: int, target: Ten
         x_rows = torch.cat([s.rows + i * B for i, s in enumerate(selected)])
         order = x_rows.int()[ordered.order]
     return Forward(inputs, out, selected, ordered, base, order, losses, mse, batch, target)
+
+
+def to_gather(cells: list[Cell], table: Tensor) -> Tensor:
+    """A table as entries gather its rows: in bf16 where the settings allow rounding and the kernels widen it again."""
+    rounded = chosen() == "triton" and all(cell.config.precision == "bf16" for cell in cells)
+    return table.bfloat16() if rounded else table
 
 
 def skipped(cell: Cell, x: Tensor) -> Tensor:
@@ -137,8 +143,11 @@ def _residuals_of_all(cells: list[Cell], out: Tensor, inputs: Tensor, rows_in_al
     elements = rows_in_all * out.shape[1]
     errors = out.view(len(cells), -1)
     squares = torch.linalg.vector_norm(errors, dim=1).square()
-    scale = squares.new_tensor([(1 if cell.config.loss == "mean" else out.shape[1]) / elements for cell in cells])
-    errors *= (2 * scale).unsqueeze(1)
+    scales = [(1 if cell.config.loss == "mean" else out.shape[1]) / elements for cell in cells]
+    # one number needs no copy to the device, which would wait
+    scale = scales[0] if len(set(scales)) == 1 else squares.new_tensor(scales).unsqueeze(1)
+    errors *= 2 * scale
+    scale = scale if isinstance(scale, float) else scale.view(-1)
     return squares * scale, squares / elements
 
 
@@ -198,7 +207,7 @@ class Signals(NamedTuple):
 def signals(bank: Bank, f: Forward, comm: Solo, rows_in_all: int) -> Signals:
     """Gradients of entries and vectors; call it before anything is updated."""
     cells, e = bank.live, f.entries
-    raw = cpu.entry_dots(bank.W_dec, f.residuals, e.rows, e.offsets)  # [nnz]
+    raw = cpu.entry_dots(bank.W_dec, to_gather(cells, f.residuals), e.rows, e.offsets)  # [nnz]
     dots = cpu.segment_sum(e.values * raw, e.offsets)
     on = e.values > 0
     sizes = [s.rows.numel() for s in f.selected]
@@ -270,7 +279,9 @@ def signals(bank: Bank, f: Forward, comm: Solo, rows_in_all: int) -> Signals:
         vectors.append(grads)
         auxes.append(gradient)
         aux_losses.append(aux_loss)
-    l0 = comm.sum_latents(comm.sum(active))[[cell.index for cell in cells]] / rows_in_all
+    l0 = comm.sum_latents(comm.sum(active)) / rows_in_all
+    if len(cells) < len(bank.cells):
+        l0 = l0[[cell.index for cell in cells]]
     return Signals(
         dz, dots, vectors, [s.dense for s in f.selected], auxes, fired.to(torch.int64), l0, aux_losses, penalties
     )

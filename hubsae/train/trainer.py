@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,7 @@ from torch import Tensor
 
 from hubsae import kernels
 from hubsae.activations.activation_set import Batch, PairedActivations
-from hubsae.core.errors import DataError, HubSAEError, TrainingInterrupted
-from hubsae.core.extras import require
+from hubsae.core.errors import ConfigError, DataError, HubSAEError, TrainingInterrupted
 from hubsae.core.files import read_json, write_json_atomic
 from hubsae.core.normalizer import Normalizer
 from hubsae.core.progress import Task, progress
@@ -29,7 +29,7 @@ from hubsae.train.best import Best
 from hubsae.train.config import TrainConfig
 from hubsae.train.export import Exporter
 from hubsae.train.interrupt import Signals, flushed_denormals
-from hubsae.train.learn import learn
+from hubsae.train.learn import learn, settle
 from hubsae.train.log import Log
 from hubsae.train.parallel import Solo, connect, shares
 from hubsae.train.result import TrainResult
@@ -194,6 +194,9 @@ class Run:
         """Raw activations in training space, float32, on the device."""
 
         def placed(x: Tensor, space: Normalizer | None) -> Tensor:
+            if self.device.type == "cuda" and not x.is_cuda:
+                # from pinned memory the copy runs beside the step before it; widened only when it is there
+                x = x.pin_memory().to(self.device, non_blocking=True)
             x = x.to(self.device, torch.float32)
             return x if space is None else space.apply(x)
 
@@ -217,6 +220,8 @@ class Run:
         try:
             options: dict[str, Any] = {"accumulate": self.first.accumulate, "target": batch.target}
             learn(self.bank, x, self.comm, rows, number=self.step, **options)
+            if self._looked_at(self.step + 1):
+                settle(self.bank)
         except DataError as error:
             raise self._with_last_good(error) from None
         for cell in before:
@@ -225,6 +230,12 @@ class Run:
                 self.log.add("failed", self.step, cell.config.name, error=cell.failed.message)
         if self.bank.live:
             self.step += 1
+
+    def _looked_at(self, step: int) -> bool:
+        """Whether this step's numbers are read: it is logged, evaluated, saved, or the last."""
+        first, epoch = self.first, self.steps_per_epoch
+        marks = (first.log_every, first.eval_every or epoch, first.checkpoint_every or epoch, epoch)
+        return step >= self.total or any(step % every == 0 for every in marks)
 
     def _with_last_good(self, error: HubSAEError) -> HubSAEError:
         good = checkpoint.latest(self.out, suffix=self.suffix) if self.out is not None else None
@@ -409,8 +420,11 @@ class Run:
 def fit_together(runs: Sequence[Run]) -> list[list[TrainResult]]:
     """Train runs side by side, always the one furthest behind, so that they can share what a live source gives."""
     first = runs[0].first
-    if first.kernels != "torch":
-        require(first.kernels, extra="fast")
+    if first.kernels != "torch" and find_spec(first.kernels) is None:
+        raise ConfigError(
+            f"kernels: {first.kernels} needs the package {first.kernels}, which is not installed",
+            hint="it comes with PyTorch for CUDA (or pip install triton); kernels: torch runs everywhere",
+        )
     with torch.no_grad(), kernels.using(first.kernels), flushed_denormals(), Signals() as asked, ExitStack() as stack:
         for run in runs:
             name = "training" if len(runs) == 1 else f"training {run.first.name}"

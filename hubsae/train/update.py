@@ -13,28 +13,52 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hubsae.kernels import cpu
+from hubsae.kernels import chosen, cpu
 from hubsae.train.config import TrainConfig
 from hubsae.train.parallel import Solo
 from hubsae.train.state import SHARED, Bank, Cell
-from hubsae.train.step import Forward, Signals
+from hubsae.train.step import Forward, Signals, to_gather
 
 # elements of one matrix in a tile: with two matrices, their moments and gradients about 8 x 1 MB (measured: flat
 # between 256 and 512 rows of 896, slower outside)
 TILE_ELEMENTS = 256 * 896
 
 
-def apply(bank: Bank, f: Forward, s: Signals) -> None:
-    """Take one optimiser step straight from a batch's signals."""
+def apply(bank: Bank, f: Forward, s: Signals, moves: Tensor | None = None) -> None:
+    """Take one optimiser step straight from a batch's signals; where `moves` is false on the device, nothing moves."""
     cells = bank.live
     for run in _runs(cells, s):
         low, high = run[0].low, run[-1].high
+        if chosen() == "triton" and _in_one_kernel(bank, f, s, run, moves):
+            continue
         tiles = _tiles(low, high, bank.d_in)
         starts = _starts(f, [*(a for a, _ in tiles), high])
         for i, (a, b) in enumerate(tiles):
             gW_enc, gW_dec, dots = _tile(bank, f, s, run, a, b, starts[i], starts[i + 1])
-            _step_matrices(bank, run[0], a, b, gW_enc, gW_dec, dots)
-    _step_vectors(cells, s.vectors)
+            _step_matrices(bank, run[0], a, b, gW_enc, gW_dec, dots, moves)
+    _step_vectors(cells, s.vectors, moves)
+
+
+def _in_one_kernel(bank: Bank, f: Forward, s: Signals, run: list[Cell], moves: Tensor | None) -> bool:
+    """Update the rows of neighbouring cells by a Triton program each; False where that cannot be."""
+    from hubsae.kernels import triton_update
+
+    cell, (i, rows) = run[0], (bank.live.index(run[0]), slice(run[0].low, run[-1].high))
+    if s.dense[i] is not None or s.aux[i] is not None or not triton_update.fits(bank.W_enc, bank.W_dec):
+        return False
+    c = cell.config
+    scalars = triton_update.scalars(cell.lr, cell.step + 1, c.betas, moves)
+    offsets = f.entries.offsets[rows.start : rows.stop + 1]
+    options = {"betas": c.betas, "eps": c.eps}
+    state = (bank.W_enc[rows], bank.m_enc[rows], bank.v_enc[rows])
+    triton_update.update(state, to_gather(run, f.inputs), f.x_rows, s.dz, offsets, scalars, **options)
+    state = (bank.W_dec[rows], bank.m_dec[rows], bank.v_dec[rows])
+    norms = bank.row_norms[rows] if c.unit_norm else None
+    options |= {"project": c.project, "unit_rows": cell.unit_rows, "norms": norms}
+    triton_update.update(
+        state, to_gather(run, f.residuals), f.entries.rows, f.entries.values, offsets, scalars, **options
+    )
+    return True
 
 
 def collect(bank: Bank, f: Forward, s: Signals) -> None:
@@ -104,7 +128,7 @@ def _runs(cells: list[Cell], s: Signals) -> list[list[Cell]]:
     for i, cell in enumerate(cells):
         c = cell.config
         alone = s.aux[i] is not None or s.dense[i] is not None
-        key = None if alone else (cell.lr, c.betas, c.eps, c.unit_norm, cell.unit_rows, c.project, float(cell.step))
+        key = None if alone else (cell.lr, c.betas, c.eps, c.unit_norm, cell.unit_rows, c.project, cell.tokens)
         if runs and key is not None and key == last and runs[-1][-1].high == cell.low:
             runs[-1].append(cell)
         else:
@@ -139,7 +163,16 @@ def _tile(
     return gW_enc, gW_dec, dots
 
 
-def _step_matrices(bank: Bank, cell: Cell, a: int, b: int, gW_enc: Tensor, gW_dec: Tensor, dots: Tensor | None) -> None:
+def _step_matrices(
+    bank: Bank,
+    cell: Cell,
+    a: int,
+    b: int,
+    gW_enc: Tensor,
+    gW_dec: Tensor,
+    dots: Tensor | None,
+    moves: Tensor | None = None,
+) -> None:
     W_dec = bank.W_dec[a:b]
     if cell.config.project:
         along = torch.linalg.vecdot(gW_dec, W_dec) if dots is None else dots
@@ -155,13 +188,14 @@ def _step_matrices(bank: Bank, cell: Cell, a: int, b: int, gW_enc: Tensor, gW_de
         [bank.m_enc[a:b], bank.m_dec[a:b]],
         [bank.v_enc[a:b], bank.v_dec[a:b]],
         step,
+        moves,
     )
     if cell.config.unit_norm:
         norms = torch.linalg.vector_norm(W_dec, dim=1, keepdim=True).clamp_min_(1e-12)
         W_dec *= torch.div(bank.row_norms[a:b], norms, out=norms)
 
 
-def _step_vectors(cells: list[Cell], vectors: list[dict[str, Tensor]]) -> None:
+def _step_vectors(cells: list[Cell], vectors: list[dict[str, Tensor]], moves: Tensor | None = None) -> None:
     """Adam on the biases and thresholds; one call for all cells of the same settings."""
     groups: dict[tuple[Any, ...], list[tuple[Cell, str, Tensor]]] = {}
     for cell, grads in zip(cells, vectors, strict=True):
@@ -169,7 +203,7 @@ def _step_vectors(cells: list[Cell], vectors: list[dict[str, Tensor]]) -> None:
         c = cell.config
         for name in sorted(grads):
             scale = c.sparsity.threshold_lr if name == "theta" else 1.0
-            groups.setdefault((cell.lr * scale, c.betas, c.eps, float(cell.step)), []).append((cell, name, grads[name]))
+            groups.setdefault((cell.lr * scale, c.betas, c.eps, cell.tokens), []).append((cell, name, grads[name]))
     for (lr, *_), members in groups.items():
         first = members[0][0]
         _adam(
@@ -180,6 +214,7 @@ def _step_vectors(cells: list[Cell], vectors: list[dict[str, Tensor]]) -> None:
             [cell.m[name] for cell, name, _ in members],
             [cell.v[name] for cell, name, _ in members],
             first.step,
+            moves,
         )
     for cell in cells:
         if "theta" in cell.vectors:
@@ -188,14 +223,15 @@ def _step_vectors(cells: list[Cell], vectors: list[dict[str, Tensor]]) -> None:
 
 def _adam(
     c: TrainConfig,
-    lr: float,
+    lr: float | Tensor,
     params: list[Tensor],
     grads: list[Tensor],
     m: list[Tensor],
     v: list[Tensor],
     step: Tensor,
+    moves: Tensor | None,
 ) -> None:
-    """Fused Adam in place; `step` counts this step already."""
+    """Fused Adam in place; `step` counts this step already, and where `moves` is false nothing moves."""
     torch._fused_adam_(
         params,
         grads,
@@ -210,4 +246,5 @@ def _adam(
         eps=c.eps,
         amsgrad=False,
         maximize=False,
+        found_inf=None if moves is None else (~moves).float(),
     )

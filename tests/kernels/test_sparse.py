@@ -47,7 +47,7 @@ def test_gradients_equal_autograd_of_the_dense_loss():
     residual = 2 * (cpu.decode(active, W_dec.detach()) - x)
     entries = active.by_latent()
     dz, _, gW_dec, _ = reference.sparse_gradients(entries, residual, x, W_dec.detach())
-    latents = torch.repeat_interleave(torch.arange(40), entries.counts)
+    latents = torch.repeat_interleave(torch.arange(40), entries.offsets.diff())
     assert z.grad is not None
     torch.testing.assert_close(dz, z.grad[entries.rows.long(), latents])
     torch.testing.assert_close(gW_dec, W_dec.grad)

@@ -238,7 +238,7 @@ def test_dead_latents_move_only_with_auxk(aux, tokens):
     with torch.no_grad():
         cell.vectors["b_enc"][:100] = -0.2
         f = step.forward(run.bank, x, Solo(), 128)
-        chosen = f.entries.counts[:100] > 0
+        chosen = f.entries.offsets.diff()[:100] > 0
         update.apply(run.bank, f, step.signals(run.bank, f, Solo(), 128))
     moved = ((cell.W_dec[:100] - before).abs() > 1e-5).any(1)  # norming a unit row again moves its last bit
     assert bool((moved & ~chosen).any()) == (aux is not None)

@@ -48,10 +48,13 @@ def _entry_dots(weight, table, rows, offsets, out, d, BLOCK_D: tl.constexpr):
 
 
 def bag_sum(table: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
-    """out[i] = Σ weights[e] · table[indices[e]] over the entries e of bag i; `offsets` are the bags' starts."""
+    """out[i] = Σ weights[e] · table[indices[e]] over the entries e of bag i; `offsets` are the bags' starts.
+
+    The table may be in bf16; sums are taken in float32.
+    """
     table = table.contiguous()
     bags, d = offsets.shape[0], table.shape[1]
-    out = torch.empty(bags, d, dtype=table.dtype, device=table.device)
+    out = torch.empty(bags, d, dtype=weights.dtype, device=table.device)
     block = min(BLOCK, triton.next_power_of_2(d))
     _bag_sum[(bags, triton.cdiv(d, block))](  # pyright: ignore[reportIndexIssue]
         table, indices, offsets, weights, out, indices.numel(), bags, d, BLOCK_D=block
@@ -62,7 +65,7 @@ def bag_sum(table: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor) ->
 def entry_dots(W: Tensor, table: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
     """W[latent of e] · table[row of e] for entries in latent order; `offsets` is [len(W) + 1]."""
     W, table = W.contiguous(), table.contiguous()
-    out = torch.empty(rows.numel(), dtype=table.dtype, device=table.device)
+    out = torch.empty(rows.numel(), dtype=W.dtype, device=table.device)
     block = min(BLOCK, triton.next_power_of_2(W.shape[1]))
     _entry_dots[(W.shape[0],)](  # pyright: ignore[reportIndexIssue]
         W, table, rows, offsets, out, W.shape[1], BLOCK_D=block
