@@ -18,7 +18,7 @@ WIDEST = 8192
 
 @triton.jit
 def _update(
-    weight, m, v, table, rows, weights, offsets, norms, scalars, d, beta1, beta2, eps,
+    weight, m, v, table, rows, weights, offsets, norms, scalars, d, rest1, beta2, rest2, eps,
     PROJECT: tl.constexpr, UNIT_ROWS: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     if tl.load(scalars + 2) == 0:  # the loss was no number: nothing moves
@@ -41,8 +41,8 @@ def _update(
         gradient -= along * W
     first = tl.load(m + at, mask=inside, other=0.0)
     second = tl.load(v + at, mask=inside, other=0.0)
-    first += (1 - beta1) * (gradient - first)
-    second = beta2 * second + (1 - beta2) * gradient * gradient
+    first += rest1 * (gradient - first)
+    second = beta2 * second + rest2 * gradient * gradient
     W -= tl.load(scalars) * first / (tl.sqrt(second) / tl.load(scalars + 1) + eps)
     if NORM:
         W *= tl.load(norms + latent) / tl.maximum(tl.sqrt(tl.sum(W * W, axis=0)), 1e-12)
@@ -88,7 +88,8 @@ def update(
     n, d = weight.shape
     block = triton.next_power_of_2(d)
     _update[(n,)](  # pyright: ignore[reportIndexIssue]
-        weight, m, v, table, rows, weights, offsets, weight if norms is None else norms, scalars, d, *betas, eps,
+        weight, m, v, table, rows, weights, offsets, weight if norms is None else norms, scalars, d,
+        1 - betas[0], betas[1], 1 - betas[1], eps,
         PROJECT=project, UNIT_ROWS=unit_rows, NORM=norms is not None, BLOCK=block,
         num_warps=min(16, max(1, block // 512)),
     )  # fmt: skip

@@ -38,6 +38,8 @@ class Estimate:
     """A stored gradient: clipping, accumulation or several data-parallel ranks."""
     step_bytes: int
     """Blocks that live during a step."""
+    step_flops: float
+    """Operations of a step's dense product, the encoder's; what follows touches only active entries."""
     checkpoint_bytes: int
     """One saved state; the best ones take a third each."""
     seconds: float | None
@@ -100,6 +102,7 @@ def estimate(
         state,
         4 * n * (d_in + wide) if stored else 0,
         block,
+        flops,
         state,
         seconds,
         h200,

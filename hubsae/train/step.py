@@ -147,8 +147,7 @@ def _residuals_of_all(cells: list[Cell], out: Tensor, inputs: Tensor, rows_in_al
     # one number needs no copy to the device, which would wait
     scale = scales[0] if len(set(scales)) == 1 else squares.new_tensor(scales).unsqueeze(1)
     errors *= 2 * scale
-    scale = scale if isinstance(scale, float) else scale.view(-1)
-    return squares * scale, squares / elements
+    return squares * (scale.view(-1) if isinstance(scale, Tensor) else scale), squares / elements
 
 
 def _residuals(

@@ -244,6 +244,13 @@ def test_dead_latents_move_only_with_auxk(aux, tokens):
     assert bool((moved & ~chosen).any()) == (aux is not None)
 
 
+def test_triton_kernels_where_there_is_no_triton_say_where_it_comes_from(tokens, monkeypatch):
+    monkeypatch.setattr("hubsae.train.trainer.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="kernels: triton needs the package triton") as error:
+        train(config(kernels="triton"), tokens)
+    assert "kernels: torch runs everywhere" in str(error.value)
+
+
 # ---- schedules and starts ----------------------------------------------------------------------------------
 
 
