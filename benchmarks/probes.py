@@ -14,7 +14,7 @@ import torch
 from hubsae.core.config import SAEConfig
 from hubsae.core.sae import SAE
 from hubsae.evals.passes import run_pass
-from hubsae.evals.probes import RidgeSums
+from hubsae.evals.ridge import RidgeSums
 
 
 class Nothing:

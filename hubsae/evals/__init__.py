@@ -13,10 +13,11 @@ from hubsae.evals.chains import Link
 from hubsae.evals.comparison import Comparison, compare
 from hubsae.evals.definitions import DEFINITIONS, Measure, to_metrics
 from hubsae.evals.drift import DriftReport, drift
-from hubsae.evals.probes import Probe, RidgeSums
+from hubsae.evals.probes import Probe
 from hubsae.evals.reconstruction import reconstruction
 from hubsae.evals.report import write_report
 from hubsae.evals.results import ReconstructionResult, SAEReconstruction
+from hubsae.evals.ridge import RidgeSums
 from hubsae.evals.splice import SpliceResult, splice, splice_many
 
 __all__ = [

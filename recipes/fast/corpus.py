@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from hubsae.activations.dedup import Deduplicator, words_of
+from hubsae.activations.dedup import Deduplicator
 from hubsae.activations.samples import Preparation, conversation
 from hubsae.activations.stream import Stream, open_stream
 from hubsae.activations.texts import load_texts
 from hubsae.core.errors import DataError
 from hubsae.core.text import MESSAGE_KEYS, TEXT_KEYS
-from hubsae.recipes.subject import Subject, fetch_model, open_subject, read_jsonl, write_jsonl
+from hubsae.recipes.subject import Subject, fetch_model, read_jsonl, write_jsonl
 
 from .settings import Config, Source
 
@@ -125,11 +125,6 @@ def open_subject_tokenizer(folder: Path, found: dict[str, Any]) -> Any:
     return Subject(model, found["revision"], found["label"], "", [], []).tokenizer()
 
 
-def opened(folder: Path, result: dict[str, Any]) -> Subject:
-    """What `gather` left."""
-    return open_subject(folder, result)
-
-
 def streams(
     subject: Subject, folder: Path, config: Config, method: str, model: Any, hook: str
 ) -> tuple[Stream, Callable[[], Iterable[Any]]]:
@@ -146,8 +141,3 @@ def streams(
         plain = read_jsonl(folder / TEXTS)
         return stream, lambda: plain
     return stream, lambda: ({"text": rendered(tokenizer, row["messages"])} for row in subject.train)
-
-
-def words_in(rows: Iterable[Any]) -> int:
-    """Words of chats or texts."""
-    return sum(len(words_of(row).split()) for row in rows)

@@ -15,7 +15,6 @@ published.csv.
 
 from __future__ import annotations
 
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,18 +23,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hubsae.activations import harvest
-from hubsae.core.files import atomic_path, read_json, write_csv_atomic, write_json_atomic, write_text_atomic
+from hubsae.core.files import atomic_path, read_json, write_csv_atomic, write_json_atomic
 from hubsae.core.hooks import HookPoint
 from hubsae.core.metadata import Metric
 from hubsae.evals.plots import house_style
-from hubsae.formats import Release
-from hubsae.hub.card import card_of_release, render_card
-from hubsae.index import page
 from hubsae.index.build import Settings as IndexSettings
 from hubsae.index.build import index_activations
-from hubsae.index.files import FOLDER
-from hubsae.recipes.standard import Activations, package, pick_device, publish
+from hubsae.recipes.standard import Activations, add_pages, package, pick_device, publish, write_card
 from hubsae.recipes.steps import Step, StepContext
+from hubsae.recipes.subject import subject_of
 from hubsae.recipes.sweep import cells_in, outcomes, train_cells
 from hubsae.train.live import LiveActivations
 
@@ -89,7 +85,7 @@ class _Fast:
 
     def train(self, method: str, ctx: StepContext) -> dict[str, Any]:
         """Every SAE of a method, from one stream of activations."""
-        c, subject = self.config, _subject(ctx)
+        c, subject = self.config, subject_of(ctx, "corpus")
         model = subject.load(pick_device(), c.model.dtype)
         stream, texts = corpus.streams(subject, ctx.path("corpus"), c, method, model, self.hook)
         about = ctx.result("corpus")
@@ -108,7 +104,7 @@ class _Fast:
 
     def heldout(self, ctx: StepContext) -> dict[str, Any]:
         """Activations of chats that no SAE saw."""
-        c, subject = self.config, _subject(ctx)
+        c, subject = self.config, subject_of(ctx, "corpus")
         harvest(
             subject.load(pick_device(), c.model.dtype), subject.test, [self.hook], out=ctx.folder,
             tokenizer=subject.tokenizer(), mode="prompt+response", max_length=c.data.max_length,
@@ -119,7 +115,7 @@ class _Fast:
 
     def measure(self, ctx: StepContext) -> dict[str, Any]:
         """Errors by group of tokens, gradients, and the model's loss; then the methods at equal L0."""
-        c, subject, saes = self.config, _subject(ctx), self._saes(ctx)
+        c, subject, saes = self.config, subject_of(ctx, "corpus"), self._saes(ctx)
         kept = {method: ctx.path(f"train/{method}") / "rows.safetensors" for method in c.train.methods}
         found = measure_all(
             c, saes, self._held(ctx.path("heldout")), kept, subject.load(pick_device(), c.model.dtype),
@@ -141,7 +137,7 @@ class _Fast:
 
     def interpret(self, ctx: StepContext) -> dict[str, Any]:
         """An index of one SAE per method and kind, and what a judge says of its features."""
-        how, subject, saes = self.config.interpret, _subject(ctx), self._saes(ctx)
+        how, subject, saes = self.config.interpret, subject_of(ctx, "corpus"), self._saes(ctx)
         chosen = [name for name in ctx.result("measure")["chosen"] if _kind(name) in how.kinds]
         folders = index_activations(
             {name: saes[name]() for name in chosen}, self._held(ctx.path("heldout")), ctx.folder / "indexes",
@@ -156,7 +152,7 @@ class _Fast:
 
     def steer(self, ctx: StepContext) -> dict[str, Any]:
         """The features of special tokens added to the activations, beside controls."""
-        how, subject = self.config.steer, _subject(ctx)
+        how, subject = self.config.steer, subject_of(ctx, "corpus")
         fitting = [n for n in ctx.result("measure")["chosen"] if n.startswith(f"{how.method}/{how.kind}-")]
         if not fitting:
             return {"special_features": [], "rows": [], "plots": []}
@@ -188,13 +184,10 @@ class _Fast:
             metrics={name: [Metric.model_validate(m) for m in lines] for name, lines in metrics.items()},
             sparsity=load_file(measured / "density.safetensors"),
             tables={name: rows for name, rows in tables.items() if rows}, plots=self._plots(ctx), card="instruct",
-            subject=_subject(ctx), progress=ctx.progress,
+            subject=subject_of(ctx, "corpus"), progress=ctx.progress,
         )  # fmt: skip
-        shutil.copytree(ctx.path("interpret") / "indexes", ctx.folder / FOLDER, dirs_exist_ok=True)
-        page.build(ctx.folder, title=c.name)
-        Release.open(ctx.folder).refresh().verify()
-        # the card shows features once there are some to show
-        write_text_atomic(ctx.folder / "README.md", render_card(card_of_release(ctx.folder, f"you/{c.name}")).text)
+        add_pages(ctx.folder, ctx.path("interpret") / "indexes", c.name).verify()
+        write_card(ctx.folder, c.name)
         return {"ids": made.ids}
 
     def report(self, ctx: StepContext) -> dict[str, Any]:
@@ -256,7 +249,3 @@ class _Fast:
 
 def _kind(name: str) -> str:
     return name.partition("/")[2].partition("-")[0]
-
-
-def _subject(ctx: StepContext) -> Any:
-    return corpus.opened(ctx.path("corpus"), ctx.result("corpus"))

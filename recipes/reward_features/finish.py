@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hubsae.core.files import read_csv, write_text_atomic
+from hubsae.core.files import read_csv
 from hubsae.evals.probes import Probe
 from hubsae.formats import Release
-from hubsae.hub.card import card_of_release, render_card
 from hubsae.hub.sae import HubSAE
-from hubsae.index import labels, page
+from hubsae.index import labels
 from hubsae.index.build import Settings, index_activations
 from hubsae.index.features import FeatureIndex
-from hubsae.index.files import FOLDER, mark
-from hubsae.recipes.standard import package
+from hubsae.index.files import mark
+from hubsae.recipes.standard import add_pages, package, write_card
 from hubsae.recipes.subject import Subject
 from hubsae.rl.ppo import PPO
 from hubsae.rl.problems import PromptStyle, make_prompts
@@ -89,9 +87,6 @@ def release(
     for (of, layer), (_, probe) in saes.items():
         about = {"sae": ids[of, layer], "model": models[of], "score_of": models["reward"], "layer": layer}
         Probe(probe.weights, probe.bias, probe.record | about).save(made.folder(ids[of, layer]))
-    shutil.copytree(indexes, folder / FOLDER, dirs_exist_ok=True)
-    page.build(folder, title=name)
-    made.refresh().verify()
-    # the card shows features once there are some to show
-    write_text_atomic(folder / "README.md", render_card(card_of_release(folder, f"you/{name}")).text)
+    add_pages(folder, indexes, name).verify()
+    write_card(folder, name)
     return {"ids": made.ids}

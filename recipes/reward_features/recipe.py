@@ -32,7 +32,7 @@ from hubsae.evals.probes import Probe
 from hubsae.hub.sae import HubSAE
 from hubsae.recipes.standard import Activations, Shelf, pick_device
 from hubsae.recipes.steps import Step, StepContext
-from hubsae.recipes.subject import Subject, fetch_subject, open_subject
+from hubsae.recipes.subject import Subject, fetch_subject, subject_of
 from hubsae.rl.problems import PromptStyle
 from hubsae.rl.reward_models import RewardModel, load_reward_model
 from hubsae.rl.truncated import TruncatedReward
@@ -97,7 +97,7 @@ class _Run:
 
     def prm(self, ctx: StepContext) -> dict[str, Any]:
         """A reward model that exists, or one made here; how well it tells wrong steps from right ones."""
-        c, subject = self.config, _subject(ctx)
+        c, subject = self.config, subject_of(ctx)
         if c.prm.id is not None:
             return {"model": c.prm.id, "label": c.prm.id, "next": 0}
         chosen = self._solutions(subject, subject.train, most=c.data.prm, wrong=(0.5,) * c.prm.versions, seed=c.seed)
@@ -114,7 +114,7 @@ class _Run:
 
     def scores(self, ctx: StepContext) -> dict[str, Any]:
         """Solutions to problems that the reward model did not learn from, with the score of every step."""
-        c, subject, reward, first = self.config, _subject(ctx), self._reward(ctx), ctx.result("prm")["next"]
+        c, subject, reward, first = self.config, subject_of(ctx), self._reward(ctx), ctx.result("prm")["next"]
         candidates = (0.0, *[1.0] * (c.data.candidates - 1))
         parts = {
             "train": self._solutions(subject, subject.train[first:], most=c.data.train, first=first, seed=c.seed),
@@ -134,7 +134,7 @@ class _Run:
 
     def harvest(self, ctx: StepContext) -> dict[str, Any]:
         """Activations of one of the models on every solution, with the steps' scores as columns."""
-        c, subject, of = self.config, _subject(ctx), ctx.settings["of"]
+        c, subject, of = self.config, subject_of(ctx), ctx.settings["of"]
         reward = self._reward(ctx)
         how = c.data.formats()[of == "base"]
         tokenizer = subject.tokenizer() if of == "base" else reward.tokenizer
@@ -212,7 +212,7 @@ class _Run:
 
     def base(self, ctx: StepContext) -> dict[str, Any]:
         """Reward features looked for in the base model; the partner of the strongest is steered."""
-        c, subject = self.config, _subject(ctx)
+        c, subject = self.config, subject_of(ctx)
         layer = max(set(c.layers) & set(c.base_layers), default=None)
         if layer is None:
             return {"matched": None}
@@ -240,7 +240,7 @@ class _Run:
 
     def rl(self, ctx: StepContext) -> dict[str, Any]:
         """PPO of the base model against the probe; accuracies by rule stand beside the reward that it is given."""
-        c, subject, reward = self.config, _subject(ctx), self._reward(ctx)
+        c, subject, reward = self.config, subject_of(ctx), self._reward(ctx)
         layer = c.two_thirds() if c.rl_layer is None else c.rl_layer
         probe = TruncatedReward(
             reward.backbone, reward.tokenizer, self._probe(ctx, layer, "sae"), sae=self._sae(ctx, "reward", layer),
@@ -299,7 +299,3 @@ class _Run:
 
     def _probe(self, ctx: StepContext, layer: int, kind: str, of: str = "reward") -> Probe:
         return Probe.load(ctx.path(f"probes/{of}") / f"layer{layer}" / kind)
-
-
-def _subject(ctx: StepContext) -> Subject:
-    return open_subject(ctx.path("subject"), ctx.result("subject"))

@@ -11,7 +11,8 @@ import torch
 from hubsae.core.sae import SAE
 from hubsae.evals import scores
 from hubsae.evals.passes import PassBlock, run_pass
-from hubsae.evals.probes import Fit, Predictions, RidgeSums
+from hubsae.evals.probes import Predictions
+from hubsae.evals.ridge import Fit, RidgeSums
 from hubsae.recipes.standard import Activations
 
 from .data import rows_at, shuffled

@@ -11,7 +11,8 @@ from hubsae.core.errors import DataError, FormatError
 from hubsae.core.sae import SAE
 from hubsae.evals import scores
 from hubsae.evals.passes import Rows, run_pass
-from hubsae.evals.probes import Predictions, Probe, RidgeSums
+from hubsae.evals.probes import Predictions, Probe
+from hubsae.evals.ridge import RidgeSums
 
 PROBLEMS = 240
 

@@ -12,6 +12,7 @@ from hubsae.core.config import SAEConfig
 from hubsae.core.sae import SAE
 from hubsae.index import explain, rubric
 from hubsae.recipes.registry import find_recipe
+from hubsae.recipes.subject import open_subject
 
 RECIPE = find_recipe("fast")
 matched, published, measure = (RECIPE.module(name) for name in ("matched", "published", "measure"))
@@ -270,7 +271,7 @@ def test_texts_come_from_several_datasets_in_turn_without_repeats_and_in_every_l
     found = corpus.gather(tmp_path, config)
     assert (found["kept"], found["skipped"], found["unusable"]) == (8, 2, 1)
     assert (found["train"], found["test"], found["texts"], found["label"]) == (6, 2, 1, "a model")
-    subject = corpus.opened(tmp_path, found)
+    subject = open_subject(tmp_path, found)
     said = [row["messages"][0]["content"] for row in [*subject.test, *subject.train]]
     assert said[:3] == [f"0 {long}", "say 0", "as text 0"] and said[3:] == [
         "say 1",
@@ -285,7 +286,7 @@ def test_the_three_methods_read_the_same_chats_alone_and_packed_and_plain_texts(
     config = RECIPE.config("tiny", overrides=["model.size=quick", "data.most_chats=60", "data.test_chats=20",
                                               "data.most_texts=40", "data.max_length=48", "data.block=64"])  # fmt: skip
     found = corpus.gather(tmp_path, config)
-    subject = corpus.opened(tmp_path, found)
+    subject = open_subject(tmp_path, found)
     tokenizer, model = subject.tokenizer(), subject.load()
     ids = {}
     for method in ("fast", "bt-f", "bt-p"):

@@ -16,7 +16,7 @@ from hubsae.core.config import SAEConfig
 from hubsae.core.errors import ConfigError, DataError, FormatError
 from hubsae.core.sae import SAE
 from hubsae.evals.passes import run_pass
-from hubsae.evals.probes import RidgeSums
+from hubsae.evals.ridge import RidgeSums
 from hubsae.rl.reward_models import load_reward_model
 from hubsae.rl.steps import CallableReward, StepFormat, StepText, split_steps, tokenize
 from hubsae.rl.truncated import TruncatedReward
