@@ -1,22 +1,22 @@
 """What a run will take, for `--dry-run`: memory, time and disk of a setting, counted from its sizes.
 
-Published models: one H200 at 400 TFLOP/s (bf16) for the model's passes and the roofline of `hubsae.train.estimate` for
-the SAEs; nothing of it was measured on one. Worlds: one core of this machine at 60 GFLOP/s, the SAEs by a short trial.
+SAEs of published models by the roofline of `hubsae.train.estimate`, those of worlds by a short trial; the model's
+passes by the rates of `hubsae.recipes.cost`.
 """
 
 from __future__ import annotations
 
 import torch
 
+from hubsae.recipes.cost import CPU, forward, machine_of
 from hubsae.recipes.steps import Estimate
-from hubsae.recipes.subject import WORLDS, ModelSettings
+from hubsae.recipes.subject import ModelSettings
 from hubsae.train.estimate import estimate
 
 from .cells import train_configs
 from .published import DIMENSIONS, Setting
 from .settings import LABELS, Config
 
-GPU_FLOPS, CORE_FLOPS = 400e12, 60e9
 PLACE = {"activations": {}}
 
 
@@ -29,21 +29,18 @@ def estimates(config: Config) -> dict[str, Estimate]:
     ('FAST: 18', True)
     """
     t, m, data = config.train, config.model, config.data
-    here = config.model.id in WORLDS
-    flops, device = (CORE_FLOPS, torch.device("cpu")) if here else (GPU_FLOPS, torch.device("cuda"))
-    every = [estimate(c, m.d_model, t.tokens, device) for c in train_configs(config, "fast", PLACE)]
-    until = (data.layer + 1) / m.layers
-    passes = 2 * m.parameters * until * (t.tokens + 2 * t.buffer_rows)
-    model = m.parameters * (4 if here else 2)
-    buffer = 2 * t.buffer_rows * m.d_model * (4 if here else 2)
-    seconds = passes / flops + sum((e.seconds or 0.0) if here else e.h200_seconds for e in every)
+    on = machine_of(m)
+    every = [estimate(c, m.d_model, t.tokens, torch.device(on.device)) for c in train_configs(config, "fast", PLACE)]
+    pass_ = forward(m, data.layer) / on.flops
+    model, buffer = m.parameters * on.weight, 2 * t.buffer_rows * m.d_model * on.weight
+    seconds = pass_ * (t.tokens + 2 * t.buffer_rows)
+    seconds += sum((e.seconds or 0.0) if on is CPU else e.h200_seconds for e in every)
     states, weights = sum(e.state_bytes for e in every), sum(4 * e.parameters for e in every)
     memory = model + buffer + states + max(e.step_bytes for e in every)
-    where = "one core" if here else "one H200"
     widths = sorted({e.d_sae for e in every})
-    what = f"{len(every)} SAEs of {' and '.join(f'{w:,}' for w in widths)} latents on {t.tokens:,} tokens, {where}"
+    what = f"{len(every)} SAEs of {' and '.join(f'{w:,}' for w in widths)} latents on {t.tokens:,} tokens, {on.name}"
     many, held = len(t.methods) * len(every), config.measure.tokens
-    disk = (4 if here else 2) * m.parameters + 4000 * (data.most_chats + data.most_texts)
+    disk = model + 4000 * (data.most_chats + data.most_texts)
     texts = f"{m.label}; {data.most_chats:,} chats and {data.most_texts:,} texts at most"
     found = {"corpus": Estimate(texts, disk, int(data.dedup_megabytes * 2**20))}
     for method in t.methods:
@@ -54,9 +51,9 @@ def estimates(config: Config) -> dict[str, Estimate]:
     read, how = config.interpret, config.steer
     return found | {
         "heldout": Estimate(f"about {held:,} tokens of test chats", 2 * m.d_model * held, model,
-                            2 * m.parameters * until * held / flops),
+                            pass_ * held),
         "measure": Estimate(f"{many} SAEs", memory=model + (4 << 30),
-                            seconds=(encoded + 4 * m.parameters * spliced) / flops),
+                            seconds=(encoded + 2 * forward(m) * spliced) / on.flops),
         "interpret": Estimate(f"{read.features} features of {len(t.methods) * len(read.kinds)} SAEs", memory=model),
         "steer": Estimate(f"{how.questions} questions, {len(how.strengths)} strengths", memory=model),
         "release": Estimate(f"{many} SAEs", disk=len(t.methods) * weights),

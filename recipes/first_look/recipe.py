@@ -26,6 +26,7 @@ from hubsae.index.build import Settings as IndexSettings
 from hubsae.index.build import index_activations
 from hubsae.index.features import FeatureIndex
 from hubsae.index.files import mark
+from hubsae.recipes.cost import sae_bytes
 from hubsae.recipes.one_layer import LayerData, OneLayer, items
 from hubsae.recipes.report import Report
 from hubsae.recipes.standard import Shelf, add_pages, package, write_card
@@ -71,7 +72,7 @@ def steps(config: Config) -> list[Step]:
     c, look = config, _Look(config)
     texts = {"seed": c.seed, "model": c.model, "data": c.data}
     tokens, d = c.data.max_tokens, c.model.d_model
-    weights = 8 * d * d * c.sae.expansion
+    weights = sae_bytes(d, d * c.sae.expansion)
     seen = int(tokens * c.sae.epochs)
     return [
         Step("subject", look.subject, texts, estimate=Estimate(c.model.label, disk=4 * c.model.parameters)),

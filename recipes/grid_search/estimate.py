@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hubsae.recipes.cost import sae_bytes
 from hubsae.recipes.steps import Estimate
 
 from .settings import GridConfig
@@ -18,7 +19,7 @@ def estimates(config: GridConfig) -> dict[str, Estimate]:
     cells = config.sweep.cells()
     tokens = int(min(data.prompts or data.samples, data.samples) * data.tokens_per_sample)
     latents = sum(cell.d_sae(d) for cell in cells)
-    weights = 8 * d * latents
+    weights = sae_bytes(d, latents)
     seen = int(tokens * config.train.epochs)
     return {
         "subject": Estimate(f"{config.model.label}, {data.id}", disk=4 * config.model.parameters),

@@ -1,20 +1,15 @@
 """What each step will cost, for `--dry-run`: bytes, hours and traffic from the settings alone.
 
-Hours are of one H200 at the rates below, none of them measured on one; a small profile's hours say nothing of a laptop.
+Hours are of one H200, none of them measured on one; a small profile's hours say nothing of a laptop.
 """
 
 from __future__ import annotations
 
+from hubsae.recipes import cost
 from hubsae.recipes.steps import Estimate
 from hubsae.train.estimate import H200_BYTES, H200_FLOPS, H200_LAUNCHES
 
 from .settings import Config
-
-SHARE = 0.4
-"""Of the peak that a model's forward pass reaches."""
-DISK = 2e9
-"""Bytes a second that a disk reads or writes."""
-COPIES = {"bundle": 1, "pt": 1, "onnx": 1, "raw": 1}
 
 
 def estimates(c: Config) -> dict[str, Estimate]:
@@ -30,8 +25,7 @@ def estimates(c: Config) -> dict[str, Estimate]:
     tokens, held = data.max_tokens, int(data.max_tokens * data.validation_fraction)
     steps = s.tokens // s.batch_size
     rows, weights = 2 * d * tokens, 4 * parameters
-    # everything up to the layer; a multiplication and an addition per weight and token
-    forward = 2 * c.model.parameters * (data.layer + 1) / c.model.layers / (H200_FLOPS * SHARE)
+    forward = cost.forward(c.model, data.layer) / cost.GPU.flops
     encode = 2 * d * n / H200_FLOPS
     step = 6 * d * n * s.batch_size / H200_FLOPS + (24 * 2 * n * d + 6 * s.batch_size * s.k * d) / H200_BYTES
     trained = steps * max(H200_LAUNCHES, step)
@@ -45,18 +39,18 @@ def estimates(c: Config) -> dict[str, Estimate]:
         "subject": Estimate(c.model.label, disk=4 * c.model.parameters, moved=4 * c.model.parameters),
         "activations": Estimate(
             f"layer {data.layer}, {tokens:,} tokens of width {d:,}", rows, 2 * c.model.parameters,
-            tokens * forward + rows / DISK, rows,
+            tokens * forward + rows / cost.DISK, rows,
         ),
         "train": Estimate(
             f"{parameters:,} parameters, {steps:,} steps of {s.batch_size:,} tokens = {steps * s.batch_size:,}, "
             f"{s.tokens / tokens:.2f} passes", 2 * state + weights * s.keep_best,
             4 * weights + (s.prefetch + 1) * s.window_bytes,
-            max(trained, passes * rows / DISK) if passes else trained + s.tokens * forward,
+            max(trained, passes * rows / cost.DISK) if passes else trained + s.tokens * forward,
             int(passes * rows + steps // s.save_every * (state + weights)),
         ),
         "checkpoints": Estimate(
             f"{s.keep_best} best and the last, each as a release with {len(c.exports)} exports", saved,
-            3 * weights + 2 * c.model.parameters, saved / DISK, 2 * saved,
+            3 * weights + 2 * c.model.parameters, saved / cost.DISK, 2 * saved,
         ),
         "measure": Estimate(
             f"{s.keep_best + 1} checkpoints on {held:,} tokens, the loss on {c.measure.texts} conversations", 0,
@@ -64,7 +58,7 @@ def estimates(c: Config) -> dict[str, Estimate]:
         ),
         "index": Estimate(
             f"{tokens - held:,} activation records, top {c.index.top} of {n:,} features", 2_000 * n, 2 * weights,
-            tokens * encode + rows / DISK, rows,
+            tokens * encode + rows / cost.DISK, rows,
         ),
         "steering": Estimate(
             f"{written:,} continuations of {c.steering.new_tokens} tokens", 0, 2 * c.model.parameters,

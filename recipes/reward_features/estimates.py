@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+from hubsae.recipes import cost
+from hubsae.recipes.cost import machine_of, sae_bytes
 from hubsae.recipes.steps import Estimate
 
 from .settings import Config
 
-LARGE = 1_000_000_000
-"""Parameters from which a run is thought of on a GPU"""
-GPU, CPU = 3e14, 1e11
-"""Floating-point operations a second that models reach there: an H100 in bfloat16, two cores in float32"""
 PROBE_SHARE = 0.3
 """Of the encoding pass, what the sums of a probe cost at most"""
 
@@ -17,12 +15,12 @@ PROBE_SHARE = 0.3
 def of(config: Config) -> dict[str, Estimate]:
     """Estimates by name of the step."""
     d, model, sae = config.data, config.model, config.sae
-    rate = GPU if model.parameters > LARGE else CPU
-    weights = model.parameters * (2 if model.parameters > LARGE else 4)
+    on = machine_of(model)
+    rate, weights = on.flops, model.parameters * on.weight
     each, held = d.tokens_per_sample, d.test * d.candidates
     tokens = min(d.train * each, d.tokens or float("inf"))
-    forward = 2.0 * model.parameters
-    made = config.prm.id is None
+    forward = cost.forward(model)
+    made, each_sae = config.prm.id is None, sae_bytes(model.d_model, sae.width)
     # what comes back: through an adapter only the states' gradients, else those of the weights too
     learning = 1 + (1 if config.prm.lora else 2) * (1 - config.prm.from_layer / model.layers)
     found = {
@@ -41,7 +39,7 @@ def of(config: Config) -> dict[str, Estimate]:
         ),
         "base": Estimate(f"{config.probe.top} features matched, one steered", memory=2 * weights,
                          seconds=20 * forward * config.steer.prompts * each / rate),
-        "index": Estimate(f"{len(config.layers)} SAEs", memory=sae.width * model.d_model * 8,
+        "index": Estimate(f"{len(config.layers)} SAEs", memory=each_sae,
                           seconds=2 * sae.width * model.d_model * tokens * len(config.layers) / rate),
     }  # fmt: skip
     if config.rl is not None:
@@ -58,7 +56,7 @@ def of(config: Config) -> dict[str, Estimate]:
         )  # fmt: skip
         found[f"saes/{name}"] = Estimate(
             f"{len(some)} SAEs of {sae.width:,} latents, {sae.epochs:g} epochs",
-            disk=len(some) * sae.width * model.d_model * 8, memory=3 * len(some) * sae.width * model.d_model * 8,
+            disk=len(some) * each_sae, memory=3 * len(some) * each_sae,
             seconds=3 * encode * sae.epochs / rate, moved=int(disk * sae.epochs),
         )  # fmt: skip
         # sums of the codes and of a random dictionary, and two copies of one while it is factored

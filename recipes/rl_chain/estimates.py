@@ -5,6 +5,7 @@ Memory is that of tensors that must be there at once; allocators and libraries a
 
 from __future__ import annotations
 
+from hubsae.recipes import cost
 from hubsae.recipes.steps import Estimate
 from hubsae.rl.config import RLConfig
 from hubsae.rl.warmup import WarmUp
@@ -107,4 +108,4 @@ def chain(config: ChainConfig, settings: ChainSettings) -> Estimate:
 
 def sae_bytes(config: ChainConfig) -> int:
     """Size of one SAE in float32."""
-    return 2 * config.sae.expansion * config.model.d_model**2 * 4
+    return cost.sae_bytes(config.model.d_model, config.sae.expansion * config.model.d_model)
