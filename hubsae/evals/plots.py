@@ -58,6 +58,15 @@ def save_figure(figure: Any, path: Path) -> Path:
     return path
 
 
+def log_axis(axis: Any, base: int = 10) -> None:
+    """A logarithmic axis (`axes.xaxis`, say) with few plain numbers on it."""
+    ticker = require("matplotlib.ticker", extra="plots")
+    getattr(axis.axes, f"set_{axis.axis_name}scale")("log", base=base)
+    axis.set_major_locator(ticker.LogLocator(base, subs=(1, 2, 5) if base == 10 else (1,), numticks=12))
+    axis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(ticker.NullFormatter())
+
+
 def label_of(group: GroupDrift) -> str:
     """A title such as `layer 18, k=64`."""
     parts = [] if group.layer is None else [f"layer {group.layer}"]

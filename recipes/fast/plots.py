@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hubsae.core.extras import require
-from hubsae.evals.plots import COLOURS, new_figure, save_figure
+from hubsae.evals.plots import COLOURS, log_axis, new_figure, save_figure
 
 from .measure import GROUPS
 from .settings import IN_WORDS, LABELS
@@ -28,22 +27,13 @@ def fronts(path: Path, rows: Sequence[Row], expansion: float) -> Path:
                     mine = sorted((r["l0"], r[f"mse_{short}"]) for r in mine if r["expansion"] == expansion)
                     label = LABELS[method] if seed == rows[0]["seed"] else None
                     ax.plot(*zip(*mine, strict=True), color=colour, marker="o", markersize=3, lw=1, label=label)
-            _log(ax.xaxis)
-            _log(ax.yaxis)
+            log_axis(ax.xaxis)
+            log_axis(ax.yaxis)
             ax.set_title(f"{kind}: {words}", fontsize=8)
             ax.set_xlabel("L0 (without position 0)")
     axes[0][0].set_ylabel("MSE, mean over chats")
     axes[0][0].legend(fontsize=7)
     return save_figure(figure, path)
-
-
-def _log(axis: Any) -> None:
-    """A logarithmic axis with few plain numbers on it."""
-    ticker = require("matplotlib.ticker", extra="plots")
-    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
-    axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def by_group(path: Path, groups: Sequence[Row], chosen: Sequence[str]) -> Path:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hubsae.evals.plots import new_figure, save_figure
+from hubsae.evals.plots import COLOURS, log_axis, new_figure, save_figure
 
 from .analysis import front_rows
 from .cells import KINDS, LABELS
@@ -16,8 +16,8 @@ from .published import PublishedRow
 from .synthetic import Recovery
 from .table import GridRow
 
-# told apart with every common kind of colour blindness (Okabe and Ito)
-COLORS = {"topk": "#0072B2", "batch_topk": "#D55E00", "jumprelu_fixed": "#7F7F7F", "jumprelu_trained": "#009E73"}
+BLUE, ORANGE, GREEN, GREY = *COLOURS[:3], "#7F7F7F"
+COLORS = {"topk": BLUE, "batch_topk": ORANGE, "jumprelu_fixed": GREY, "jumprelu_trained": GREEN}
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1)))
 
@@ -49,10 +49,10 @@ def pareto(path: Path, rows: Sequence[GridRow], metric: str, label: str) -> Path
         [r.value("l0") for r in best], [r.value(metric) for r in best],
         color="black", linewidth=5, alpha=0.12, zorder=1, solid_capstyle="round",
     )  # fmt: skip
-    _log_x(axes, [r.value("l0") or 1.0 for r in have])
+    log_axis(axes.xaxis, 2)
     values = [r.value(metric) or 0.0 for r in have]
     if values and min(values) > 0:
-        _log_y(axes)
+        log_axis(axes.yaxis)
     axes.set_xlabel("L0: active latents per token")
     axes.set_ylabel(label)
     axes.set_title(f"{label} against sparsity; grey band: the Pareto front", fontsize=10)
@@ -73,7 +73,7 @@ def dead_latents(path: Path, rows: Sequence[GridRow], n_tokens: int | None) -> P
                 [r.value("l0") for r in mine], [100 * (r.value("dead_fraction") or 0.0) for r in mine],
                 color=COLORS[kind], marker=MARKERS[number % len(MARKERS)], linewidth=0.9, markersize=5,
             )  # fmt: skip
-    _log_x(axes, [r.value("l0") or 1.0 for r in have])
+    log_axis(axes.xaxis, 2)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("L0: active latents per token")
     axes.set_ylabel("dead latents, %")
@@ -88,7 +88,7 @@ def differences(path: Path, comparisons: Sequence[Comparison], title: str, label
     figure, axes = _figure(height=1.4 + 0.32 * max(len(comparisons), 3))
     for place, c in enumerate(reversed(comparisons)):
         scale = 100 / abs(c.value_b) if c.value_b else math.nan
-        color = {"a": "#009E73", "b": "#D55E00", "open": "#7F7F7F"}[c.verdict]
+        color = {"a": GREEN, "b": ORANGE, "open": GREY}[c.verdict]
         axes.plot([c.low * scale, c.high * scale], [place, place], color=color, linewidth=1.6, solid_capstyle="butt")
         axes.plot(c.difference * scale, place, "o", color=color, markersize=5)
     axes.axvline(0, color="black", linewidth=0.8)
@@ -98,7 +98,7 @@ def differences(path: Path, comparisons: Sequence[Comparison], title: str, label
     axes.set_title(title.replace(" at the ", "\nat the "), fontsize=10)
     axes.margins(x=0.08)
     axes.grid(axis="y", visible=False)
-    colors = (("#009E73", "first is better"), ("#D55E00", "second is better"), ("#7F7F7F", "not decided"))
+    colors = ((GREEN, "first is better"), (ORANGE, "second is better"), (GREY, "not decided"))
     handles = [_handle(color, "o", text) for color, text in colors]
     figure.legend(handles=handles, fontsize=7, frameon=False, loc="outside lower center", ncols=3)
     return save_figure(figure, path)
@@ -126,9 +126,9 @@ def beside_published(path: Path, rows: Sequence[GridRow], published: Sequence[Pu
                         [p[2] for p in mine], [p[which] for p in mine], color=COLORS[kind], linewidth=0.9,
                         marker=MARKERS[number % len(MARKERS)], markersize=4,
                     )  # fmt: skip
-            _log_x(panel, [p[2] for p in points])
+            log_axis(panel.xaxis, 2)
             if row == 0:
-                _log_y(panel)
+                log_axis(panel.yaxis)
                 panel.set_title(title, fontsize=10)
             else:
                 panel.set_ylim(bottom=0)
@@ -181,30 +181,6 @@ def recovered_features(path: Path, found: Sequence[Recovery], n_features: int) -
 def _figure(width: float = 6.4, height: float = 4.4) -> tuple[Any, Any]:
     figure, axes = new_figure(1, width=width, height=height)
     return figure, axes[0][0]
-
-
-def _log_y(axes: Any) -> None:
-    """A logarithmic axis with plain numbers."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    plain = FuncFormatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_major_formatter(plain)
-    axes.yaxis.set_minor_formatter(plain if high < 10 * low else NullFormatter())
-
-
-def _log_x(axes: Any, values: Sequence[float]) -> None:
-    """A logarithmic axis with plain numbers; few values are ticked as they are."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    if not values:
-        return
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(LogLocator(base=2, numticks=12))
-    plain: Callable[[float, Any], str] = lambda value, _: f"{value:g}"  # noqa: E731
-    axes.xaxis.set_major_formatter(FuncFormatter(plain))
-    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _handle(color: str, marker: str, text: str, *, line: bool = True) -> Any:
