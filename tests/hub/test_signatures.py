@@ -66,11 +66,12 @@ def test_a_misspelt_option_names_the_nearest():
 OWN = {
     "harvest": {
         "data", "out", "stage", "dtype", "scale", "validation_fraction", "split_by", "split_seed", "rank", "world_size",
-        "shard_bytes", "shard_seconds", "source", "progress",
+        "shard_bytes", "shard_seconds", "source", "progress", "parts",
     },
     "hubsae harvest": {
         "dataset", "layers", "push", "raw", "dataset_config", "dataset_split", "streaming", "max_new_tokens",
-        "temperature", "validation", "reward_model", "step_separator", "private", "as_json",
+        "temperature", "validation", "reward_model", "step_separator", "private", "as_json", "tasks", "workers",
+        "executor", "executor_set",
     },
 }  # fmt: skip
 
