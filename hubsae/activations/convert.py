@@ -129,7 +129,7 @@ def _sample_start(data: ActivationDataset, row: int) -> int:
         return row
     before = None
     for start in range(row - 1, data.n_rows, ROWS):
-        ids = np.asarray(data._labels(["sample_id"], [(start, min(start + ROWS, data.n_rows))])["sample_id"])
+        ids = np.asarray(data.shards.labels(["sample_id"], [(start, min(start + ROWS, data.n_rows))])["sample_id"])
         begins = np.flatnonzero((ids != np.concatenate([ids[:1] if before is None else before, ids[:-1]])) | (ids < 0))
         begins = begins[begins + start >= row]
         if len(begins):
@@ -152,6 +152,6 @@ def _largest_scale(data: ActivationDataset) -> float:
 
 def _kind(data: ActivationDataset, name: str) -> str:
     """The column type to store a label as."""
-    first = data._labels([name], [(0, 1)])[name]
+    first = data.shards.labels([name], [(0, 1)])[name]
     kinds = {"b": "bool", "i": "int64", "u": "int64", "f": "float32"}
     return kinds.get(np.asarray(first).dtype.kind, "string")

@@ -9,13 +9,9 @@ Opens folders of ours, datasets on the Hub, SAELens' cached activations, and pil
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
@@ -24,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hubsae.activations.buffers import BufferPool
 from hubsae.activations.opening import REPO, Found, find_activations, verify_source
-from hubsae.activations.order import Order, Unit, plan_order
+from hubsae.activations.order import Order, plan_order
+from hubsae.activations.shards import Shards
 from hubsae.activations.sources import Source, TensorSource
 from hubsae.activations.stats import ActivationStats, RunningStats
 from hubsae.core import factory
@@ -35,10 +31,6 @@ from hubsae.core.options import pass_on
 
 WINDOW_BYTES = 256 << 20
 """Vectors shuffled together: 150 k tokens at d 896, 32 k at d 4096 (float16)."""
-READERS = 8
-"""Connections used at once for a dataset that is streamed from the Hub."""
-UNITS_PER_WINDOW = 32
-"""Runs of neighbouring rows in a window; of the usual window, each is as long as a page of our files."""
 
 
 class Labelled(NamedTuple):
@@ -75,35 +67,19 @@ class ActivationDataset:
     def __init__(self, sources: Sequence[Source], config: str, split: str, path: str, configs: Sequence[str] = ()):
         if not sources:
             raise DataError(f"{path}: no activations in split {split!r} of {config}")
-        first = sources[0]
-        for source in sources[1:]:
-            if (source.d, source.dtype, source.scale) != (first.d, first.dtype, first.scale):
-                raise DataError(
-                    f"{source.name} does not belong beside {first.name}: vectors of {source.d} {source.dtype} "
-                    f"(scale {source.scale:g}) instead of {first.d} {first.dtype} (scale {first.scale:g})",
-                    hint="keep each config's shards in its own folder",
-                )
-            if first.header and source.header and (wrong := first.header.differences(source.header)):
-                raise DataError(f"{source.name} does not belong beside {first.name}: {'; '.join(wrong)}")
-            if (first.header is None) != (source.header is None):
-                odd = source if source.header is None else first
-                raise DataError(f"{odd.name} has a schema from elsewhere: it was not written by hubsae")
-        self.sources = list(sources)
+        shards, first = Shards(sources), sources[0]
+        self.shards, self.sources = shards, shards.sources
         self.config, self.split, self.path, self.configs = config, split, path, list(configs) or [config]
-        self.starts = np.concatenate([[0], np.cumsum([s.n_rows for s in sources])]).tolist()
-        self.n_rows = int(self.starts[-1])
-        self.d, self.stored_dtype, self.scale = first.d, first.dtype, first.scale
-        self.label_names = tuple(n for n in first.label_names if all(n in s.label_names for s in sources))
+        self.n_rows, self.d, self.label_names = shards.n_rows, shards.d, shards.label_names
+        self.stored_dtype, self.scale = shards.dtype, shards.scale
         self.info: dict[str, Any] = dict(first.header.source) if first.header else {}
         self.window_bytes = WINDOW_BYTES
         """Vectors shuffled together, where `batches` does not say."""
         self.prefetch: int | None = None
         """Windows read ahead by a thread while one is used; None: one over a network, none from a disk."""
         self._stats: ActivationStats | None = None
-        self._pools: dict[torch.dtype, BufferPool] = {}
         self._place: _Place | None = None
         self._resume: _Place | None = None
-        self._readers: ThreadPoolExecutor | None = None
 
     @classmethod
     def open(
@@ -180,46 +156,6 @@ class ActivationDataset:
 
     # -- reading -------------------------------------------------------------------------------------------------
 
-    def _read(self, first: int, rows: int, out: Tensor) -> None:
-        """Stored values of rows first to first + rows."""
-        number, at = bisect_right(self.starts, first) - 1, 0
-        while at < rows:
-            inside = first + at - self.starts[number]
-            part = min(rows - at, self.sources[number].n_rows - inside)
-            if part > 0:
-                self.sources[number].read(inside, inside + part, out[at : at + part])
-                at += part
-            number += 1
-
-    def _labels(self, names: Sequence[str], units: Sequence[Unit]) -> dict[str, np.ndarray]:
-        parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
-        for first, rows in units:
-            number, at = bisect_right(self.starts, first) - 1, 0
-            while at < rows:
-                inside = first + at - self.starts[number]
-                part = min(rows - at, self.sources[number].n_rows - inside)
-                if part > 0:
-                    found = self.sources[number].labels(names, inside, inside + part)
-                    for name in names:
-                        parts[name].append(found[name])
-                    at += part
-                number += 1
-        return {name: np.concatenate(p) if p else np.empty(0) for name, p in parts.items()}
-
-    def _buffer(self, dtype: torch.dtype, rows: int) -> Tensor:
-        return self._pools.setdefault(dtype, BufferPool(dtype)).take(rows, self.d)
-
-    def _deliver(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
-        """Stored values as the caller wants them."""
-        if dtype == stored.dtype and self.scale == 1:
-            return stored
-        out = self._buffer(dtype, len(stored))
-        if self.scale == 1:
-            return out.copy_(stored)
-        wide = out if dtype == torch.float32 else self._buffer(torch.float32, len(stored))
-        wide.copy_(stored).mul_(1 / self.scale)  # a power of two: exact
-        return wide if dtype == torch.float32 else out.copy_(wide)
-
     def _check_columns(self, columns: Sequence[str]) -> list[str]:
         if missing := [c for c in columns if c not in self.label_names]:
             have = ", ".join(self.label_names) or "none"
@@ -270,7 +206,7 @@ class ActivationDataset:
         dtype = dtype or self.dtype
         # the batch size has no part in it: the order, and a saved state, are the same for every batch size
         window_rows = max(1, (window_bytes or self.window_bytes) // (self.d * self.stored_dtype.itemsize))
-        order = pass_on(plan_order, locals(), blocks=self._units(window_rows))
+        order = pass_on(plan_order, locals(), blocks=self.shards.units(window_rows))
         shape = {"seed": seed, "shuffle": shuffle, "rank": rank, "world_size": world_size, "n_rows": self.n_rows}
         shape["window_rows"] = window_rows
         window, offset = self._start(epoch, shape)
@@ -280,17 +216,6 @@ class ActivationDataset:
         if drop:
             rows_left = ((order.smallest if world_size > 1 else order.n_rows) - seen) // batch_size * batch_size
         return self._generate(order, batch_size, names, dtype, window, offset, rows_left, epoch, shape)
-
-    def _units(self, window_rows: int) -> list[Unit]:
-        """What is read at once. It does not follow the cut into files, so that rows come in the same order after a
-        harvest that was stopped and went on, and streamed as from disk; except where reading from anywhere is dear."""
-        if any(source.whole_blocks for source in self.sources):
-            return self._blocks()
-        rows = max(1, window_rows // UNITS_PER_WINDOW)
-        return [(first, min(rows, self.n_rows - first)) for first in range(0, self.n_rows, rows)]
-
-    def _blocks(self) -> list[Unit]:
-        return [(start + f, n) for start, s in zip(self.starts, self.sources, strict=False) for f, n in s.blocks]
 
     def _start(self, epoch: int, shape: dict[str, Any]) -> tuple[int, int]:
         place, self._resume = self._resume, None
@@ -323,16 +248,16 @@ class ActivationDataset:
         stored: Tensor | None = None
         parts: dict[str, list[np.ndarray]] = {n: [] for n in names}
         filled, goal = 0, min(batch_size, rows_left)
-        for number, rows, pool, labels in self._windows(order, window, names):
+        for number, rows, pool, labels in self.shards.windows(order, window, names, self.prefetch):
             permutation = order.permutation(number)
             at = offset if number == window else 0
             while at < rows and rows_left > 0:
                 if stored is None:
-                    stored = self._buffer(self.stored_dtype, goal)
+                    stored = self.shards.buffer(goal)
                 take = min(goal - filled, rows - at)
                 target = stored[filled : filled + take]
                 if pool is None:
-                    self._read_units(order.windows[number], at, take, target)
+                    self.shards.read_units(order.windows[number], at, take, target)
                     chosen = np.arange(at, at + take)
                 elif permutation is None:
                     chosen = np.arange(at, at + take)
@@ -346,7 +271,7 @@ class ActivationDataset:
                 if filled == goal:
                     rows_left -= goal
                     self._place = _Place(epoch, number, at, shape)
-                    vectors = self._deliver(stored, dtype)
+                    vectors = self.shards.deliver(stored, dtype)
                     stored = target = None  # the caller alone holds the memory while it works on the batch
                     yield Labelled(vectors, {n: np.concatenate(p) for n, p in parts.items()})
                     del vectors
@@ -355,69 +280,13 @@ class ActivationDataset:
             pool = target = None  # so that the next window is read into the same memory
         self._place = _Place(epoch + 1, 0, 0, shape)
 
-    def _read_units(self, units: Sequence[Unit], skip: int, rows: int, out: Tensor) -> None:
-        """Rows skip to skip + rows of consecutive units, straight into the batch."""
-        at = 0
-        for first, n in units:
-            if skip < n and at < rows:
-                part = min(n - skip, rows - at)
-                self._read(first + skip, part, out[at : at + part])
-                at += part
-            skip = max(0, skip - n)
-
-    def _windows(
-        self, order: Order, start: int, names: list[str]
-    ) -> Iterator[tuple[int, int, Tensor | None, dict[str, np.ndarray]]]:
-        """Number, rows, pool of vectors (None: read in place) and labels of each window from `start` on."""
-        remote = any(s.remote for s in self.sources)
-
-        def load(number: int) -> tuple[Tensor | None, dict[str, np.ndarray]]:
-            units = order.windows[number]
-            labels = self._labels(names, units) if names else {}
-            if order.seed is None and not remote:
-                return None, labels
-            pool = self._buffer(self.stored_dtype, sum(n for _, n in units))
-            edges = np.concatenate([[0], np.cumsum([n for _, n in units])]).tolist()
-            jobs = [(first, n, pool[a : a + n]) for (first, n), a in zip(units, edges[:-1], strict=True)]
-            if remote:
-                list(self._pool_of_readers().map(lambda job: self._read(*job), jobs))
-            else:
-                for job in jobs:
-                    self._read(*job)
-            return pool, labels
-
-        ahead = int(remote) if self.prefetch is None else self.prefetch
-        if not ahead:
-            for number in range(start, len(order.windows)):
-                pool, labels = load(number)
-                yield number, sum(n for _, n in order.windows[number]), pool, labels
-                del pool  # so that the next window may use its memory again
-            return
-        reader, numbers = ThreadPoolExecutor(1), iter(range(start, len(order.windows)))
-        try:  # the next windows are read while this one is used
-            coming = deque(reader.submit(load, number) for number in islice(numbers, ahead))
-            for number in range(start, len(order.windows)):
-                pool, labels = coming.popleft().result()
-                coming.extend(reader.submit(load, later) for later in islice(numbers, 1))
-                yield number, sum(n for _, n in order.windows[number]), pool, labels
-                del pool
-        finally:
-            reader.shutdown(cancel_futures=True)
-
-    def _pool_of_readers(self) -> ThreadPoolExecutor:
-        if self._readers is None:
-            self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="hubsae-read")
-        return self._readers
-
     def read_all(self, max_rows: int | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
         """The first `max_rows` vectors (all by default) in storage order, as one tensor."""
         rows = self.n_rows if max_rows is None else min(max_rows, self.n_rows)
         out = torch.empty(rows, self.d, dtype=dtype or self.dtype)
         for first in range(0, rows, 8192):
             part = min(8192, rows - first)
-            stored = self._buffer(self.stored_dtype, part)
-            self._read(first, part, stored)
-            out[first : first + part] = self._deliver(stored, out.dtype)
+            out[first : first + part] = self.shards.rows(first, part, out.dtype)
         return out
 
     def rows(
@@ -426,9 +295,8 @@ class ActivationDataset:
         """Rows `first` to `first + count` in storage order, with the label columns asked for."""
         names = self._check_columns(columns)
         count = max(0, min(count, self.n_rows - first))
-        stored = self._buffer(self.stored_dtype, count)
-        self._read(first, count, stored)
-        return Labelled(self._deliver(stored, dtype or self.dtype), self._labels(names, [(first, count)]))
+        labels = self.shards.labels(names, [(first, count)])
+        return Labelled(self.shards.rows(first, count, dtype or self.dtype), labels)
 
     def take(self, rows: Sequence[int] | np.ndarray, *, dtype: torch.dtype | None = None) -> Tensor:
         """The vectors of the given rows, in the given order."""
@@ -437,15 +305,15 @@ class ActivationDataset:
             raise DataError(f"{self.path} ({self.config}) has rows 0 to {self.n_rows - 1}, not all that were asked for")
         out = torch.empty(len(wanted), self.d, dtype=dtype or self.dtype)
         order = np.argsort(wanted, kind="stable")
-        blocks = self._blocks()
+        blocks = self.shards.blocks()
         edges = np.array([first for first, _ in blocks] + [self.n_rows])
         block = np.searchsorted(edges, wanted[order], side="right") - 1
         for number in np.unique(block):
             first, n = blocks[number]
             mine = order[block == number]
-            stored = self._buffer(self.stored_dtype, n)
-            self._read(first, n, stored)
-            out[torch.from_numpy(mine)] = self._deliver(
+            stored = self.shards.buffer(n)
+            self.shards.read(first, n, stored)
+            out[torch.from_numpy(mine)] = self.shards.deliver(
                 stored[torch.from_numpy(wanted[mine] - first)].contiguous(), out.dtype
             )
         return out
@@ -453,7 +321,7 @@ class ActivationDataset:
     def columns(self, names: Sequence[str] | str | None = None) -> dict[str, np.ndarray]:
         """Label columns of all rows in storage order; without names, all of them."""
         chosen = [names] if isinstance(names, str) else list(names if names is not None else self.label_names)
-        return self._labels(self._check_columns(chosen), [(0, self.n_rows)])
+        return self.shards.labels(self._check_columns(chosen), [(0, self.n_rows)])
 
     # -- state, other forms --------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from hubsae.activations import dataset as local
 from hubsae.activations.layout import MANIFEST, configs_in, parse_shard_name
 from hubsae.activations.manifest import described
 from hubsae.activations.opening import Found, choose_config, find_activations, no_split, parquet_shards
+from hubsae.activations.shards import READERS
 from hubsae.core.errors import HubRequestError, NotFoundError
 from hubsae.core.files import read_json
 from hubsae.core.options import pass_on
@@ -129,7 +130,7 @@ def fetch_activations(
     wanted = [path for path in tree if path.startswith(f"{name}/") or path == MANIFEST]
     size = sum(tree[path].size for path in wanted)
     what = f"fetching {repo_id} {name}"
-    with client.quiet(), progress(what, size, "bytes") as task, ThreadPoolExecutor(local.READERS) as pool:
+    with client.quiet(), progress(what, size, "bytes") as task, ThreadPoolExecutor(READERS) as pool:
         jobs = {path: pool.submit(client.download, repo_id, path, revision=sha, repo_type=REPO_TYPE) for path in wanted}
         for path, job in jobs.items():
             file = job.result()

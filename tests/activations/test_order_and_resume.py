@@ -77,8 +77,8 @@ def test_as_many_windows_are_read_ahead_as_are_asked_for(folder):
     for prefetch in (0, 2):
         data, read = ActivationDataset.open(folder), []
         data.window_bytes, data.prefetch = WINDOW, prefetch
-        load = data._read
-        data._read = lambda first, rows, out, load=load, read=read: (read.append(rows), load(first, rows, out))[1]
+        load = data.shards.read
+        data.shards.read = lambda first, rows, out, load=load, read=read: (read.append(rows), load(first, rows, out))[1]
         batches = data.batches(64)
         next(batches)
         wanted, waited = (1 + prefetch) * WINDOW // 12, 0.0
