@@ -100,6 +100,8 @@ def python_of(peer: str, envs: Path) -> Path:
         venv.create(envs / peer, with_pip=True)
     if subprocess.run([python, "-c", f"import {peer}"], capture_output=True, check=False).returncode:
         subprocess.run([python, "-m", "pip", "install", "-q", *PEERS[peer]], check=True)
+        # nothing here needs it, and one that was built for another torch than this keeps transformers from loading
+        subprocess.run([python, "-m", "pip", "uninstall", "-q", "-y", "torchvision"], check=True)
     return python
 
 
