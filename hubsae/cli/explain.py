@@ -37,11 +37,11 @@ def command(
     """
     from hubsae.index import explain
     from hubsae.index.chat import LocalChat, ServerChat
-    from hubsae.index.page import chosen
+    from hubsae.index.features import FeatureIndex
 
     if not model:
         raise HubSAEError("which chat model?", hint="--model NAME, with --server URL unless transformers loads it")
-    index = chosen(release, sae)
+    index = FeatureIndex.open(release, sae).folder
     settings = explain.Options(shown, judged, seed)
     try:
         numbers = None if features is None else [int(word) for word in features.split(",")]

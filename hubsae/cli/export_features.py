@@ -35,13 +35,14 @@ def command(
 
     What it cannot take is left out and counted: features that never fire, labels, co-firing.
     """
-    from hubsae.index import neuronpedia, page
+    from hubsae.index import neuronpedia
+    from hubsae.index.features import FeatureIndex
 
     if to != "neuronpedia":
         raise HubSAEError(f"no export to {to!r}", hint="there is: --to neuronpedia")
-    index = page.chosen(release, sae)
-    line = next(line for line in page.indexes(release) if line["name"] == index.name)
-    base = (line["base_model"] or "").rsplit("/", 1)[-1].lower()
+    index = FeatureIndex.open(release, sae)
+    said = index.summary["sae"]
+    base = (said.get("base_model") or "").rsplit("/", 1)[-1].lower()
     if not (model or base):
         raise HubSAEError("the model's id there is not known", hint="--model qwen3-8b")
     names = neuronpedia.Names(model or base, source_set, release.resolve().name, creator, creator_id, repo)
@@ -49,8 +50,8 @@ def command(
     if vectors:
         from hubsae.hub.sae import HubSAE
 
-        rows = HubSAE.from_pretrained(str(release), line["id"]).W_dec.detach().float().numpy()
-    done = neuronpedia.export(index, target, names, vectors=rows)
+        rows = HubSAE.from_pretrained(str(release), said["id"]).W_dec.detach().float().numpy()
+    done = neuronpedia.export(index.folder, target, names, vectors=rows)
     if json:
         print_json(neuronpedia.as_dict(done))
         return

@@ -113,7 +113,7 @@ def _show(feature: Feature, number: int) -> None:
 def _overview(index: FeatureIndex, most: int) -> list[dict[str, Any]]:
     """Features that fire neither on nearly nothing nor on nearly everything, the purest first."""
     columns = ("feature", "count", "density", "max", "purity", "top_token")
-    rows = [r for r in index.metrics.select(columns).to_pylist() if r["count"] >= 20 and r["density"] < 0.02]
+    rows = index.metrics.select(columns).take(index.readable()).to_pylist()
     rows.sort(key=lambda r: (-(r["purity"] or 0), -r["count"]))
     return rows[:most]
 

@@ -27,9 +27,9 @@ def command(
     from dataclasses import asdict
 
     from hubsae.index import labels
-    from hubsae.index.page import chosen
+    from hubsae.index.features import FeatureIndex
 
-    index = chosen(release, sae)
+    index = FeatureIndex.open(release, sae).folder
     if read is not None:
         found = labels.write(index, labels.from_csv(read, author=author))
     else:

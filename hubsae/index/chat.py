@@ -1,4 +1,7 @@
-"""Chat models that can be asked one question: behind an OpenAI-compatible server, or in this process."""
+"""Chat models that can be asked one question: behind an OpenAI-compatible server, or in this process.
+
+`each_once` asks about many features and keeps every answer, so that a run that was stopped goes on behind the last one.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,18 @@ import json
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from hubsae.activations.generation import end_ids, generate
 from hubsae.activations.models import load_model, load_tokenizer
 from hubsae.core.errors import HubSAEError
+from hubsae.core.progress import progress
 
 Message = dict[str, str]
 Chat = Callable[[list[Message]], str]
@@ -75,3 +82,31 @@ class LocalChat:
                 max_new_tokens=self.max_tokens, do_sample=False,
             )  # fmt: skip
         return self.tokenizer.decode(out[0], skip_special_tokens=True)
+
+
+Answers = dict[int, dict[str, Any]]
+
+
+def each_once(
+    journal: Path, settings: str, features: Sequence[int], ask: Callable[[int, Answers], dict[str, Any]], what: str,
+    show: bool | None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """What `ask` says of each feature, given what is known of the others; a line of the journal each.
+
+    Lines of other settings are passed over, and one that a crash cut off.
+    """
+    done: Answers = {}
+    for line in journal.read_text(encoding="utf-8").splitlines() if journal.is_file() else []:
+        with suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and row.get("settings") == settings:
+                done[row["feature"]] = row
+    with progress(what, len(features), "features", show=show) as task, journal.open("a", encoding="utf-8") as kept:
+        for feature in features:
+            if feature not in done:
+                done[feature] = ask(feature, done)
+                # a line that a crash cut off ends here
+                kept.write(f"\n{json.dumps(done[feature], ensure_ascii=False)}\n")
+                kept.flush()
+            task.advance()
+    return [done[feature] for feature in features]

@@ -11,10 +11,9 @@ not known but likely: features that fire on more than `MAX_DENSITY` of the token
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -24,8 +23,7 @@ import numpy as np
 
 from hubsae.core.errors import HubSAEError
 from hubsae.core.parquet import arrow
-from hubsae.core.progress import progress
-from hubsae.index.chat import Chat
+from hubsae.index.chat import Chat, each_once
 from hubsae.index.labels import Label, write
 
 JOURNAL = "explanations.jsonl"
@@ -261,22 +259,15 @@ def explain(
     options = options or Options()
     index = Path(index)
     settings = f"{author} shown={options.shown} judged={options.judged} seed={options.seed}"
-    contexts = Contexts(index)
-    done = {one.feature: one for one in _journal(index, settings)}
-    texts: dict[int, str] = {}
-    with (
-        progress("explaining", len(wanted.features), "features", show=show) as task,
-        (index / JOURNAL).open("a", encoding="utf-8") as kept,
-    ):
-        for number in wanted.features:
-            if number not in done:
-                other = _other_label(chat, contexts, wanted, done, texts, number, options)
-                done[number] = _one(chat, contexts, number, other, texts, author, settings, options)
-                # a line that a crash cut off ends here
-                kept.write(f"\n{json.dumps(asdict(done[number]), ensure_ascii=False)}\n")
-                kept.flush()
-            task.advance()
-    found = [done[number] for number in wanted.features]
+    contexts, texts = Contexts(index), {}
+
+    def ask(number: int, done: dict[int, dict[str, Any]]) -> dict[str, Any]:
+        other = _other_label(chat, contexts, wanted, done, texts, number, options)
+        return asdict(_one(chat, contexts, number, other, texts, author, settings, options))
+
+    rows = each_once(index / JOURNAL, settings, wanted.features, ask, "explaining", show)
+    names = ("detection", "fuzzing", "control_detection", "control_fuzzing")
+    found = [Explained(**{**row, **{name: Score(**row[name]) for name in names}}) for row in rows]
     write(index, (_as_label(one) for one in found if one.text))
     return found
 
@@ -285,7 +276,7 @@ def _other_label(
     chat: Chat,
     contexts: Contexts,
     wanted: Plan,
-    done: dict[int, Explained],
+    done: dict[int, dict[str, Any]],
     texts: dict[int, str],
     number: int,
     options: Options,
@@ -295,7 +286,7 @@ def _other_label(
     if other == number:
         return ""  # one feature alone has no control
     if other in done:
-        return done[other].text
+        return done[other]["text"]
     if other not in texts:
         texts[other] = label_of(chat, split(contexts.of(other), options.shown, options.judged)[0])
     return texts[other]
@@ -334,19 +325,6 @@ def _as_label(one: Explained) -> Label:
         one.feature, one.text, one.author, "detection", score.value, score.low, score.high, score.n,
         date.today().isoformat(),
     )  # fmt: skip
-
-
-def _journal(index: Path, settings: str) -> Iterator[Explained]:
-    """What earlier runs with the same settings finished; a line cut off by a crash is passed over."""
-    path = index / JOURNAL
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if row.get("settings") == settings:
-            names = ("detection", "fuzzing", "control_detection", "control_fuzzing")
-            yield Explained(**{**row, **{name: Score(**row[name]) for name in names}})
 
 
 def summary(found: Sequence[Explained]) -> dict[str, dict[str, float | int | None]]:

@@ -8,7 +8,6 @@ that belong to as many different features. `explain` has scores that ask more.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,9 +17,8 @@ from typing import Any
 import numpy as np
 
 from hubsae.core.parquet import arrow
-from hubsae.core.progress import progress
 from hubsae.evals.bootstrap import wilson
-from hubsae.index.chat import Chat
+from hubsae.index.chat import Chat, each_once
 from hubsae.index.explain import Contexts, passage
 
 JOURNAL = "ratings.jsonl"
@@ -103,26 +101,16 @@ def rate_features(
     settings = f"{author} shown={shown} seed={seed}"
     usable = rateable(index, shown)
     chosen = sorted(random.permutation(usable)[:count].tolist())
-    contexts, journal = Contexts(index), index / JOURNAL
-    done = {}
-    for line in journal.read_text(encoding="utf-8").splitlines() if journal.is_file() else []:
-        row = json.loads(line) if line.startswith("{") and line.endswith("}") else {}
-        if row.get("settings") == settings:
-            done[row["feature"]] = Rating(**row)
-    with progress("rating", len(chosen), "features", show=show) as task, journal.open("a", encoding="utf-8") as kept:
-        for feature in chosen:
-            if feature not in done:
-                others = [
-                    f for f in np.random.default_rng([seed, feature]).permutation(usable).tolist() if f != feature
-                ]
-                mixed = [strongest(contexts.of(f), 1)[0] for f in others[:shown]]
-                score, name = rate(chat, strongest(contexts.of(feature), shown))
-                control = rate(chat, mixed)[0] if len(mixed) == shown else None
-                done[feature] = Rating(feature, score, name, control, settings)
-                kept.write(f"\n{json.dumps(asdict(done[feature]), ensure_ascii=False)}\n")
-                kept.flush()
-            task.advance()
-    return [done[feature] for feature in chosen]
+    contexts = Contexts(index)
+
+    def ask(feature: int, _: dict[int, dict[str, Any]]) -> dict[str, Any]:
+        others = [f for f in np.random.default_rng([seed, feature]).permutation(usable).tolist() if f != feature]
+        mixed = [strongest(contexts.of(f), 1)[0] for f in others[:shown]]
+        score, name = rate(chat, strongest(contexts.of(feature), shown))
+        control = rate(chat, mixed)[0] if len(mixed) == shown else None
+        return asdict(Rating(feature, score, name, control, settings))
+
+    return [Rating(**row) for row in each_once(index / JOURNAL, settings, chosen, ask, "rating", show)]
 
 
 def shares(ratings: Sequence[Rating]) -> list[dict[str, Any]]:

@@ -101,14 +101,14 @@ def package(
     also: Sequence[str] = (),
     card: str | None = None,
     subject: Subject | None = None,
-    stages: Mapping[str, Any] | None = None,
+    stages: Mapping[str, Callable[[], Any]] | None = None,
     progress: Callable[..., None] | None = None,
 ) -> Release:
     """A release in `folder`, verified, with its card; SAEs are given as functions that load them.
 
     `also` names further formats to write beside each SAE. `card` names its template; the release remembers it, so that
     a push renders the same. With a `subject` the SAEs carry what its model has at their hook points, to check a model
-    with; those of `stages` (by name, each with a `load`) what the model of their stage has.
+    with; those of `stages` (by name, with what loads its model) what the model of their stage has.
     """
     made = Release.create(
         folder, name=name, base_model=base_model, license=license, datasets=list(datasets), description=description,
@@ -125,8 +125,8 @@ def package(
         made.add(sae, sae_id, also=also)
     if subject is not None:
         tokenizer = subject.tokenizer()
-        for stage, model in (stages or {None: subject}).items():
-            made.add_fingerprints(model.load(), tokenizer, stage=stage)
+        for stage, load_model in (stages or {None: subject.load}).items():
+            made.add_fingerprints(load_model(), tokenizer, stage=stage)
     for title, rows in (tables or {}).items():
         made.add_results(title, rows)
     for plot in plots:

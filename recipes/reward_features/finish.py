@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +77,12 @@ def contexts(folder: Path, names: Mapping[str, str], probes: Path) -> dict[tuple
 
 def release(
     folder: Path, name: str, saes: Mapping[tuple[str, int], tuple[HubSAE, Probe]], tables: Mapping[str, Any],
-    models: Mapping[str, str], indexes: Path,
+    models: Mapping[str, str], indexes: Path, subject: Subject, loaders: Mapping[str, Callable[[], Any]],
 ) -> dict[str, Any]:  # fmt: skip
     """SAEs by model and layer, a probe beside each, the tables, the pages, the card over all of it."""
     ids = {(of, layer): f"{of}/layer{layer}" for of, layer in saes}
     package(folder, {ids[where]: (lambda s=sae: s) for where, (sae, _) in saes.items()}, name=name,
-            base_model=models["reward"], tables=tables, card="release")  # fmt: skip
+            base_model=models["reward"], tables=tables, card="release", subject=subject, stages=loaders)  # fmt: skip
     made = Release.open(folder)
     for (of, layer), (_, probe) in saes.items():
         about = {"sae": ids[of, layer], "model": models[of], "score_of": models["reward"], "layer": layer}

@@ -275,8 +275,8 @@ class _Run:
             name=title, base_model=source.label, description=config.about or None,
             metrics={name: [Metric.model_validate(m) for m in metrics] for name, metrics in found.items()},
             tables={"measures": measures, **tables_in(ctx.path("drift"))},
-            plots=sorted(ctx.path("drift").glob("*.png")), subject=source, stages=self._stages(ctx, source),
-            progress=ctx.progress,
+            plots=sorted(ctx.path("drift").glob("*.png")), subject=source,
+            stages={name: stage.load for name, stage in self._stages(ctx, source).items()}, progress=ctx.progress,
         )  # fmt: skip
         return {"name": title, "saes": len(made), "plots": [plot.name for plot in made.plots]}
 

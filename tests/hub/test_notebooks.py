@@ -20,10 +20,8 @@ def build():
     return module
 
 
-@pytest.mark.parametrize(
-    ("name", "world"),
-    [("publish_and_load", ""), ("in_a_model", "tiny"), pytest.param("in_a_model", "real", marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize("name", ["publish_and_load", "in_a_model"])
+@pytest.mark.parametrize("world", ["tiny", pytest.param("real", marks=pytest.mark.slow)])
 def test_a_notebook_runs(name: str, world: str, cache_root: Path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("sae_lens")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

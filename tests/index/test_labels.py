@@ -12,7 +12,7 @@ from hubsae.core.errors import HubSAEError
 from hubsae.index import explain, labels
 from hubsae.index.chat import ChatError, LocalChat
 from hubsae.index.labels import Label
-from hubsae.index.page import build, chosen, indexes
+from hubsae.index.page import build, indexes
 
 from . import synthetic
 from .rule_model import RuleModel, served
@@ -20,9 +20,9 @@ from .rule_model import RuleModel, served
 
 @pytest.fixture
 def index(tmp_path) -> Path:
-    synthetic.write(tmp_path, d_sae=600, active=150, examples=1800)
+    folder = synthetic.write(tmp_path, d_sae=600, active=150, examples=1800)
     build(tmp_path)
-    return chosen(tmp_path)
+    return folder
 
 
 def test_labels_reach_the_table_the_pages_and_the_search(index):

@@ -166,9 +166,8 @@ def test_a_row_group_stays_small_however_many_examples_a_feature_has(tmp_path):
 
     folder = synthetic.write(tmp_path, d_sae=1024, active=900, examples=30_000)
     table = pq.read_table(folder / "features.parquet")
-    options = {"compression": "snappy", "use_dictionary": False, "write_statistics": False}
-    rows = site._group(table, options)
-    pq.write_table(table, tmp_path / "again.parquet", row_group_size=rows, **options)
+    rows = site._group(table)
+    pq.write_table(table, tmp_path / "again.parquet", row_group_size=rows, **site.OPTIONS)
     kept = pq.read_metadata(tmp_path / "again.parquet")
     sizes = [
         sum(kept.row_group(i).column(j).total_compressed_size for j in range(kept.num_columns))

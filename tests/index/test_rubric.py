@@ -9,16 +9,16 @@ import pytest
 from hubsae.index import rubric
 from hubsae.index.chat import ChatError
 from hubsae.index.explain import Contexts
-from hubsae.index.page import build, chosen
+from hubsae.index.page import build
 
 from . import synthetic
 
 
 @pytest.fixture
 def index(tmp_path):
-    synthetic.write(tmp_path, d_sae=300, active=80, examples=1600)
+    folder = synthetic.write(tmp_path, d_sae=300, active=80, examples=1600)
     build(tmp_path)
-    return chosen(tmp_path)
+    return folder
 
 
 class Theme:

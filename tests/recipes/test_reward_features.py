@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 
 from hubsae import load_probe
+from hubsae.activations.models import load_model
 from hubsae.core.files import read_csv, read_json
 from hubsae.evals import scores
 from hubsae.formats import Release
 from hubsae.index.features import FeatureIndex
 from hubsae.recipes.registry import find_recipe, prepare
 from hubsae.recipes.standard import Activations
+from hubsae.rl.reward_models import load_reward_model
 from hubsae.rl.steps import split_steps
 
 SMALLEST = [
@@ -161,6 +163,10 @@ def test_the_run_leaves_the_table_the_verdicts_and_a_release_with_probes(run):
     release = Release.open(run / "release")
     release.verify()
     assert set(release.ids) == {"base/layer2", "reward/layer1", "reward/layer2"}
+    # each SAE knows the model that it is of
+    base, reward = load_model(run / "subject/model"), load_reward_model(run / "prm/model").backbone
+    for sae, own, other in (("base/layer2", base, reward), ("reward/layer1", reward, base)):
+        assert release.load(sae).check(own) and release.load(sae).check(other).difference > 1e-3
     probe = load_probe(run / "release", "reward/layer2")
     assert probe.record["target"] == "score" and probe.record["sae"] == "reward/layer2"
     # the published probe, on held-out rows read from disk, gives the R² of the table

@@ -85,23 +85,6 @@ def _hash(script: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
-def chosen(release: str | Path, sae: str | None = None) -> Path:
-    """The folder of the index of an SAE, the only one unless named."""
-    release = Path(release)
-    found = {line["id"]: line["name"] for line in indexes(release)}
-    if not found:
-        raise HubSAEError(
-            f"{release} has no reverse index", hint=f"make one: hubsae index {release} --activations ACTS"
-        )
-    if sae is None and len(found) == 1:
-        sae = next(iter(found))
-    if sae not in found:
-        raise HubSAEError(
-            "which SAE?" if sae is None else f"no index of {sae!r}", hint=f"there are: {', '.join(found)}"
-        )
-    return release / FOLDER / found[sae]
-
-
 def build(release: str | Path, *, title: str | None = None, repo: str | None = None) -> Path:
     """Write `index.html` into a release folder that has at least one reverse index; its path.
 
