@@ -267,7 +267,7 @@ class _Run:
         saes = {(of, layer): (self._sae(ctx, of, layer), self._probe(ctx, layer, "sae", of))
                 for of in ("reward", "base") for layer in self.layers.get(of, ())}  # fmt: skip
         models = {of: ctx.result(f"harvest/{of}")["label"] for of in self.layers}
-        subject = _subject(ctx)
+        subject = subject_of(ctx)
         loaders = {"reward": lambda: self._reward(ctx).backbone, "base": lambda: subject.load(self.device)}
         loaders = {of: load for of, load in loaders.items() if self.layers.get(of)}
         return finish.release(ctx.folder, self.config.name, saes, tables, models, ctx.path("index"), subject, loaders)
