@@ -216,7 +216,7 @@ def _loss(name: str, result: SpliceResult) -> dict[str, Any]:
 def starts(configs: Sequence[TrainConfig], rows: torch.Tensor) -> dict[str, SAE]:
     """One SAE of each architecture as training begins: the same weights for every method."""
     one = {c.architecture: c for c in configs}.values()
-    begun = [c.model_copy(update={"tokens": c.batch_size, "lr": 1e-12}) for c in one]
+    begun = [c.model_copy(update={"tokens": c.batch_size, "lr": 1e-12, "exclude": ()}) for c in one]
     found = train_many(begun, rows, quiet=True, device=pick_device())
     return {result.name: result.sae for result in found if result.sae is not None}
 
@@ -226,6 +226,7 @@ def gradient_ratios(
 ) -> list[dict[str, Any]]:
     """GSNR of an SAE on rows of a method's stream, in a random order, with position 0 and without."""
     found, cell, size = [], Cell.of(config.name), config.batch_size
+    config = config.model_copy(update={"exclude": ()})  # which rows are taken is said below
     for tokens, rows in (("all tokens", kept["x"]), ("without position 0", kept["x"][kept["position"] != 0])):
         chosen = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[: size * batches]]
         parts = chosen[: len(chosen) // size * size].split(size)

@@ -121,6 +121,22 @@ def test_training_configs_are_the_published_ones():
     assert jump.record["training"]["method"] == "FAST" and "8,192" in jump.record["activations"]["mode"]
 
 
+def test_gradients_are_taken_on_the_rows_named_where_training_leaves_some_out():
+    """The small profile trains without position 0; which rows a ratio is of is the measure's own business."""
+    config = RECIPE.config("tiny")
+    train = config.train.model_copy(update={"exclude": ("position_0",), "batch_size": 8})
+    config = config.model_copy(update={"train": train})
+    cells = RECIPE.module("cells").train_configs(config, "fast", {"activations": {}})
+    generator = torch.Generator().manual_seed(0)
+    kept = {"x": torch.randn(64, 16, generator=generator), "position": torch.arange(64) % 4}
+    begun = measure.starts(cells, kept["x"])
+    for one in cells:
+        if one.name in begun:
+            found = measure.gradient_ratios(one, begun[one.name], kept, 4)
+            assert [(row["tokens"], row["batches"]) for row in found] == [("all tokens", 4), ("without position 0", 4)]
+    assert len(begun) == 3
+
+
 # ---- equal L0 ----------------------------------------------------------------------------------------------------
 
 
