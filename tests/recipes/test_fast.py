@@ -19,6 +19,7 @@ from hubsae.hub.card import card_of_release, render_card
 from hubsae.index.features import FeatureIndex
 from hubsae.recipes.registry import find_recipe, prepare
 from hubsae.recipes.standard import Activations
+from hubsae.recipes.subject import open_subject
 
 SMALLEST = [
     "model.size=quick", "data.most_chats=200", "data.most_texts=200", "data.test_chats=24", "data.max_length=64",
@@ -59,7 +60,7 @@ def test_mse_st_is_the_mean_over_chats_of_the_mean_over_their_special_tokens(run
     held = Activations(run / "heldout").open(2, "train")
     labels, x = held.columns(), held.read_all(dtype=torch.float32)
     config = find_recipe("fast").config("tiny", overrides=SMALLEST)
-    tokenizer = find_recipe("fast").module("corpus").opened(
+    tokenizer = open_subject(
         run / "corpus", read_json(run / ".steps" / "corpus.json")["result"]
     ).tokenizer()  # fmt: skip
     st = np.isin(labels["token_id"], tokenizer.convert_tokens_to_ids(list(config.data.special)))
