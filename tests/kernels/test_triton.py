@@ -19,7 +19,7 @@ from hubsae.core.errors import DataError
 from hubsae.kernels import cpu, triton_encode, triton_update, using
 from hubsae.kernels.active import ActiveSet
 from hubsae.kernels.function import topk_autoencode
-from hubsae.train import AuxConfig, DeadConfig, SparsityConfig, TrainConfig, train
+from hubsae.train import AuxConfig, DeadConfig, SparsityConfig, TrainConfig, select, train
 from hubsae.train.estimate import estimate
 from hubsae.train.learn import learn, settle
 from hubsae.train.parallel import Solo
@@ -194,6 +194,18 @@ def test_training_with_triton_takes_the_steps_of_torch(options):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0]
 
 
+def test_a_batch_whose_tokens_have_no_room_is_selected_from_blocks(monkeypatch):
+    monkeypatch.setattr(select, "ROOM_FOR_K", 1)
+    fits = []
+    above = triton_encode.above
+    monkeypatch.setattr(
+        triton_encode, "above", lambda *a, **o: (found := above(*a, **o), fits.append(bool(found[3])))[0]
+    )
+    ours, theirs = (trained(kernels, tokens(), architecture="batch_topk", k=3).sae for kernels in ("triton", "torch"))
+    assert ours is not None and theirs is not None and fits and not any(fits)
+    torch.testing.assert_close(ours.W_dec, theirs.W_dec, rtol=1e-4, atol=1e-5)
+
+
 def test_training_in_bf16_stays_near_float32():
     ours, theirs = (trained("triton", tokens(), k=3, precision=p) for p in ("bf16", "fp32"))
     assert ours.metrics["train_loss"] == pytest.approx(theirs.metrics["train_loss"], rel=0.01)
@@ -272,12 +284,27 @@ def test_watching_a_step_sees_a_block_of_pre_activations_and_a_wait():
     assert seen.largest == 4 * 80 * 512 and seen.products == 1 and len(seen.waits) == 1
 
 
-def test_a_loss_that_is_no_number_moves_nothing_from_its_step_on():
-    config = TrainConfig(d_sae=24, k=3, batch_size=16, lr=1e-2, kernels="triton")
+def started(**options) -> Bank:
+    config = TrainConfig(d_sae=24, k=3, batch_size=16, lr=1e-2, kernels="triton", **options)
     bank = Bank([config], 8, device=DEVICE)
     g = torch.Generator().manual_seed(0)
     bank.W_dec.copy_(torch.nn.functional.normalize(torch.randn(24, 8, generator=g), dim=1))
     bank.W_enc.copy_(bank.W_dec)
+    return bank
+
+
+def test_a_step_whose_learning_rate_is_on_the_device_is_the_same():
+    banks = [started(), started()]
+    banks[1].cells[0].lr = torch.tensor(1e-2, device=DEVICE)  # as in a CUDA graph
+    with torch.no_grad(), using("triton"):
+        for bank in banks:
+            learn(bank, tokens(16).to(DEVICE), Solo(), 16, number=0)
+    for name, tensor in banks[0].cells[0].tensors().items():
+        torch.testing.assert_close(banks[1].cells[0].tensors()[name], tensor, msg=name)
+
+
+def test_a_loss_that_is_no_number_moves_nothing_from_its_step_on():
+    bank = started()
     x = tokens(16).to(DEVICE)
     with torch.no_grad(), using("triton"):
         learn(bank, x, Solo(), 16, number=0)
