@@ -148,9 +148,12 @@ def merged_reconstruction(
 ) -> ReconstructionResult:
     """The result of an evaluation whose parts are all in `folder`; the same as `reconstruction`, to the last bit."""
     rows, _, whole = prepare(saes, activations, scopes=scopes, force=force)
-    for number, part in enumerate(parts_of(rows)):
+    files = [Path(folder) / part_name(part) for part in parts_of(rows)]
+    if missing := [file for file in files if not file.is_file()]:
+        raise DataError(f"{len(missing)} of {len(files)} parts of this evaluation are missing: {missing[0]} ...")
+    for number, file in enumerate(files):
         sums = whole if number == 0 else prepare(saes, rows, scopes=scopes, force=force)[2]
-        sums.load(Path(folder) / part_name(part))
+        sums.load(file)
         if sums is not whole:
             whole.merge(sums)
     return whole.result()

@@ -1,4 +1,4 @@
-"""`python -m hubsae.scale.child`: one pickled call from standard input, in a process that may die alone."""
+"""One call in a process of its own, which may die alone: it travels pickled, over standard input."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from hubsae.core.extras import require
 def in_child(call: Callable[[], object], **streams: Any) -> subprocess.CompletedProcess[bytes]:
     """Make a call in a process of its own; `streams` are those of `subprocess.run`."""
     dill = require("dill", extra="scale")
-    return subprocess.run([sys.executable, "-m", "hubsae.scale.child"], input=dill.dumps(call), **streams)
+    command = [sys.executable, "-c", "from hubsae.scale.child import main; main()"]
+    return subprocess.run(command, input=dill.dumps(call), **streams)
+
+
+def main() -> None:
+    """Make the call that stands on standard input."""
+    require("dill", extra="scale").load(sys.stdin.buffer)()
 
 
 def how_it_ended(code: int) -> str:
@@ -23,7 +29,3 @@ def how_it_ended(code: int) -> str:
     ('killed by signal 9', 'ended with code 1')
     """
     return f"killed by signal {-code}" if code < 0 else f"ended with code {code}"
-
-
-if __name__ == "__main__":
-    require("dill", extra="scale").load(sys.stdin.buffer)()

@@ -33,6 +33,7 @@ from hubsae.version import __version__
 EXECUTORS = ("local", "slurm", "ray", "jobs")
 POLL = 2.0
 """Seconds between two looks at a queue."""
+SLURM_JOB = "slurm_job"
 MOUNT = "/data"
 """Where a job on Hugging Face finds its bucket."""
 JOB_DEFAULTS = {"image": "ghcr.io/astral-sh/uv:python3.11-bookworm", "flavor": "cpu-basic", "timeout": "12h"}
@@ -131,6 +132,11 @@ def _begin(job: Job, tasks: int) -> None:
                 hint="write elsewhere, or remove that folder to give that job up",
             )
         if before["tasks"] != tasks:  # parts that are done are found all the same
+            if (submitted := folder / SLURM_JOB).is_file() and _queued(number := submitted.read_text()):
+                raise HubSAEError(
+                    f"Slurm job {number} still runs this in {before['tasks']} tasks, not {tasks}",
+                    hint=f"--tasks {before['tasks']} waits for it, scancel {number} ends it",
+                )
             shutil.rmtree(folder / "completions", ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_json_atomic(folder / "job.json", {"job": record, "tasks": tasks})
@@ -138,7 +144,7 @@ def _begin(job: Job, tasks: int) -> None:
 
 def _log(folder: Path, rank: int) -> str:
     """The log of a task, with its last line."""
-    path = next((p for p in (folder / "logs").glob(f"task_{rank:05d}.*") if p.stat().st_size), None)
+    path = next((p for p in sorted((folder / "logs").glob(f"task_{rank:05d}.*")) if p.stat().st_size), None)
     path = path or next(iter(sorted((folder / "slurm_logs").glob("*.out"))), folder / "logs")
     lines = path.read_text(errors="replace").split("\n") if path.is_file() else []
     last = next((line for line in reversed(lines) if line.strip()), "")
@@ -205,7 +211,7 @@ def _slurm(job: Job, tasks: int, workers: int | None, settings: dict[str, Any]) 
         logging_dir=logs,
     )
     executor.launch_merge_stats = _nothing  # its job would wait for ever for a task that failed
-    submitted = job.folder / "slurm_job"
+    submitted = job.folder / SLURM_JOB
     if not (submitted.is_file() and _queued(submitted.read_text())):
         executor.run()
         submitted.write_text(str(executor.job_id))

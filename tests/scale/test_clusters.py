@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -16,6 +17,7 @@ import pytest
 pytest.importorskip("datatrove", reason="the engine of tasks, pip install 'hubsae[scale]'")
 from worlds import DyingHarvest, DyingIndex, contents, harvest_job, index_job
 
+from hubsae.core.errors import HubSAEError
 from hubsae.scale import TaskError, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
@@ -103,9 +105,10 @@ def slurm() -> Iterator[dict[str, object]]:
 
 
 @pytest.fixture
-def ray(_parts: None) -> Iterator[dict[str, object]]:
+def ray(_parts: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, object]]:
     """A cluster on this machine."""
     ray = pytest.importorskip("ray", reason="pip install ray")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # else on a busy machine it takes all day
     ray.init(num_cpus=4, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False)
     yield {"mem_per_cpu_gb": 0.1}
     ray.shutdown()
@@ -132,3 +135,17 @@ def test_four_tasks_one_of_them_killed_leave_the_bytes_of_one_process(
         (tmp_path / f"{tasks}" / ".died").touch()  # none is killed any more
         run(job(world, tmp_path / f"{tasks}", kind), executor=executor, tasks=tasks, settings=settings)
         assert contents(tmp_path / f"{tasks}") == contents(tmp_path / "one")
+
+
+def test_a_job_that_is_still_in_the_queue_is_not_cut_otherwise(world, tmp_path, slurm):
+    held = subprocess.run(
+        ["sbatch", "--hold", "--parsable", "--wrap", "true"], capture_output=True, text=True, check=True
+    )
+    number = held.stdout.strip()
+    job = index_job(world, tmp_path)
+    job.folder.mkdir(parents=True)
+    (job.folder / "job.json").write_text(json.dumps({"job": job.record(), "tasks": 4}))
+    (job.folder / "slurm_job").write_text(number)
+    with pytest.raises(HubSAEError, match=f"Slurm job {number} still runs this in 4 tasks, not 7"):
+        run(job, executor="slurm", tasks=7, settings=slurm)
+    subprocess.run(["scancel", number], check=True)

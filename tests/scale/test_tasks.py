@@ -14,7 +14,7 @@ import worlds
 from worlds import INDEX, D, DyingHarvest, DyingIndex, contents, harvest_job, index_job
 
 from hubsae.activations import ActivationDataset
-from hubsae.core.errors import ConfigError, HubSAEError, MissingExtraError
+from hubsae.core.errors import ConfigError, DataError, HubSAEError, MissingExtraError
 from hubsae.scale import Convert, Evaluate, Harvest, Index, TaskError, run
 
 TASKS = (1, 4, 7)
@@ -162,6 +162,11 @@ def test_what_is_asked_wrongly_is_said(world, tmp_path, monkeypatch):
             run(job, **how)
     with pytest.raises(HubSAEError, match="parts of this harvest are missing"):
         job.merge()
+    evaluation = Evaluate(
+        release=world["release"], activations=world["activations"], config="layers.1", out=str(tmp_path), force=True
+    )
+    with pytest.raises(DataError, match="5 of 5 parts of this evaluation are missing"):
+        evaluation.merge()
     monkeypatch.setitem(sys.modules, "datatrove", None)
     with pytest.raises(MissingExtraError, match="needs datatrove") as error:
         run(job)
