@@ -247,7 +247,7 @@ class LiveLayer:
         x, labels, target = self._rows(self.live.validation, self.label_names)
         if target is not None:
             return PairedActivations.from_tensors(x, target, **labels)
-        return ActivationDataset.from_tensor(x, **labels)
+        return ActivationDataset.from_tensor(x, name="tensor", **labels)
 
     def batches(
         self, batch_size: int, *, seed: int = 0, epoch: int = 0, rank: int = 0, world_size: int = 1
