@@ -79,7 +79,7 @@ class Work:
         return 2.0 * self.d * self.features
 
 
-SEED = Work("the seed's job", 280_280_758, 978_471)
+SEED = Work("a release of 280 M tokens", 280_280_758, 978_471)
 LARGE = Work("a hundred times larger", 28_028_075_800, 97_847_100, epochs=1, window=8192, file_bytes=2**32)
 
 
@@ -270,7 +270,7 @@ def write(path: Path = PAGE) -> None:
 
 
 def measure(tokens: int = 262_144) -> None:
-    """Bytes of a part of an index at the seed's size, and core seconds to read one and merge it into another."""
+    """Bytes of a part of an index at the smaller size, and core seconds to read one and merge it into another."""
     import tempfile
 
     import numpy as np

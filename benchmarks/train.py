@@ -495,6 +495,8 @@ def main() -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="with --device cuda")
     parser.add_argument("--one", nargs=2, metavar=("PEER", "CASE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.precision == "bf16" and options.device == "cpu":
+        parser.error("--precision bf16 needs --device cuda: peers stay in float32 here")
     global DEVICE, PRECISION
     DEVICE, PRECISION = options.device, options.precision
     where = ["--device", DEVICE, "--precision", PRECISION]

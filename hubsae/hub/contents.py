@@ -8,14 +8,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from hubsae.core.files import sha256_file
 from hubsae.formats.planning import belongs
 from hubsae.hub.client import RemoteFile
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass

@@ -75,7 +75,7 @@ class LocalChat:
         asked = self.tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         ).to(next(self.model.parameters()).device)
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.ends[0]
+        pad = next((i for i in (self.tokenizer.pad_token_id, *self.ends) if i is not None), 0)
         with torch.inference_mode():
             out = generate(
                 self.model, asked["input_ids"], asked["attention_mask"], self.ends, pad,

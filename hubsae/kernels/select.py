@@ -23,7 +23,7 @@ def topk(pre: Tensor, k: int, *, sorted: bool = False) -> tuple[Tensor, Tensor]:
 
     A row's k largest lie in the k groups with the largest maxima, so the row is reduced by maxima of strided groups
     until it is short, and the groups found are looked into level by level. Equal values at the k-th place go to the
-    lowest index, and NaN counts as the largest, on the CPU and in the Triton kernel (`triton_encode`) alike.
+    lowest index, and NaN counts as the largest: in contiguous float32 and float64 on the CPU, as in the Triton kernel.
 
     >>> values, indices = topk(torch.tensor([[0.0, 3.0, 1.0, 2.0]]), 2)
     >>> indices.sort(1).values.tolist()

@@ -123,7 +123,8 @@ def load_reward_model(
         backbone, report = transformers.AutoModel.from_pretrained(
             str(path), dtype=as_dtype(dtype), output_loading_info=True, **options
         )
-    strange = [k for k in report["unexpected_keys"] if not k.startswith((*HEADS, *IGNORED))]
+    heads = HEADS if steps else HEADS[:1]  # the `classifier` of a sequence classifier reads a pooled state, no token's
+    strange = [k for k in report["unexpected_keys"] if not k.startswith((*heads, *IGNORED))]
     wrong = sorted([*report["missing_keys"], *strange, *(str(k) for k in report["mismatched_keys"])])
     if wrong:
         raise FormatError(path, "every weight of the backbone and no other", ", ".join(wrong[:6]))

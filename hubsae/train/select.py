@@ -70,7 +70,7 @@ def select(cell: Cell, xc: Tensor, comm: Solo, rows_in_all: int) -> Selected:
         if found is not None:
             rows, latents, values, near = _joined([found])
             return Selected(rows, latents, values, near, _dead_pre(cell, xc, dead))
-    parts, dead_pre, is_dense = [], [], None
+    parts, dead_pre, is_dense, widest = [], [], None, 0
     for start in range(0, B, step):
         pre = encode(cell, xc[start : start + step])
         if dead is not None:
@@ -80,7 +80,8 @@ def select(cell: Cell, xc: Tensor, comm: Solo, rows_in_all: int) -> Selected:
             edge = theta - cell.config.sparsity.bandwidth / 2 if theta is not None else 0.0
             mask = entries.above(pre, edge)
             if theta is not None and chosen() == "triton":
-                cell.widest = int(mask.sum(1).max())
+                widest = max(widest, int(mask.sum(1).max()))
+                cell.widest = widest
             if is_dense is None:
                 is_dense = entries.count(mask) > DENSE_ABOVE * mask.numel()
             parts.append(pre if is_dense else _entries(cell, pre, mask, theta, start))

@@ -175,6 +175,7 @@ class Run:
 
     def stop(self) -> TrainingInterrupted:
         """Save, and say where; the error to raise."""
+        self._settle(self.bank.live)  # a state would not remember a loss that nobody has looked at yet
         self._save()
         self.log.close()
         if self.out is None:
@@ -195,7 +196,7 @@ class Run:
 
         def placed(x: Tensor, space: Normalizer | None) -> Tensor:
             if self.device.type == "cuda" and not x.is_cuda:
-                # from pinned memory the copy runs beside the step before it; widened only when it is there
+                # from pinned memory, so that the host does not wait for the copy; widened only when it is there
                 x = x.pin_memory().to(self.device, non_blocking=True)
             x = x.to(self.device, torch.float32)
             return x if space is None else space.apply(x)
@@ -220,7 +221,16 @@ class Run:
         try:
             options: dict[str, Any] = {"accumulate": self.first.accumulate, "target": batch.target}
             learn(self.bank, x, self.comm, rows, number=self.step, **options)
-            if self._looked_at(self.step + 1):
+        except DataError as error:
+            raise self._with_last_good(error) from None
+        self._settle(before, looked_at=self._looked_at(self.step + 1))
+        if self.bank.live:
+            self.step += 1
+
+    def _settle(self, before: Sequence[Cell], *, looked_at: bool = True) -> None:
+        """Note which of the cells that lived before are out; of losses that were not waited for only if looked at."""
+        try:
+            if looked_at:
                 settle(self.bank)
         except DataError as error:
             raise self._with_last_good(error) from None
@@ -228,8 +238,6 @@ class Run:
             if cell.failed is not None:
                 cell.failed = self._with_last_good(cell.failed)
                 self.log.add("failed", self.step, cell.config.name, error=cell.failed.message)
-        if self.bank.live:
-            self.step += 1
 
     def _looked_at(self, step: int) -> bool:
         """Whether this step's numbers are read: it is logged, evaluated, saved, or the last."""

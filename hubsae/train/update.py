@@ -154,7 +154,7 @@ def _tile(
         gW_enc = cpu.bag_sum(f.inputs, f.x_rows[part], offsets, s.dz[part])
         dots = s.dots[a:b]
     if extra is not None:
-        x, y = torch.searchsorted(extra.ids, torch.tensor([a - cell.low, b - cell.low])).tolist()
+        x, y = torch.searchsorted(extra.ids, extra.ids.new_tensor([a - cell.low, b - cell.low])).tolist()
         if y > x:
             ids = extra.ids[x:y] - (a - cell.low)
             gW_enc.index_add_(0, ids, extra.W_enc[x:y])

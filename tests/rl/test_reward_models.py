@@ -177,6 +177,19 @@ def test_a_separator_that_melts_into_the_step_is_named(quick_world):
     assert tokenize(tokenizer, [StepText("q ", ("it is so.",))], StepFormat(read="step"))[0].ends
 
 
+def test_a_classifier_that_reads_a_pooled_state_is_refused(quick_world, tmp_path):
+    """Its head is no head on the states of tokens: read as one it would score something else without a word."""
+    import transformers
+
+    config = transformers.BertConfig(
+        vocab_size=128, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=1
+    )
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(quick_world.model_path).save_pretrained(tmp_path)
+    with pytest.raises(FormatError, match=r"classifier\."):
+        load_reward_model(tmp_path)
+
+
 def test_scores_that_are_not_numbers_are_refused_with_their_step(prm):
     reward = load_reward_model(prm)
     with torch.no_grad():
