@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import signal
 import threading
 import time
@@ -39,7 +40,7 @@ from hubsae.activations.splits import SplitRule
 from hubsae.activations.stream import PROBE_SAMPLES, HarvestBatch, Probe, Stream, open_stream
 from hubsae.activations.writer import ActivationWriter, scale_for
 from hubsae.core.errors import ConfigError, DataError, WriteError
-from hubsae.core.files import read_json, write_json_atomic
+from hubsae.core.files import json_text, read_json, write_json_atomic
 from hubsae.core.hooks import HookPoint
 from hubsae.core.options import pass_on
 from hubsae.core.progress import progress as show_progress
@@ -52,6 +53,8 @@ KILL_LOSS = 30.0
 """Seconds of work that a kill may cost."""
 NAMED = 10
 """Bad samples named one by one."""
+SETTINGS = "settings"
+"""Beside the markers of a harvest in parts (whose names end in .json): what they were asked for."""
 
 
 def harvest(
@@ -177,7 +180,12 @@ def harvest(
         _open_writers, stream, Path(out), stage, record, probe, scales, rule, dtype, shard_bytes,
         None if parts else shard_seconds, parts,
     )  # fmt: skip
-    files = _Parts(open_writers, Path(out), stage, stream) if parts else _Files(open_writers, ranks.rank)
+    files: _Files
+    if parts:
+        asked = {**record, "dtype": dtype, "scale": scales, "columns": stream.columns, "items": n_items}
+        files = _Parts(open_writers, Path(out), stage, stream, asked)
+    else:
+        files = _Files(open_writers, ranks.rank)
     with _sigterm_stops():
         _run(stream, data if whole else itertools.chain(head, items), n_items, files, progress)
     decode = None if stream.tokenizer is None else lambda token: stream.tokenizer.decode([token])
@@ -281,14 +289,33 @@ class _Parts(_Files):
     """
 
     def __init__(
-        self, open_writers: Callable[[int], dict[str, ActivationWriter]], out: Path, stage: str | None, stream: Stream
-    ):
+        self, open_writers: Callable[[int], dict[str, ActivationWriter]], out: Path, stage: str | None, stream: Stream,
+        asked: Mapping[str, Any],
+    ):  # fmt: skip
         self.open_writers, self.out, self.stage, self.stream = open_writers, out, stage, stream
         self.writers: dict[str, ActivationWriter] = {}
         self.window, self.windows, self.counted = -1, 0, (0, 0)
         self.markers = parts_folder(out, stage, [hook.name for hook in stream.hooks])
         finished = [int(path.stem) for path in self.markers.glob("[0-9]*.json")]
         self.finished = np.array(sorted(finished), dtype=np.int64)
+        self._refuse_others(asked)
+
+    def _refuse_others(self, asked: Mapping[str, Any]) -> None:
+        """A marker says nothing of model and data, so what they were asked for lies beside them."""
+        said = self.markers / SETTINGS
+        wanted = json.loads(json_text(asked))
+        hint = "write into another folder, or remove this one to start over"
+        if not said.is_file():
+            if len(self.finished):
+                raise DataError(f"{self.out} holds parts that do not say what they are of", hint=hint)
+            write_json_atomic(said, wanted)
+        before = read_json(said)
+        if wrong := [
+            f"{key} {before.get(key)!r} instead of {wanted.get(key)!r}"
+            for key in sorted({*before, *wanted})
+            if before.get(key) != wanted.get(key)
+        ]:
+            raise DataError(f"{self.out} holds other activations: {'; '.join(wrong)}", hint=hint)
 
     def done(self, ids: np.ndarray) -> np.ndarray:
         return np.isin(ids // self.stream.window, self.finished)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from pathlib import Path
 
@@ -98,10 +99,33 @@ def test_what_does_not_fit_parts_is_refused(tmp_path, tiny_model, token_data, on
     with pytest.raises(ConfigError, match="max_tokens counts over all samples"):
         in_parts(tiny_model, token_data, tmp_path / "a", max_tokens=100)
     with pytest.raises(DataError, match="holds other activations: batch_tokens 300 instead of 200"):
-        in_parts(tiny_model, token_data + token_data, one, batch_tokens=200)
+        in_parts(tiny_model, token_data, one, batch_tokens=200)
     harvest(tiny_model, token_data[:9], [1, 3], out=tmp_path / "b", **OPTIONS)
     with pytest.raises(DataError, match="holds activations already"):
         in_parts(tiny_model, token_data, tmp_path / "b")
+
+
+def test_finished_parts_of_another_model_or_other_data_are_not_taken(tmp_path, tiny_model, token_data):
+    few = [sample for sample in token_data if len(sample["input_ids"]) > 4][:20]
+    in_parts(tiny_model, few, tmp_path)
+    before = contents(tmp_path)
+    other = copy.deepcopy(tiny_model)
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    for model, data, options, wrong in (
+        (other, few, {}, "weights '"),
+        (tiny_model, few + few, {}, "items 20 instead of 40"),  # the last window was smaller
+        (tiny_model, few, {"batch_tokens": 200}, "batch_tokens 300 instead of 200"),
+        (tiny_model, few, {"dtype": "float32"}, "dtype 'float16' instead of 'float32'"),
+        (tiny_model, few, {"scale": 0.5}, "scale .*1.0.* instead of .*0.5"),
+    ):
+        with pytest.raises(DataError, match=f"holds other activations: .*{wrong}"):
+            in_parts(model, data, tmp_path, **options)
+    assert contents(in_parts(tiny_model, few, tmp_path)) == before
+    (settings,) = tmp_path.glob(".harvest/*/settings")
+    settings.unlink()
+    with pytest.raises(DataError, match="do not say what they are of"):
+        in_parts(tiny_model, few, tmp_path)
 
 
 def test_a_conversion_in_parts_writes_the_same_bytes_for_any_number_of_ranks(tmp_path):
