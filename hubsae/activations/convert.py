@@ -16,12 +16,15 @@ import numpy as np
 import torch
 
 from hubsae.activations.dataset import ActivationDataset
-from hubsae.activations.layout import LABELS, SHARD_BYTES, configs_in, shard_name
+from hubsae.activations.layout import LABELS, PARTS, SHARD_BYTES, ShardHeader, configs_in, shard_name, shards_in
 from hubsae.activations.manifest import finalize
 from hubsae.activations.opening import find_activations, find_pile
+from hubsae.activations.parquet_source import ParquetSource
 from hubsae.activations.ranks import Ranks
+from hubsae.activations.sources import LocalFile
 from hubsae.activations.writer import ActivationWriter, scale_for
 from hubsae.core.errors import ConfigError, DataError
+from hubsae.core.files import read_json
 
 ROWS = 8192
 
@@ -108,6 +111,7 @@ def _convert_one(
     starts = [_sample_start(data, row) for row in range(0, data.n_rows, rows)]
     parts = [(a, b) for a, b in zip(starts, [*starts[1:], data.n_rows], strict=True) if a < b]
     files = [out / how["config"] / shard_name(split, part, 0) for part in range(len(parts))]
+    _refuse_other(out / how["config"], split, how, dict(zip(files, parts, strict=True)))
     for part, (first, last) in enumerate(parts):
         if part % ranks.world_size == ranks.rank and not files[part].is_file():
             # a part is one file: the last sample may make it longer than the others
@@ -121,6 +125,21 @@ def _convert_one(
         if progress is not None:
             progress(last - first)
     return all(file.is_file() for file in files)
+
+
+def _refuse_other(folder: Path, split: str, how: dict[str, Any], parts: dict[Path, tuple[int, int]]) -> None:
+    """Files that are there already must be those that this conversion would write: by header, cut and rows."""
+    wrong: list[str] = []
+    if (folder / PARTS).is_file():
+        header = ShardHeader(how["config"], how["d"], how["dtype"], float(how["scale"]), how["columns"], how["source"])
+        wrong = header.differences(ShardHeader.from_json(read_json(folder / PARTS)))
+    for file in () if wrong else shards_in(folder).get(split, ()):
+        first, last = parts.get(file, (0, 0))
+        if (rows := ParquetSource(LocalFile(file)).n_rows) != last - first:
+            wrong.append(f"{file.name} of {rows:,} rows instead of {last - first:,}")
+            break
+    if wrong:
+        raise DataError(f"{folder} holds other activations: {'; '.join(wrong)}", hint="convert into an empty folder")
 
 
 def _sample_start(data: ActivationDataset, row: int) -> int:

@@ -118,6 +118,11 @@ class ActivationWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         if anew:
             self._begin_part(names)
+        elif (self.folder / PARTS).is_file():
+            raise DataError(
+                f"{self.folder} is written in parts",
+                hint="go on with parts=True (--executor), or write into an empty folder",
+            )
         self.journal = Journal(self.folder, rank)
         finished, rows, next_index = self._take_up(() if anew else names)
         nothing = np.empty(0, dtype=np.int64)

@@ -103,6 +103,10 @@ def test_what_does_not_fit_parts_is_refused(tmp_path, tiny_model, token_data, on
     harvest(tiny_model, token_data[:9], [1, 3], out=tmp_path / "b", **OPTIONS)
     with pytest.raises(DataError, match="holds activations already"):
         in_parts(tiny_model, token_data, tmp_path / "b")
+    before = contents(one)
+    with pytest.raises(DataError, match="is written in parts"):
+        harvest(tiny_model, token_data, [1, 3], out=one, **OPTIONS)
+    assert contents(one) == before
 
 
 def test_finished_parts_of_another_model_or_other_data_are_not_taken(tmp_path, tiny_model, token_data):
@@ -140,3 +144,22 @@ def test_a_conversion_in_parts_writes_the_same_bytes_for_any_number_of_ranks(tmp
         assert contents(tmp_path / f"{world}") == contents(tmp_path / "one")
     data = ActivationDataset.open(tmp_path / "one", 2)
     assert len(data.sources) > 4 and np.array_equal(data.read_all().numpy(), table["x"])
+
+
+def test_a_conversion_in_parts_keeps_no_files_of_another(tmp_path):
+    x = np.random.default_rng(0).standard_normal((3000, 8)).astype(np.float32)
+    for name, rows in (("a", x), ("b", x + 1), ("c/a", x[:2000])):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        np.save(tmp_path / f"{name}.npy", rows)
+    options = {"config": "layers.2", "shard_bytes": 16_000}
+    out = convert(tmp_path / "a.npy", tmp_path / "out", ranks=Ranks(), **options)
+    before = contents(out)
+    for path, more, wrong in (
+        ("b.npy", {}, "converted_from 'a.npy' instead of 'b.npy'"),
+        ("a.npy", {"dtype": "float16", "scale": 1}, "dtype 'float32' instead of 'float16'"),
+        ("a.npy", {"shard_bytes": 32_000}, "train-00000-00000.parquet of 500 rows instead of 1,000"),
+        ("c/a.npy", {}, "train-00004-00000.parquet of 500 rows instead of 0"),
+    ):
+        with pytest.raises(DataError, match=f"holds other activations: .*{wrong}"):
+            convert(tmp_path / path, out, ranks=Ranks(), **{**options, **more})
+    assert contents(convert(tmp_path / "a.npy", out, ranks=Ranks(), **options)) == before
