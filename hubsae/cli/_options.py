@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -102,9 +103,21 @@ def run_job(
         name, equals, value = item.partition("=")
         if not equals or not name:
             raise typer.BadParameter(f"{item!r} is not NAME=VALUE", param_hint="--executor-set")
-        # 4:00:00 is a time to Slurm; YAML would make a number of it
-        settings[name.replace("-", "_")] = int(value) if value.isdigit() else value
+        settings[name.replace("-", "_")] = setting_of(value)
     return run(job, executor=executor, tasks=tasks, workers=workers, settings=settings)
+
+
+def setting_of(text: str) -> bool | int | float | str:
+    """The value of a setting: 4:00:00 is a time to Slurm, and YAML would make a number of it.
+
+    >>> [setting_of(text) for text in ("true", "4", "0.5", "4:00:00", "gpu")]
+    [True, 4, 0.5, '4:00:00', 'gpu']
+    """
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if re.fullmatch(r"[+-]?\d+", text):
+        return int(text)
+    return float(text) if re.fullmatch(r"[+-]?(\d+\.\d*|\.\d+)", text) else text
 
 
 def names_of(given: str | None) -> list[str]:

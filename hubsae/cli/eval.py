@@ -93,12 +93,17 @@ def command(
         scope = scope if scope is None else parse(scope).name
     except ConfigError as error:
         raise typer.BadParameter(str(error)) from None
+    if executor == "jobs" and (target.startswith((".", "/")) or Path(target).exists()):
+        raise ConfigError(
+            f"in jobs on Hugging Face eval takes a release on the Hub; {target} is a folder",
+            hint="push it, then name OWNER/NAME; from Python, hubsae.scale.Evaluate takes a folder of the bucket too",
+        )
     if _release(target) is None and out is None and not by_group:
         raise ConfigError(
             f"{target} is not a release folder, so results cannot be written into it",
             hint="pass --out DIR; or fetch it with `hubsae pull`, evaluate, and push again",
         )
-    saes = load(target, device, id=id, layer=layer, stage=stage, k=k)
+    saes = load(target, "cpu" if executor else device, id=id, layer=layer, stage=stage, k=k)
     shown = {name: scope or replace or sae.metadata.own_scope for name, sae in saes.items()}
     for one in sorted(set(shown.values())):
         why = "as asked for" if scope or replace else "what these SAEs are for, by their record"

@@ -69,6 +69,10 @@ class Job:
         said = {name: plain(value) for name, value in dataclasses.asdict(self).items()}
         return json.loads(json.dumps({"verb": self.verb, **said}, default=str))
 
+    def key(self, **more: Any) -> str:
+        """What it is asked to do, and more, as a short hash."""
+        return hashlib.sha256(json.dumps([self.record(), more], sort_keys=True).encode()).hexdigest()[:16]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Harvest(Job):
@@ -188,7 +192,8 @@ class Index(Job):
         self._index(ranks, finish=False)
 
     def merge(self) -> list[Path]:
-        return self._written(self._index(Ranks(), finish=True))
+        job = dataclasses.replace(self, device=_at_hand(self.device))
+        return self._written(job._index(Ranks(), finish=True))
 
     def _written(self, folders: list[Path]) -> list[Path]:
         if self.out is not None:
@@ -263,15 +268,17 @@ class Evaluate(Job):
 
     def merge(self) -> list[dict[str, Any]]:
         from hubsae.evals.reconstruction import merged_reconstruction
+        from hubsae.hub.measured import load
 
         return self._result(
             lambda group, data: merged_reconstruction(
                 group, data, self._states(data), scopes=self.scopes, force=self.force
-            )
+            ),
+            load(self.release, _at_hand(self.device), **self.filters),
         )
 
     def _states(self, data: Any) -> Path:
-        return self.folder / STATES / f"{data.config}.{data.split}"
+        return self.folder / STATES / self.key() / f"{data.config}.{data.split}"
 
     def _groups(self, saes: dict[str, HubSAE] | None = None) -> list[tuple[Any, dict[str, HubSAE]]]:
         from hubsae.hub.measured import load, together
@@ -327,6 +334,13 @@ class Convert(Job):
     def merge(self) -> Path:
         self.task(Ranks())
         return Path(self.out)
+
+
+def _at_hand(device: str) -> str:
+    """Where the last step works: a machine that only submits tasks need not have their GPU."""
+    import torch
+
+    return "cpu" if torch.device(device).type == "cuda" and not torch.cuda.is_available() else device
 
 
 def _agree(saes: Any, folder: Path) -> None:

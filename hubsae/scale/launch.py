@@ -10,11 +10,12 @@ Running the same job again does what is not done: tasks that failed or were kill
 from __future__ import annotations
 
 import inspect
+import math
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -37,6 +38,12 @@ SLURM_JOB = "slurm_job"
 MOUNT = "/data"
 """Where a job on Hugging Face finds its bucket."""
 JOB_DEFAULTS = {"image": "ghcr.io/astral-sh/uv:python3.11-bookworm", "flavor": "cpu-basic", "timeout": "12h"}
+OURS = ("bucket", "package", "secrets")
+JOB_SETTINGS = (
+    *JOB_DEFAULTS, *OURS, "namespace", "tasks_per_job", "token", "max_retries", "poll_interval", "job_name",
+    "randomize_start_duration",
+)  # fmt: skip
+"""What a job on Hugging Face is told of, or its waiting side; the others of datatrove's would have no effect."""
 
 
 class TaskError(HubSAEError):
@@ -76,7 +83,6 @@ def run(
     if executor == "jobs":
         return _on_hugging_face(job, tasks, workers, given, dry_run)
     require("datatrove", extra="scale")
-    _begin(job, tasks)
     ended = {"local": _local, "slurm": _slurm, "ray": _ray}[executor](job, tasks, workers, given)
     if failed := [rank for rank in range(tasks) if not (job.folder / "completions" / f"{rank:05d}").is_file()]:
         lines = [f"task {rank} {ended.get(rank, 'is not done')}: {_log(job.folder, rank)}" for rank in failed]
@@ -116,7 +122,7 @@ class Merge(Task):
         self.job.merge()
 
 
-def _begin(job: Job, tasks: int) -> None:
+def _begin(job: Job, tasks: int, executor: str) -> None:
     """Enter the job; what another one, or one cut otherwise, left there must not be taken for this one's."""
     folder, record = job.folder, job.record()
     if (folder / "merged").is_file():
@@ -131,12 +137,14 @@ def _begin(job: Job, tasks: int) -> None:
                 f"{first} is {before['job'].get(first)!r} there and {record.get(first)!r} here",
                 hint="write elsewhere, or remove that folder to give that job up",
             )
-        if before["tasks"] != tasks:  # parts that are done are found all the same
-            if (submitted := folder / SLURM_JOB).is_file() and _queued(number := submitted.read_text()):
-                raise HubSAEError(
-                    f"Slurm job {number} still runs this in {before['tasks']} tasks, not {tasks}",
-                    hint=f"--tasks {before['tasks']} waits for it, scancel {number} ends it",
-                )
+        there, submitted = before["tasks"], folder / SLURM_JOB
+        other = (there, "slurm") != (tasks, executor)
+        if other and submitted.is_file() and _queued(number := submitted.read_text()):
+            raise HubSAEError(
+                f"Slurm job {number} still runs this in {there} tasks{'' if there == tasks else f', not {tasks}'}",
+                hint=f"--executor slurm --tasks {there} waits for it, scancel {number} ends it",
+            )
+        if there != tasks:  # parts that are done are found all the same
             shutil.rmtree(folder / "completions", ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_json_atomic(folder / "job.json", {"job": record, "tasks": tasks})
@@ -145,20 +153,37 @@ def _begin(job: Job, tasks: int) -> None:
 def _log(folder: Path, rank: int) -> str:
     """The log of a task, with its last line."""
     path = next((p for p in sorted((folder / "logs").glob(f"task_{rank:05d}.*")) if p.stat().st_size), None)
-    path = path or next(iter(sorted((folder / "slurm_logs").glob("*.out"))), folder / "logs")
+    path = path or _slurm_log(folder, rank) or folder / "logs"
     lines = path.read_text(errors="replace").split("\n") if path.is_file() else []
     last = next((line for line in reversed(lines) if line.strip()), "")
     return f"{path}{f' ({printable(last.strip(), 160)})' if last else ''}"
+
+
+def _slurm_log(folder: Path, rank: int) -> Path | None:
+    """What Slurm itself kept of the job of the array that a task was in."""
+    try:
+        how, ranks = read_json(folder / "executor.json"), read_json(folder / "ranks_to_run.json")
+        index = ranks.index(rank) // how["tasks_per_job"]
+        path = Path(how["slurm_logs_folder"]) / f"{(folder / SLURM_JOB).read_text()}_{index}.out"
+    except (OSError, HubSAEError, KeyError, ValueError):
+        return None
+    arrays = how["max_array_size"]  # of several arrays only the last one's number is known
+    alone = arrays == -1 or len(ranks) <= arrays * how["tasks_per_job"]
+    return path if alone and path.is_file() else None
+
+
+def _known(name: str, settings: Mapping[str, Any], known: Sequence[str]) -> None:
+    for key in settings:
+        if key not in known:
+            hint = f"nearest: {nearest(key, known)}; all: {', '.join(known)}"
+            raise ConfigError(f"{name} has no setting {key!r}", hint=hint)
 
 
 def _executor(name: str, step: Task, settings: Mapping[str, Any], **options: Any) -> Any:
     """An executor of datatrove with the settings that it knows."""
     kind = getattr(require("datatrove.executor", extra="scale"), name)
     known = [key for key in inspect.signature(kind).parameters if key not in ("pipeline", *options)]
-    for key in settings:
-        if key not in known:
-            hint = f"nearest: {nearest(key, known)}; all: {', '.join(known)}"
-            raise ConfigError(f"{name} has no setting {key!r}", hint=hint)
+    _known(name, settings, known)
     return kind([step], **options, **settings)
 
 
@@ -169,6 +194,7 @@ def _local(job: Job, tasks: int, workers: int | None, settings: dict[str, Any]) 
     executor = _executor(
         "LocalPipelineExecutor", Task(job), settings, tasks=tasks, workers=workers or 1, logging_dir=str(job.folder)
     )
+    _begin(job, tasks, "local")
     todo, ended = executor.get_incomplete_ranks(), {}
     logs = job.folder / "logs"
     logs.mkdir(exist_ok=True)
@@ -210,6 +236,7 @@ def _slurm(job: Job, tasks: int, workers: int | None, settings: dict[str, Any]) 
         workers=workers or -1,
         logging_dir=logs,
     )
+    _begin(job, tasks, "slurm")
     executor.launch_merge_stats = _nothing  # its job would wait for ever for a task that failed
     submitted = job.folder / SLURM_JOB
     if not (submitted.is_file() and _queued(submitted.read_text())):
@@ -233,7 +260,7 @@ def _nothing() -> None:
 
 def _queued(job_id: str) -> bool:
     """Whether Slurm has a job that is waiting or running; a controller that is too busy to say has."""
-    if job_id == "-1":  # there was nothing to submit
+    if job_id == "-1" or not shutil.which("squeue"):  # there was nothing to submit, or there is no one to ask
         return False
     found = subprocess.run(["squeue", "-h", "-j", job_id], capture_output=True, text=True)
     return bool(found.stdout.strip()) if found.returncode == 0 else "Invalid job id" not in found.stderr
@@ -243,6 +270,7 @@ def _ray(job: Job, tasks: int, workers: int | None, settings: dict[str, Any]) ->
     ray = require("ray", extra="ray")
     step, logs = Task(job, isolated=True), str(job.folder)
     executor = _executor("RayPipelineExecutor", step, settings, tasks=tasks, workers=workers or -1, logging_dir=logs)
+    _begin(job, tasks, "ray")
     if not ray.is_initialized():
         ray.init(log_to_driver=False)
     executor.run()
@@ -259,11 +287,17 @@ def _on_hugging_face(
             f"jobs on Hugging Face share a bucket, mounted at {MOUNT}; {job.home} is not in it",
             hint=f"--executor-set bucket=OWNER/NAME, and --out {MOUNT}/NAME",
         )
+    _known("jobs", settings, JOB_SETTINGS)
+    each = settings.get("tasks_per_job", 1)
+    if not isinstance(each, int) or each < 1:
+        raise ConfigError(f"{each!r} tasks per job: at least 1")
     asked = {**JOB_DEFAULTS, "package": f"hubsae[train,scale]=={__version__}", "bucket": bucket, **settings}
-    folder = f"hf://buckets/{bucket}/{inside.relative_to(MOUNT)}"
+    # markers of another job, or of one cut otherwise, are not this one's
+    folder = f"hf://buckets/{bucket}/{inside.relative_to(MOUNT)}/{job.key(tasks=tasks)}"
     if dry_run:
-        return [_submission(job.verb, asked, index, f"{folder}/executor.pik") for index in range(tasks)]
-    known = {key: value for key, value in settings.items() if key not in ("package", "secrets")}
+        submitted = range(math.ceil(tasks / each))
+        return [_submission(job.verb, asked, index, f"{folder}/executor.pik") for index in submitted]
+    known = {key: value for key, value in settings.items() if key not in OURS}
 
     def made(step: Task, where: str, tasks: int, **options: Any) -> Any:
         options |= {"tasks": tasks, "workers": workers or -1, "logging_dir": where}
@@ -272,12 +306,19 @@ def _on_hugging_face(
         return executor
 
     first = made(Task(job), folder, tasks)
+    last = made(Merge(job), f"{folder}/merge", 1, depends=first)
     try:
-        made(Merge(job), f"{folder}/merge", 1, depends=first).run()
+        last.run()
     except RuntimeError as error:  # tasks that failed for good
         raise TaskError(
             f"{error}", hint=f"their logs are in {folder}/logs; the same command runs these alone"
         ) from error
+    last.logging_dir.fs.invalidate_cache()
+    if last.get_incomplete_ranks(skip_completed=True):
+        raise TaskError(
+            f"the last step failed: {folder}/merge/logs/task_00000.log",
+            hint="the tasks are done; the same command runs the last step alone",
+        )
     return f"hf://buckets/{bucket}/{PurePosixPath(job.home.as_posix()).relative_to(MOUNT)}"
 
 

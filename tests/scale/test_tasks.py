@@ -14,6 +14,7 @@ import worlds
 from worlds import INDEX, D, DyingHarvest, DyingIndex, contents, harvest_job, index_job
 
 from hubsae.activations import ActivationDataset
+from hubsae.activations.ranks import Ranks
 from hubsae.core.errors import ConfigError, DataError, HubSAEError, MissingExtraError
 from hubsae.scale import Convert, Evaluate, Harvest, Index, TaskError, run
 
@@ -202,5 +203,119 @@ def test_what_would_be_submitted_to_hugging_face_is_as_recorded():
     }  # fmt: skip
     requests = run(job, executor="jobs", tasks=2, settings=settings, dry_run=True)
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    recorded = json.loads((Path(__file__).parent / "hugging_face_jobs.json").read_text().replace("PYTHON", python))
-    assert requests == recorded
+    recorded = (Path(__file__).parent / "hugging_face_jobs.json").read_text()
+    assert requests == json.loads(recorded.replace("PYTHON", python).replace("/KEY/", f"/{job.key(tasks=2)}/"))
+
+
+def test_on_hugging_face_markers_are_of_one_job_in_one_number_of_tasks():
+    def pickled(tasks, **settings):
+        job = Convert(path="piles", out="/data/acts", options=settings)
+        return run(job, executor="jobs", tasks=tasks, settings={"bucket": "me/work"}, dry_run=True)[0]["command"][-1]
+
+    assert pickled(2) == pickled(2)
+    assert len({pickled(2), pickled(3), pickled(2, dtype="float16")}) == 3
+
+
+def test_settings_of_jobs_on_hugging_face_are_looked_at_before_anything_is_submitted():
+    job = Convert(path="piles", out="/data/acts")
+
+    def dry(**settings):
+        return run(job, executor="jobs", tasks=5, settings={"bucket": "me/work", **settings}, dry_run=True)
+
+    assert [one["labels"]["task"] for one in dry(tasks_per_job=2)] == ["0", "1", "2"]
+    for name in ("python", "dependencies", "labels", "flavour"):
+        with pytest.raises(ConfigError, match=f"jobs has no setting '{name}'"):
+            dry(**{name: "x"})
+    with pytest.raises(ConfigError, match="0 tasks per job"):
+        dry(tasks_per_job=0)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_last_step_that_failed_on_hugging_face_is_no_success(monkeypatch, fails):
+    from datatrove.executor import JobsPipelineExecutor, base
+
+    def launch(executor, jobs, *_):
+        failed = [0] if fails and executor.tasks == 1 else []
+        for rank in range(jobs) if not failed else ():
+            executor.mark_rank_as_completed(rank)
+            with executor.logging_dir.open(f"stats/{rank:05d}.json", "w") as file:
+                file.write("[]")
+        return failed
+
+    folder = base.get_datafolder
+    monkeypatch.setattr(base, "get_datafolder", lambda path: folder(path.replace("hf://", f"memory://{fails}/")))
+    monkeypatch.setattr(JobsPipelineExecutor, "_launch_and_wait", launch)
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    job, how = Convert(path="piles", out="/data/acts"), {"executor": "jobs", "tasks": 2, "settings": {"bucket": "me/w"}}
+    if fails:
+        with pytest.raises(TaskError, match=r"the last step failed: hf://.*/merge/logs/task_00000\.log"):
+            run(job, **how)
+    else:
+        assert run(job, **how) == "hf://buckets/me/w/acts"
+
+
+def test_slurm_says_what_is_wrong_before_it_enters_a_job_and_shows_the_log_of_the_task_itself(
+    world, tmp_path, monkeypatch
+):
+    from hubsae.scale import launch
+
+    job = index_job(world, tmp_path)
+    monkeypatch.setattr(launch.shutil, "which", lambda name: None)
+    with pytest.raises(HubSAEError, match="no sbatch"):
+        run(job, executor="slurm", settings={"partition": "x"})
+    monkeypatch.setattr(launch.shutil, "which", lambda name: "/usr/bin/" + name)
+    with pytest.raises(ConfigError, match="needs a partition"):
+        run(job, executor="slurm")
+    with pytest.raises(ConfigError, match="has no setting 'tiem'"):
+        run(job, executor="slurm", settings={"partition": "x", "tiem": "1:00:00"})
+    assert not job.folder.exists()
+
+    def submit(executor):
+        logs = Path(executor.slurm_logs_folder)
+        logs.mkdir(parents=True)
+        (logs / "70_0.out").write_text("of 0 and 1\n")
+        (logs / "70_1.out").write_text("of 2 and 3\n")
+        (job.folder / "ranks_to_run.json").write_text("[0, 1, 2, 3, 4]")
+        executor.job_id = "70"
+        executor.save_executor_as_json()
+
+    monkeypatch.setattr("datatrove.executor.SlurmPipelineExecutor.run", submit)
+    monkeypatch.setattr(launch, "_queued", lambda number: False)
+    with pytest.raises(TaskError) as error:
+        run(job, executor="slurm", tasks=5, settings={"partition": "x", "tasks_per_job": 2})
+    lines = str(error.value).splitlines()
+    assert ["of 0 and 1" in line for line in lines[1:6]] == [True, True, False, False, False]
+    assert "70_1.out (of 2 and 3)" in lines[4] and lines[5].endswith(f"task 4 is not done: {job.folder / 'logs'}")
+
+    monkeypatch.setattr(launch, "_queued", lambda number: True)
+    with pytest.raises(HubSAEError, match=r"Slurm job 70 still runs this in 5 tasks\n"):
+        run(job, tasks=5)
+    monkeypatch.undo()
+    monkeypatch.setenv("PATH", "")
+    assert not launch._queued("70")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_the_last_step_of_a_job_for_gpus_needs_none(world, tmp_path):
+    from dataclasses import replace
+
+    job = Evaluate(
+        release=world["release"], activations=world["activations"], config="layers.1", out=str(tmp_path), force=True,
+        device="cuda",
+    )  # fmt: skip
+    with pytest.raises(DataError, match="5 of 5 parts of this evaluation are missing"):
+        job.merge()
+    index = index_job(world, tmp_path / "index")
+    index.task(Ranks())
+    assert len(replace(index, device="cuda").merge()) == 2
+
+
+def test_eval_in_jobs_on_hugging_face_takes_no_folder(world):
+    from typer.testing import CliRunner
+
+    from hubsae.cli.main import build
+
+    for target in (world["release"], "/data/release"):
+        arguments = ["eval", target, "-a", "/data/acts", "--out", "/data/out", "--executor", "jobs"]
+        done = CliRunner().invoke(build(), arguments)
+        assert isinstance(done.exception, ConfigError) and "takes a release on the Hub" in str(done.exception)
