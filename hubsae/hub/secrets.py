@@ -22,6 +22,8 @@ WHOLE, HEAD = 8 << 20, 1 << 20
 """Bytes: files up to the first are read whole, of larger ones (weights) the beginning, which holds their header."""
 ROWS = 8192
 """Of a Parquet table at once."""
+_TEXT = ("string", "arrow.json")
+"""In the name of an Arrow type that holds texts, at any depth."""
 
 _NAMES = re.compile(
     r"\.env(\..*)?|.*\.env|id_(rsa|dsa|ecdsa|ed25519)|.*\.(pem|p12|pfx)|\.?netrc|\.git-credentials", re.I
@@ -66,27 +68,38 @@ def _contents(path: Path) -> Iterator[bytes]:
     if path.suffix == ".parquet" and find_spec("pyarrow"):
         try:
             with arrow().parquet.ParquetFile(path) as table:
-                columns = [field.name for field in table.schema_arrow if "string" in str(field.type)]
+                columns = [field.name for field in table.schema_arrow if any(word in str(field.type) for word in _TEXT)]
                 for batch in table.iter_batches(ROWS, columns=columns) if columns else ():
                     for column in batch.columns:
                         for texts in _texts(column):
                             yield "\n".join(texts.unique().drop_null().to_pylist()).encode()
-        except arrow().ArrowInvalid:
-            pass  # Parquet by its name only
+        except (arrow().ArrowException, OSError):
+            pass  # Parquet by its name only, or damaged
 
 
 def _texts(column: Any) -> Iterator[Any]:
     """The columns of strings in a column; the strings of a list as one."""
-    types = arrow().types
-    if types.is_struct(column.type):
-        for number in range(column.type.num_fields):
+    pa, kind = arrow(), column.type
+    types = pa.types
+    if isinstance(kind, pa.BaseExtensionType):
+        yield from _texts(column.storage)
+    elif types.is_dictionary(kind):
+        yield from _texts(column.dictionary)
+    elif types.is_map(kind):
+        yield from _texts(column.keys)
+        yield from _texts(column.items)
+    elif types.is_struct(kind):
+        for number in range(kind.num_fields):
             yield from _texts(column.field(number))
-    elif types.is_list(column.type) and types.is_string(column.type.value_type):
-        yield require("pyarrow.compute", extra="train").binary_join(column, "")
-    elif types.is_list(column.type):
-        yield from _texts(column.flatten())
-    elif types.is_string(column.type):
-        yield column
+    elif hasattr(column, "flatten"):  # a list of any kind
+        if types.is_nested(kind.value_type) or "string" not in str(kind.value_type):
+            yield from _texts(column.flatten())
+        elif types.is_list(kind) and types.is_string(kind.value_type) and not column.flatten().null_count:
+            yield require("pyarrow.compute", extra="train").binary_join(column, "")
+        else:  # which the join of Arrow, 20 times as fast, does not take
+            yield pa.array(["".join(text or "" for text in row) for row in column.to_pylist() if row], pa.string())
+    elif "string" in str(kind):
+        yield column.cast(pa.large_string())
 
 
 def refuse_secrets(files: Iterable[LocalFile]) -> None:
