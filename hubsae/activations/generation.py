@@ -14,7 +14,7 @@ from hubsae.activations.batching import batches_of
 from hubsae.activations.capture import padded
 from hubsae.activations.groups import no_groups
 from hubsae.activations.samples import Sample
-from hubsae.core.errors import ConfigError
+from hubsae.core.errors import ConfigError, nearest
 from hubsae.core.extras import require
 
 DEFAULTS: dict[str, Any] = {"max_new_tokens": 256, "do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
@@ -65,6 +65,12 @@ def generate(
     instruct models (top_k 20, repetition penalty 1.05) make another distribution.
     """
     transformers = require("transformers", extra="train")
+    # its class takes any keyword, and what it does not know has no effect
+    known = [name for name in vars(transformers.GenerationConfig()) if not name.startswith("_")]
+    if unknown := [name for name in settings if name not in known]:
+        raise ConfigError(
+            f"generation has no option {unknown[0]!r}", hint=f"nearest: {nearest(unknown[0], sorted(known))}"
+        )
     common: dict[str, Any] = {"eos_token_id": list(ends) or None, "pad_token_id": pad}
     wanted = transformers.GenerationConfig(**{"repetition_penalty": 1.0, **settings, **common})
     base = model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -221,6 +221,15 @@ def test_greedy_generation_equals_the_models_own(tmp_path, tiny_model, tokenizer
     assert rows(found["layers.1"])["token_id"].tolist() == expected[0].tolist()
 
 
+def test_an_option_of_generation_that_does_not_exist_is_named(tmp_path, tiny_model, tokenizer):
+    with pytest.raises(ConfigError, match="generation has no option 'max_new_token'") as caught:
+        harvest(
+            tiny_model, [PAIR], [1], out=tmp_path, tokenizer=tokenizer, mode="generate",
+            generation={"max_new_token": 6, "do_sample": False},
+        )  # fmt: skip
+    assert "nearest: max_new_tokens" in str(caught.value)
+
+
 def test_scores_of_samples_and_steps_become_columns(tmp_path, tiny_model, tokenizer):
     def steps(text):
         ends = [text.prompt_length + 1, len(text.ids) - 2]
