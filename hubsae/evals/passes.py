@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -428,18 +429,23 @@ def _product_decisions(saes: Mapping[str, SAE]) -> list[list[int | str]]:
 
 
 def agree_on_products(saes: Mapping[str, SAE], path: str | os.PathLike[str]) -> None:
-    """The same among processes without a group, through a file: whoever comes first decides."""
+    """The same among processes without a group, through a file: whoever comes first decides.
+
+    A link is made by one of them only. On a disk without links two may still come at once between the look and the
+    renaming, which narrows the race but does not close it.
+    """
     from hubsae.kernels.linear import adopt
 
     path = Path(path)
     if not path.is_file():
-        mine = write_json_atomic(path.with_name(f".{path.name}.{os.getpid()}"), _product_decisions(saes))
+        mine = write_json_atomic(path.with_name(f".{path.name}.{uuid4().hex}"), _product_decisions(saes))
         try:
             os.link(mine, path)
         except FileExistsError:
             pass
         except OSError:  # a disk without links
-            os.replace(mine, path)
+            if not path.is_file():
+                os.replace(mine, path)
         mine.unlink(missing_ok=True)
     adopt(read_json(path))
 
