@@ -83,7 +83,7 @@ ExecutorSet = Annotated[
     list[str] | None,
     typer.Option(
         "--executor-set", metavar="NAME=VALUE",
-        help="A setting of the executor: partition=gpu, time=4:00:00, gpus_per_task=1, bucket=me/work ...",
+        help="A setting of the executor: partition=gpu, time=4:00:00, gpus_per_task=1, bucket=me/shelf ...",
     ),
 ]  # fmt: skip
 

@@ -72,7 +72,7 @@ def run(
 
     >>> from hubsae.scale.jobs import Convert
     >>> job = Convert(path="piles", out="/data/acts")
-    >>> run(job, executor="jobs", tasks=2, settings={"bucket": "me/work"}, dry_run=True)[1]["env"]
+    >>> run(job, executor="jobs", tasks=2, settings={"bucket": "me/shelf"}, dry_run=True)[1]["env"]
     {'DATATROVE_JOB_ARRAY_INDEX': '1'}
     """
     if executor not in EXECUTORS:

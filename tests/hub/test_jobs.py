@@ -15,11 +15,11 @@ from hubsae.core.errors import ConfigError
 from hubsae.hub.jobs import submit
 
 REQUEST = {
-    "command": ["uv", "run", "launch_pickled_pipeline", "hf://buckets/me/work/acts/.tasks/harvest/executor.pik"],
+    "command": ["uv", "run", "launch_pickled_pipeline", "hf://buckets/me/shelf/acts/.tasks/harvest/executor.pik"],
     "image": "uv:python3.11", "flavor": "a10g-small", "timeout": "2h", "namespace": "me",
     "env": {"DATATROVE_JOB_ARRAY_INDEX": "3"}, "secrets": ["HF_TOKEN", "OTHER_KEY"],
     "labels": {"hubsae": "harvest", "task": "3"},
-    "volumes": [{"type": "bucket", "source": "me/work", "mount_path": "/data"}],
+    "volumes": [{"type": "bucket", "source": "me/shelf", "mount_path": "/data"}],
 }  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def test_what_is_sent_holds_the_bucket_and_the_values_of_the_secrets():
     assert sent["command"] == REQUEST["command"] and sent["environment"] == REQUEST["env"]
     assert sent["secrets"] == {"HF_TOKEN": "hf_test", "OTHER_KEY": "other"}
     assert (sent["flavor"], sent["timeoutSeconds"]) == ("a10g-small", 7200)
-    assert sent["volumes"] == [{"type": "bucket", "source": "me/work", "mountPath": "/data"}]
+    assert sent["volumes"] == [{"type": "bucket", "source": "me/shelf", "mountPath": "/data"}]
     assert REQUEST["labels"].items() <= sent["labels"].items()
 
 

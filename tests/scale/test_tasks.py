@@ -157,7 +157,7 @@ def test_what_is_asked_wrongly_is_said(world, tmp_path, monkeypatch):
         ({"workers": 0}, "0 workers"),
         ({"settings": {"partitoin": "x"}}, "LocalPipelineExecutor has no setting 'partitoin'"),
         ({"executor": "jobs"}, "share a bucket, mounted at /data"),
-        ({"executor": "jobs", "settings": {"bucket": "me/work"}}, "is not in it"),
+        ({"executor": "jobs", "settings": {"bucket": "me/shelf"}}, "is not in it"),
     ]:
         with pytest.raises(ConfigError, match=message):
             run(job, **how)
@@ -198,7 +198,7 @@ def test_the_verbs_take_an_executor(world, tmp_path):
 def test_what_would_be_submitted_to_hugging_face_is_as_recorded():
     job = Harvest(model="Qwen/Qwen3-8B", dataset="me/chats", layers=[15], out="/data/acts", options={"mode": "prompt"})
     settings = {
-        "bucket": "me/work", "flavor": "a10g-small", "namespace": "me", "secrets": "WANDB_API_KEY",
+        "bucket": "me/shelf", "flavor": "a10g-small", "namespace": "me", "secrets": "WANDB_API_KEY",
         "package": "hubsae[train,scale]==1.0",
     }  # fmt: skip
     requests = run(job, executor="jobs", tasks=2, settings=settings, dry_run=True)
@@ -210,7 +210,7 @@ def test_what_would_be_submitted_to_hugging_face_is_as_recorded():
 def test_on_hugging_face_markers_are_of_one_job_in_one_number_of_tasks():
     def pickled(tasks, **settings):
         job = Convert(path="piles", out="/data/acts", options=settings)
-        return run(job, executor="jobs", tasks=tasks, settings={"bucket": "me/work"}, dry_run=True)[0]["command"][-1]
+        return run(job, executor="jobs", tasks=tasks, settings={"bucket": "me/shelf"}, dry_run=True)[0]["command"][-1]
 
     assert pickled(2) == pickled(2)
     assert len({pickled(2), pickled(3), pickled(2, dtype="float16")}) == 3
@@ -220,7 +220,7 @@ def test_settings_of_jobs_on_hugging_face_are_looked_at_before_anything_is_submi
     job = Convert(path="piles", out="/data/acts")
 
     def dry(**settings):
-        return run(job, executor="jobs", tasks=5, settings={"bucket": "me/work", **settings}, dry_run=True)
+        return run(job, executor="jobs", tasks=5, settings={"bucket": "me/shelf", **settings}, dry_run=True)
 
     assert [one["labels"]["task"] for one in dry(tasks_per_job=2)] == ["0", "1", "2"]
     for name in ("python", "dependencies", "labels", "flavour"):
