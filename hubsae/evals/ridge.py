@@ -29,10 +29,7 @@ from hubsae.evals.probes import Probe
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Tried penalties: alpha as a share of the number of rows, for inputs of variance one. A constant is always tried."""
 
-
 FOLDS = 5
-
-
 PAIRS_AT_ONCE = 1 << 22
 
 

@@ -25,7 +25,7 @@ import torch
 from hubsae.core.errors import FormatError, NotFoundError, nearest
 from hubsae.core.extras import require
 from hubsae.core.files import read_json, sha256_file, write_json_atomic, write_text_atomic
-from hubsae.core.parquet import arrow
+from hubsae.core.parquet import arrow, write_table
 from hubsae.core.quiet import quiet
 from hubsae.recipes.tiny_problems import Problem
 
@@ -138,12 +138,10 @@ def write_rows(
     words: str = "",
 ) -> Path:
     """Write two splits as a dataset repository that `load_dataset` reads; `config="main"` is the layout of GSM8K."""
-    pa = arrow()
     out, inside = Path(folder), config or "data"
     (out / inside).mkdir(parents=True, exist_ok=True)
     for split, rows in (("train", train), ("test", test)):
-        table = pa.Table.from_pylist(list(rows))
-        pa.parquet.write_table(table, out / inside / f"{split}-00000-of-00001.parquet", compression="zstd")
+        write_table(out / inside / f"{split}-00000-of-00001.parquet", arrow().Table.from_pylist(list(rows)))
     files = "".join(f"  - split: {split}\n    path: {inside}/{split}-*\n" for split in ("train", "test"))
     front = f"{front}configs:\n- config_name: {config or 'default'}\n  data_files:\n{files}"
     write_text_atomic(out / "README.md", f"---\n{front}---\n\n{words or 'Made by hubsae.'}\n")

@@ -10,8 +10,7 @@ from typing import Any
 
 from hubsae.core.errors import DataError
 from hubsae.core.extras import require
-from hubsae.core.files import atomic_path
-from hubsae.core.parquet import arrow
+from hubsae.core.parquet import arrow, write_table
 from hubsae.rl.scorers import gold_of
 
 
@@ -101,7 +100,6 @@ def write_verl_parquet(
     >>> write_verl_parquet(Path(tempfile.mkdtemp()) / "train.parquet", [Question("1+1?", "#### 2")], PromptStyle()).name
     'train.parquet'
     """
-    pa = arrow()
     rows = [
         {
             "data_source": "openai/gsm8k",
@@ -112,9 +110,7 @@ def write_verl_parquet(
         }
         for number, q in enumerate(questions)
     ]
-    with atomic_path(path) as temporary:
-        pa.parquet.write_table(pa.Table.from_pylist(rows), temporary)
-    return Path(path)
+    return write_table(Path(path), arrow().Table.from_pylist(rows), compression="snappy")
 
 
 def batch_of_step(count: int, batch: int, step: int, seed: int) -> list[int]:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from hubsae.activations.dataset import WINDOW_BYTES
 from hubsae.core.settings import Settings
 from hubsae.recipes.one_layer import LayerData
 from hubsae.recipes.standard import PublishSettings
@@ -36,7 +37,7 @@ class SAESettings(Settings):
     expansion: int = 16
     k: int = 64
     normalize: Literal["mean_std", "none"] = "mean_std"
-    window_bytes: int = Field(default=256 << 20, ge=1, description="Activations of the harvest shuffled together.")
+    window_bytes: int = Field(default=WINDOW_BYTES, ge=1, description="Activations of the harvest shuffled together.")
     prefetch: int = Field(default=0, ge=0, description="Windows of them read ahead.")
     exclude: tuple[str, ...] = Field(default=("position_0",), description="Groups of tokens it is not for.")
     pre_bias: Literal["tied", "untied", "none"] = "tied"
