@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ MOST_PARTS = 512
 PRE_ACTIVATIONS = 1 << 25
 NORM = "norm"
 """The label column that a pass computes itself: the norm of each vector."""
+DECISIONS = "decisions.json"
 
 
 @dataclass
@@ -428,26 +430,25 @@ def _product_decisions(saes: Mapping[str, SAE]) -> list[list[int | str]]:
     return decisions()
 
 
-def agree_on_products(saes: Mapping[str, SAE], path: str | os.PathLike[str]) -> None:
-    """The same among processes without a group, through a file: whoever comes first decides.
+def agree_on_products(saes: Mapping[str, SAE], folder: str | os.PathLike[str]) -> None:
+    """The same among processes without a group, through a folder: whoever comes first decides.
 
-    A link is made by one of them only. On a disk without links two may still come at once between the look and the
-    renaming, which narrows the race but does not close it.
+    The folder is renamed into place with the decisions in it: no disk puts a folder in the place of one that holds a
+    file, so of those that come at one instant all but one find it there.
     """
     from hubsae.kernels.linear import adopt
 
-    path = Path(path)
-    if not path.is_file():
-        mine = write_json_atomic(path.with_name(f".{path.name}.{uuid4().hex}"), _product_decisions(saes))
+    folder = Path(folder)
+    if not folder.is_dir():
+        mine = folder.with_name(f".{folder.name}.{uuid4().hex}")
+        write_json_atomic(mine / DECISIONS, _product_decisions(saes))
         try:
-            os.link(mine, path)
-        except FileExistsError:
-            pass
-        except OSError:  # a disk without links
-            if not path.is_file():
-                os.replace(mine, path)
-        mine.unlink(missing_ok=True)
-    adopt(read_json(path))
+            os.rename(mine, folder)
+        except OSError:
+            shutil.rmtree(mine)
+            if not folder.is_dir():
+                raise
+    adopt(read_json(folder / DECISIONS))
 
 
 def _gather(accumulators: Sequence[Accumulator]) -> None:

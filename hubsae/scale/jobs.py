@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from hubsae.hub.sae import HubSAE
 
 FOLDER = ".tasks"
-STATES, PRODUCTS = "states", "products.json"
+STATES, PRODUCTS = "states", "products"
+"""What tasks leave for each other: their sums, and by which backend they multiply, since rounding depends on it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,12 +204,13 @@ class Index(Job):
         return [*folders, build(Path(self.release))]  # the page that shows them, hubsae view
 
     def _index(self, ranks: Ranks | None, *, finish: bool) -> list[Path]:
+        from hubsae.evals.passes import agree_on_products
         from hubsae.hub.measured import load, together
         from hubsae.index.build import Settings, index_activations, index_texts
 
         saes: Any = load(self.release, self.device, **self.filters)
         if ranks is not None:
-            _agree(saes, self.folder)
+            agree_on_products(saes, self.folder / PRODUCTS)
         settings, model, tokenizer = Settings(**self.settings), None, None
         if self.model is not None:
             from hubsae.activations.models import load_model, load_tokenizer
@@ -260,10 +262,11 @@ class Evaluate(Job):
         return self._result(measure, saes)
 
     def task(self, ranks: Ranks) -> None:
+        from hubsae.evals.passes import agree_on_products
         from hubsae.evals.reconstruction import reconstruct_parts
 
         for data, group in self._groups():
-            _agree(group, self.folder)
+            agree_on_products(group, self.folder / f"{PRODUCTS}.{data.config}.{data.split}")
             reconstruct_parts(group, data, self._states(data), scopes=self.scopes, force=self.force, ranks=ranks)
 
     def merge(self) -> list[dict[str, Any]]:
@@ -341,14 +344,6 @@ def _at_hand(device: str) -> str:
     import torch
 
     return "cpu" if torch.device(device).type == "cuda" and not torch.cuda.is_available() else device
-
-
-def _agree(saes: Any, folder: Path) -> None:
-    """Let all tasks multiply by the same backend: which one is decided by a trial, and rounding depends on it."""
-    from hubsae.evals.passes import agree_on_products
-
-    folder.mkdir(parents=True, exist_ok=True)
-    agree_on_products(saes, folder / PRODUCTS)
 
 
 def tokenizer_of(name: str | None, notify: Callable[[str], None] | None = None) -> Any:

@@ -1,4 +1,4 @@
-"""Tasks agree on the backend that multiplies through a file: whoever writes it first decides for all."""
+"""Tasks agree on the backend that multiplies through a folder: whoever renames it into place decides for all."""
 
 from __future__ import annotations
 
@@ -8,46 +8,60 @@ from typing import Any
 
 import pytest
 
-from hubsae.core.files import read_json, write_json_atomic
 from hubsae.evals import passes
 from hubsae.kernels import linear
 
 FIRST, OURS = [[512, 896, 7168, 1, "torch"]], [[512, 896, 7168, 1, "other"]]
 
 
-@pytest.mark.parametrize("error", [FileExistsError, PermissionError])
-def test_who_comes_second_takes_the_decision_of_the_first(tmp_path: Path, monkeypatch: Any, error: type[OSError]):
-    path, adopted, scratch = tmp_path / "products.json", [], []
+@pytest.fixture
+def adopted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What tasks adopt; the first one to try decides OURS, the next FIRST."""
+    found, tried = [], iter([OURS, FIRST])
+    monkeypatch.setattr(passes, "_product_decisions", lambda _: next(tried))
+    monkeypatch.setattr(linear, "adopt", found.append)
+    return found
 
-    def decide(_: Any) -> Any:
-        write_json_atomic(path, FIRST)  # another task is faster
-        return OURS
 
-    def link(mine: Path, _: Path) -> None:
-        scratch.append(mine.name)
-        raise error
-
-    monkeypatch.setattr(passes, "_product_decisions", decide)
-    monkeypatch.setattr(linear, "adopt", adopted.append)
-    monkeypatch.setattr(os, "link", link)
+def test_who_comes_first_decides_for_all(tmp_path: Path, adopted: list[Any]):
     for _ in range(2):
-        path.unlink(missing_ok=True)
-        passes.agree_on_products({}, path)
-    assert adopted == [FIRST, FIRST] and read_json(path) == FIRST
-    assert len(set(scratch)) == 2, "tasks in containers may have one process number"
-    assert list(tmp_path.iterdir()) == [path]
+        passes.agree_on_products({}, tmp_path / "job" / "products")
+    assert adopted == [OURS, OURS]
+    assert list((tmp_path / "job").iterdir()) == [tmp_path / "job" / "products"]
 
 
-@pytest.mark.parametrize("links", [True, False])
-def test_who_comes_first_decides(tmp_path: Path, monkeypatch: Any, links: bool):
-    path, adopted = tmp_path / "products.json", []
+def test_tasks_that_come_at_one_instant_adopt_the_same_on_a_disk_without_links(
+    tmp_path: Path, adopted: list[Any], monkeypatch: pytest.MonkeyPatch
+):
+    place, scratch = tmp_path / "products", []
 
     def no_link(*_: Any) -> None:
         raise PermissionError
 
-    monkeypatch.setattr(passes, "_product_decisions", lambda _: OURS)
-    monkeypatch.setattr(linear, "adopt", adopted.append)
-    if not links:
-        monkeypatch.setattr(os, "link", no_link)
-    passes.agree_on_products({}, path)
-    assert adopted == [OURS] and read_json(path) == OURS and list(tmp_path.iterdir()) == [path]
+    def meanwhile(move: Any) -> Any:
+        def moved(source: Any, target: Any) -> None:
+            if Path(target) == place:
+                scratch.append(Path(source).name)
+                if len(scratch) == 1:  # another task does the whole of it between the look and the renaming
+                    passes.agree_on_products({}, place)
+            move(source, target)
+
+        return moved
+
+    monkeypatch.setattr(os, "link", no_link)
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, meanwhile(getattr(os, name)))
+    passes.agree_on_products({}, place)
+    assert adopted == [FIRST, FIRST]
+    assert len(set(scratch)) == 2, "tasks in containers may have one process number"
+    assert list(tmp_path.iterdir()) == [place]
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path, adopted: list[Any], monkeypatch: pytest.MonkeyPatch):
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "rename", full)
+    with pytest.raises(OSError, match="No space left"):
+        passes.agree_on_products({}, tmp_path / "products")
+    assert not adopted and not list(tmp_path.iterdir())
