@@ -22,8 +22,8 @@ WHOLE, HEAD = 8 << 20, 1 << 20
 """Bytes: files up to the first are read whole, of larger ones (weights) the beginning, which holds their header."""
 ROWS = 8192
 """Of a Parquet table at once."""
-_TEXT = ("string", "arrow.json")
-"""In the name of an Arrow type that holds texts, at any depth."""
+_TEXT = ("string", "binary", "arrow.json")
+"""In the name of an Arrow type that holds texts, as such or as bytes, at any depth."""
 
 _NAMES = re.compile(
     r"\.env(\..*)?|.*\.env|id_(rsa|dsa|ecdsa|ed25519)|.*\.(pem|p12|pfx)|\.?netrc|\.git-credentials", re.I
@@ -68,17 +68,21 @@ def _contents(path: Path) -> Iterator[bytes]:
     if path.suffix == ".parquet" and find_spec("pyarrow"):
         try:
             with arrow().parquet.ParquetFile(path) as table:
-                columns = [field.name for field in table.schema_arrow if any(word in str(field.type) for word in _TEXT)]
+                columns = [field.name for field in table.schema_arrow if _holds_texts(field.type)]
                 for batch in table.iter_batches(ROWS, columns=columns) if columns else ():
                     for column in batch.columns:
                         for texts in _texts(column):
-                            yield "\n".join(texts.unique().drop_null().to_pylist()).encode()
+                            yield b"\n".join(texts.cast(arrow().large_binary()).unique().drop_null().to_pylist())
         except (arrow().ArrowException, OSError):
             pass  # Parquet by its name only, or damaged
 
 
+def _holds_texts(kind: Any) -> bool:
+    return any(word in str(kind) for word in _TEXT)
+
+
 def _texts(column: Any) -> Iterator[Any]:
-    """The columns of strings in a column; the strings of a list as one."""
+    """The columns of texts in a column, bytes among them; the texts of a list as one."""
     pa, kind = arrow(), column.type
     types = pa.types
     if isinstance(kind, pa.BaseExtensionType):
@@ -92,14 +96,19 @@ def _texts(column: Any) -> Iterator[Any]:
         for number in range(kind.num_fields):
             yield from _texts(column.field(number))
     elif hasattr(column, "flatten"):  # a list of any kind
-        if types.is_nested(kind.value_type) or "string" not in str(kind.value_type):
+        inner = kind.value_type
+        if types.is_nested(inner) or not _holds_texts(inner):
             yield from _texts(column.flatten())
-        elif types.is_list(kind) and types.is_string(kind.value_type) and not column.flatten().null_count:
-            yield require("pyarrow.compute", extra="train").binary_join(column, "")
+        elif types.is_list(kind) and inner in (pa.string(), pa.binary()) and not column.flatten().null_count:
+            yield require("pyarrow.compute", extra="train").binary_join(column, pa.scalar(b"", inner))
         else:  # which the join of Arrow, 20 times as fast, does not take
-            yield pa.array(["".join(text or "" for text in row) for row in column.to_pylist() if row], pa.string())
-    elif "string" in str(kind):
-        yield column.cast(pa.large_string())
+            yield pa.array([b"".join(map(_bytes, row)) for row in column.to_pylist() if row], pa.large_binary())
+    elif _holds_texts(kind):
+        yield column
+
+
+def _bytes(text: str | bytes | None) -> bytes:
+    return text.encode() if isinstance(text, str) else text or b""
 
 
 def refuse_secrets(files: Iterable[LocalFile]) -> None:

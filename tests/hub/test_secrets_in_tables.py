@@ -15,7 +15,8 @@ pq = pytest.importorskip("pyarrow.parquet")
 
 TOKEN = "hf_" + "k" * 34
 PIECES = [TOKEN[:9], TOKEN[9:20], None, TOKEN[20:]]
-STRING, LARGE = pa.string(), pa.large_string()
+STRING, LARGE, BINARY = pa.string(), pa.large_string(), pa.binary()
+BYTES = TOKEN.encode()
 WORDS = pa.dictionary(pa.int32(), pa.string())
 
 
@@ -44,6 +45,15 @@ def found(path: Path) -> list[tuple[str, str]]:
         (pa.map_(STRING, pa.list_(STRING)), [("a", PIECES)]),
         (pa.struct({"a": LARGE}), {"a": TOKEN}),
         (pa.list_(pa.struct({"a": WORDS, "b": pa.int32()})), [{"a": TOKEN, "b": 1}]),
+        (BINARY, b"\xff" + BYTES),
+        (pa.large_binary(), BYTES),
+        (pa.binary_view(), BYTES),
+        (pa.binary(len(BYTES)), BYTES),
+        (pa.dictionary(pa.int32(), BINARY), BYTES),
+        (pa.list_(BINARY), [BYTES[:9], BYTES[9:]]),
+        (pa.list_(pa.large_binary()), [BYTES[:9], None, BYTES[9:]]),
+        (pa.map_(STRING, BINARY), [("a", BYTES)]),
+        (pa.list_(pa.struct({"a": pa.large_binary()})), [{"a": BYTES}]),
     ],
     ids=str,
 )
