@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from hubsae.core.normalizer import Normalizer
 from hubsae.core.sae import SAE
 from hubsae.core.text import stage_step
 from hubsae.formats import tensors as io
-from hubsae.formats.base import Overrides, ReadWarning
+from hubsae.formats.base import Overrides, Probe, ReadWarning
 from hubsae.version import __version__
 
 
@@ -68,21 +68,15 @@ def assemble(found: Found, choices: Overrides) -> SAE:
     _check_shapes(found, trained)
     d_in, d_sae = trained.W_enc.shape
     d_out = trained.W_dec.shape[1] if found.transcoder else None
-    given = {**trained.encoder_biases, "W_enc": trained.W_enc, "W_dec": trained.W_dec, "b_dec": trained.b_dec}
-    optional = {
-        "pre_bias": trained.pre_bias,
-        "r_mag": trained.r_mag,
-        "W_skip": trained.W_skip,
-        "threshold": found.threshold,
-        "mean": found.mean,
-        "std": found.std,
-    }
-    io.ensure_finite(found.path, given | {name: t for name, t in optional.items() if t is not None})
+    parts = trained._asdict() | trained.encoder_biases
+    parts |= {"threshold": found.threshold, "mean": found.mean, "std": found.std}
+    given = {name: part for name, part in parts.items() if isinstance(part, Tensor)}
+    io.ensure_finite(found.path, given)
     _check_std(found)
     tensors, subtract = fold(trained, found.mean, found.std, output=found.output, transcoder=found.transcoder)
     if found.threshold is not None:
         tensors["threshold"] = found.threshold.float().contiguous()
-    tensors = io.owned(found.path, tensors, [*given.values(), *optional.values()])
+    tensors = io.owned(found.path, tensors, given.values())
     config = make_config(
         found.path,
         architecture=found.architecture,
@@ -123,13 +117,13 @@ def make_config(path: Path, **values: Any) -> SAEConfig:
         ) from error
 
 
+_SAID_OF_IT = frozenset(Overrides.__annotations__) & frozenset(Found.__annotations__) - {"threshold"}
+"""Choices that take the place of what a reader found; its threshold is that of a JumpReLU, one per latent."""
+
+
 def _chosen(found: Found, choices: Overrides) -> Found:
     """Apply the choices that are not about the layout (those the reader itself applied)."""
-    new: dict[str, Any] = {}
-    for name in ("architecture", "k", "topk_relu", "token_norm", "layer", "stage", "hook", "hook_out", "base_model",
-                 "base_model_revision"):  # fmt: skip
-        if (value := getattr(choices, name)) is not None:
-            new[name] = value
+    new = {name: value for name, value in choices.named().items() if name in _SAID_OF_IT}
     if choices.threshold is not None:
         new["batch_threshold"] = choices.threshold
     if choices.input_scale is not None:
@@ -141,23 +135,14 @@ def _chosen(found: Found, choices: Overrides) -> Found:
 
 
 def _float32(path: Path, trained: TrainedTensors) -> TrainedTensors:
-    def wide(name: str, tensor: Tensor | None) -> Tensor | None:
-        if tensor is None:
-            return None
+    def wide(name: str, tensor: Tensor) -> Tensor:
         if tensor.dtype not in io.FLOATS:
             raise FormatError(path, f"{name} in floating point", str(tensor.dtype).removeprefix("torch."))
         return tensor.detach().float()
 
+    parts = {name: wide(name, part) for name, part in trained._asdict().items() if isinstance(part, Tensor)}
     biases = {name: wide(name, bias) for name, bias in trained.encoder_biases.items()}
-    return TrainedTensors(
-        wide("W_enc", trained.W_enc),  # pyright: ignore[reportArgumentType]
-        wide("W_dec", trained.W_dec),  # pyright: ignore[reportArgumentType]
-        wide("b_dec", trained.b_dec),  # pyright: ignore[reportArgumentType]
-        wide("pre-bias", trained.pre_bias),
-        biases,  # pyright: ignore[reportArgumentType]
-        wide("r_mag", trained.r_mag),
-        wide("W_skip", trained.W_skip),
-    )
+    return trained._replace(encoder_biases=biases, **parts)
 
 
 def _check_shapes(found: Found, trained: TrainedTensors) -> None:
@@ -188,10 +173,7 @@ def _check_shapes(found: Found, trained: TrainedTensors) -> None:
 
 
 def _check_std(found: Found) -> None:
-    if found.std is None:
-        return
-    bad = int((found.std <= 0).sum())
-    if bad:
+    if found.std is not None and (bad := int((found.std <= 0).sum())):
         raise FormatError(
             found.path,
             "standard deviations above zero in the normaliser",
@@ -201,9 +183,7 @@ def _check_std(found: Found) -> None:
 
 
 def _record(found: Found, choices: Overrides, config: SAEConfig, normalizer: Normalizer | None) -> Metadata:
-    record: dict[str, Any] = {
-        key: dict(value) if isinstance(value, dict) else value for key, value in found.record.items()
-    }
+    record = {key: dict(value) if isinstance(value, dict) else value for key, value in found.record.items()}
     base = record.setdefault("base_model", {})
     for key, value in (("id", found.base_model), ("revision", found.base_model_revision), ("stage", found.stage)):
         if value is not None:
@@ -249,6 +229,79 @@ def expect_keys(path: Path, found: Iterable[str], required: Iterable[str], optio
         raise FormatError(path, f"the tensors {', '.join(sorted(need))}", f"a file {' and '.join(parts)}")
 
 
+def named_tensors(
+    probe: Probe,
+    tensors: dict[str, Tensor],
+    choices: Overrides,
+    name: str,
+    about: Mapping[str, Any],
+    flags: DecoderFlags | None = None,
+) -> SAE:
+    """An SAE from tensors of canonical name and orientation that say nothing more of themselves.
+
+    `about` is what is known beside the file: architecture, k, subtract, hook, layer, base_model. What neither it nor
+    the caller says is asked for.
+    """
+    architecture = "gated" if "b_gate" in tensors else "jumprelu" if "threshold" in tensors else None
+    architecture = architecture or choices.architecture or about.get("architecture") or probe.name.architecture
+    if architecture is None:
+        hint = "give architecture=topk and k=64, or architecture=relu (command line: -s architecture=topk -s k=64)"
+        raise _untold(probe, "how latents are selected", hint)
+    pre, bias = tensors.get("pre_bias"), tensors.get("b_dec")
+    transcoder = choices.hook_out is not None or "W_skip" in tensors
+    if pre is None and not transcoder:
+        said = choices.apply_b_dec_to_input
+        subtract = about.get("subtract") if said is None else said
+        if subtract is None:
+            hint = "give apply_b_dec_to_input=True or False (command line: -s apply_b_dec_to_input=true)"
+            raise _untold(probe, "whether b_dec is subtracted before encoding", hint)
+        pre = bias if subtract else None
+    elif pre is not None:
+        adds = choices.decode_adds_b_pre
+        if bias is None:
+            bias = pre * 0 if adds is False else pre
+        elif adds is None:
+            hint = "give decode_adds_b_pre=True or False (command line: -s decode_adds_b_pre=false)"
+            raise _untold(probe, "whether decoding adds the pre-bias to b_dec", hint)
+        elif adds:
+            bias = (bias.double() + pre.double()).to(bias.dtype)
+    if bias is None:
+        raise FormatError(probe.path, "b_dec or pre_bias", f"only {', '.join(sorted(tensors))}")
+    biases = {key: tensors[key] for key in ("b_enc", "b_gate", "b_mag") if key in tensors}
+    return assemble(
+        Found(
+            format=name,
+            path=probe.path,
+            trained=TrainedTensors(
+                tensors["W_enc"], tensors["W_dec"], bias, pre, biases, tensors.get("r_mag"), tensors.get("W_skip")
+            ),
+            architecture=architecture,
+            k=about.get("k") or probe.name.k,
+            threshold=tensors.get("threshold"),
+            transcoder=transcoder,
+            layer=about.get("layer", probe.name.layer),
+            stage=probe.name.stage,
+            hook=about.get("hook"),
+            base_model=about.get("base_model"),
+            flags=flags or DecoderFlags(),
+        ),
+        choices,
+    )
+
+
+def _untold(probe: Probe, what: str, hint: str) -> FormatError:
+    return FormatError(probe.path, f"to be told {what}", "tensors that do not say", hint=hint)
+
+
+def with_b_dec(sae: SAE, subtracted: bool) -> dict[str, Tensor]:
+    """The tensors of the same SAE where b_dec is subtracted before encoding, or is not."""
+    t = sae.tensors()
+    biases = {name: t[name] for name in ("b_enc", "b_gate", "b_mag") if name in t}
+    pre = t["b_dec"] if sae.config.apply_b_dec_to_input else None
+    now = TrainedTensors(t["W_enc"], t["W_dec"], t["b_dec"], pre, biases, t.get("r_mag"))
+    return t | fold(now, apply_b_dec_to_input=subtracted)[0]
+
+
 def linear_pair(path: Path, encoder: Tensor, decoder: Tensor, d_in: int) -> tuple[Tensor, Tensor]:
     """`nn.Linear` weights (encoder [d_sae, d_in], decoder [d_in, d_sae]) as canonical views."""
     if encoder.ndim != 2 or decoder.ndim != 2:
@@ -265,8 +318,8 @@ def linear_pair(path: Path, encoder: Tensor, decoder: Tensor, d_in: int) -> tupl
 
 def orient(
     path: Path, W_enc: Tensor, W_dec: Tensor, d_in: int, d_sae: int, transposed: bool | None
-) -> tuple[Tensor, Tensor, str]:
-    """Canonical views of two matrices whose layout only their shapes tell; square ones are refused.
+) -> tuple[Tensor, Tensor, DecoderFlags]:
+    """Canonical views of two matrices whose layout only their shapes tell, and that layout; square ones are refused.
 
     Each may be stored either way: the encoder as [d_in, d_sae] or [d_sae, d_in], the decoder likewise.
     """
@@ -283,7 +336,5 @@ def orient(
         if tuple(matrix.shape) not in (shape, shape[::-1]):
             raise FormatError(path, f"{name} of shape {shape} or its transpose", str(tuple(matrix.shape)))
         views.append(matrix.t() if turn else matrix)
-        layouts.append(
-            "[" + ", ".join(("d_sae", "d_in") if (name == "W_enc") == bool(turn) else ("d_in", "d_sae")) + "]"
-        )
-    return views[0], views[1], " and ".join(layouts)
+        layouts.append("[d_sae, d_in]" if (name == "W_enc") == bool(turn) else "[d_in, d_sae]")
+    return views[0], views[1], DecoderFlags(encoder_orientation=layouts[0], decoder_orientation=layouts[1])

@@ -85,6 +85,7 @@ class Probe:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self._cache: dict[str, Any] = {}
         if not self.path.exists():
             raise FormatError(self.path, "an SAE file or folder", "nothing at that path")
 
@@ -109,45 +110,44 @@ class Probe:
         """A file of the folder, or the file itself."""
         return self.path / name if self.is_dir else self.path
 
-    @cached_property
-    def _cache(self) -> dict[tuple[str, str], Any]:
-        return {}
+    def _once(self, name: str, load: Callable[[], Any]) -> Any:
+        if name not in self._cache:
+            self._cache[name] = load()
+        return self._cache[name]
 
-    def _once(self, kind: str, name: str, load: Callable[[], Any]) -> Any:
-        key = (kind, name)
-        if key not in self._cache:
-            self._cache[key] = load()
-        return self._cache[key]
+    def _mapping(self, name: str, load: Callable[[Path], Any]) -> dict[str, Any]:
+        file = (self.path if self.is_dir else self.path.parent) / name
+        value = self._once(name, lambda: load(file)) if file.is_file() else {}
+        return value if isinstance(value, dict) else {}
 
     def json(self, name: str) -> dict[str, Any]:
         """A JSON object beside or inside the path; {} where there is none. A broken one is an error."""
-        folder = self.path if self.is_dir else self.path.parent
-        if not (folder / name).is_file():
-            return {}
-        value = self._once("json", name, lambda: io.read_small_json(folder / name))
-        return value if isinstance(value, dict) else {}
+        return self._mapping(name, io.read_small_json)
 
     def yaml(self, name: str) -> dict[str, Any]:
         """A YAML mapping beside or inside the path; {} where there is none."""
-        file = (self.path if self.is_dir else self.path.parent) / name
-        if not file.is_file():
-            return {}
-        value = self._once("yaml", name, lambda: io.read_small_yaml(file))
-        return value if isinstance(value, dict) else {}
+        return self._mapping(name, io.read_small_yaml)
 
     def header(self, name: str = "") -> dict[str, tuple[str, tuple[int, ...]]]:
         """Names, types and shapes of a safetensors file; {} where there is none."""
         file = self.file(name)
         if not file.is_file() or file.suffix != ".safetensors":
             return {}
-        return self._once("header", name, lambda: io.safetensors_header(file))
+        return self._once(name, lambda: io.safetensors_header(file))
 
     def pickle(self, name: str = "") -> Any:
         """What a PyTorch file holds; None where there is none."""
         file = self.file(name)
         if not file.is_file() or file.suffix not in io.PICKLES:
             return None
-        return self._once("pickle", name, lambda: io.read_pickle(file))
+        return self._once(name, lambda: io.read_pickle(file))
+
+    def state(self, name: str = "") -> dict[str, Any]:
+        """The dict that a PyTorch file holds; anything else is an error."""
+        value = self.pickle(name)
+        if not isinstance(value, dict):
+            raise FormatError(self.file(name), "a state dict", type(value).__name__)
+        return value
 
 
 @contextmanager

@@ -38,29 +38,18 @@ NORMALIZER_NAME = "normalizer.safetensors"
 SPARSITY_NAME = saelens.SPARSITY_NAME
 SAE_FILES = (WEIGHTS_NAME, CFG_NAME, METADATA_NAME, NORMALIZER_NAME, SPARSITY_NAME, FINGERPRINT_NAME)
 
-# Which dimension of each tensor counts latents.
-LATENT_AXIS = {
-    "W_enc": 1,
-    "W_dec": 0,
-    "b_enc": 0,
-    "threshold": 0,
-    "b_gate": 0,
-    "b_mag": 0,
-    "r_mag": 0,
-    "b_dec": -1,
-    "W_skip": -1,
-}
+LATENT_AXIS = {"W_enc": 1, "W_dec": 0, "b_dec": -1, "W_skip": -1} | dict.fromkeys(
+    ("b_enc", "threshold", "b_gate", "b_mag", "r_mag"), 0
+)
+"""Which dimension of each tensor counts latents; -1 for none."""
 
 
 def detect(probe: Probe) -> str | None:
     """A folder with metadata.json of hubsae and sae_weights.safetensors."""
     if not probe.is_dir or not {METADATA_NAME, WEIGHTS_NAME} <= probe.names:
         return None
-    return (
-        "metadata.json of hubsae beside sae_weights.safetensors"
-        if "hubsae_format" in probe.json(METADATA_NAME)
-        else None
-    )
+    ours = "hubsae_format" in probe.json(METADATA_NAME)
+    return "metadata.json of hubsae beside sae_weights.safetensors" if ours else None
 
 
 def write(sae: SAE, folder: str | os.PathLike[str]) -> Path:
@@ -87,24 +76,17 @@ def write(sae: SAE, folder: str | os.PathLike[str]) -> Path:
     }
     io.write_safetensors(folder / WEIGHTS_NAME, tensors, header)
     metadata = sae.metadata.model_copy(update={"config": sae.config})
-    if sae.normalizer is not None:
-        _write_normalizer(folder / NORMALIZER_NAME, sae.normalizer)
-        if metadata.normalizer.file is None:
-            kind = "mean_std" if metadata.normalizer.kind == "none" else metadata.normalizer.kind
-            info = NormalizerInfo.model_validate(
-                {**metadata.normalizer.model_dump(), "kind": kind, "file": NORMALIZER_NAME}
-            )
-            metadata = metadata.model_copy(update={"normalizer": info})
-    elif (folder / NORMALIZER_NAME).exists():
-        (folder / NORMALIZER_NAME).unlink()
-    if sae.sparsity is not None:
-        io.write_safetensors(folder / SPARSITY_NAME, {"sparsity": sae.sparsity.float()})
-    elif (folder / SPARSITY_NAME).exists():
-        (folder / SPARSITY_NAME).unlink()
-    if sae.fingerprint is not None:
-        write_fingerprint(folder, sae.fingerprint)
-    elif (folder / FINGERPRINT_NAME).exists():
-        (folder / FINGERPRINT_NAME).unlink()
+    space = sae.normalizer
+    if space is not None and metadata.normalizer.file is None:
+        kind = "mean_std" if metadata.normalizer.kind == "none" else metadata.normalizer.kind
+        info = {**metadata.normalizer.model_dump(), "kind": kind, "file": NORMALIZER_NAME}
+        metadata = metadata.model_copy(update={"normalizer": NormalizerInfo.model_validate(info)})
+    notes = {} if space is None else {
+        "count": str(space.count), "norm_percentiles": json.dumps(space.norm_percentiles)
+    }  # fmt: skip
+    _beside(folder / NORMALIZER_NAME, None if space is None else {"mean": space.mean, "std": space.std}, notes)
+    _beside(folder / SPARSITY_NAME, None if sae.sparsity is None else {"sparsity": sae.sparsity.float()})
+    write_fingerprint(folder, sae.fingerprint)
     write_json_atomic(folder / CFG_NAME, saelens.cfg_of(sae, metadata))
     metadata.save(folder)
     return folder
@@ -200,9 +182,12 @@ def _checked_features(features: list[int], d_sae: int) -> list[int]:
     return features
 
 
-def _write_normalizer(file: Path, normalizer: Normalizer) -> None:
-    note = {"count": str(normalizer.count), "norm_percentiles": json.dumps(normalizer.norm_percentiles)}
-    io.write_safetensors(file, {"mean": normalizer.mean, "std": normalizer.std}, note)
+def _beside(file: Path, tensors: dict[str, Tensor] | None, notes: dict[str, str] | None = None) -> None:
+    """Write a file beside the weights; one that is left from another SAE goes."""
+    if tensors is None:
+        file.unlink(missing_ok=True)
+    else:
+        io.write_safetensors(file, tensors, notes)
 
 
 def read_normalizer(folder: Path) -> Normalizer | None:
@@ -225,12 +210,10 @@ def read_sparsity(folder: Path) -> Tensor | None:
     return io.read_safetensors(file).get("sparsity") if file.is_file() else None
 
 
-def write_fingerprint(folder: Path, fingerprint: Fingerprint) -> Path:
-    """Put a fingerprint beside the weights."""
-    io.write_safetensors(
-        folder / FINGERPRINT_NAME, fingerprint.tensors(), {"about": json.dumps(fingerprint.about, sort_keys=True)}
-    )
-    return folder / FINGERPRINT_NAME
+def write_fingerprint(folder: Path, fingerprint: Fingerprint | None) -> None:
+    """Put a fingerprint beside the weights, or take away the one that is there."""
+    about = None if fingerprint is None else {"about": json.dumps(fingerprint.about, sort_keys=True)}
+    _beside(folder / FINGERPRINT_NAME, None if fingerprint is None else fingerprint.tensors(), about)
 
 
 def read_fingerprint(folder: Path) -> Fingerprint | None:
@@ -245,17 +228,12 @@ def read_fingerprint(folder: Path) -> Fingerprint | None:
 
 
 def _read_format(probe: Probe, choices: Overrides) -> SAE:
-    sae = read(probe.path)
-    _no_choices(choices, probe.path)
-    return sae
-
-
-def _no_choices(choices: Overrides, path: Path) -> None:
     if named := choices.named():
         raise ConfigError(
-            f"{path}: a hubsae folder says all of this itself; {', '.join(named)} cannot be overridden",
+            f"{probe.path}: a hubsae folder says all of this itself; {', '.join(named)} cannot be overridden",
             hint="change the SAE and save it again",
         )
+    return read(probe.path)
 
 
 FORMAT = Format(

@@ -191,18 +191,17 @@ class Release:
                 hook = recorded(metadata.hook)
                 taken[hook] = taken.get(hook) or Fingerprint.take(model, tokenizer, hook)
                 native.write_fingerprint(self.folder(id), taken[hook])
-                old = self.entry(id)
-                unchanged = {file.path: file for file in old.files if not file.path.endswith(FINGERPRINT_NAME)}
-                entry = describe_sae(self.path, old.id, old.path, metadata, keep=old, known=unchanged)
-                self.manifest.saes = [entry if e.id == id else e for e in self]
-                self._save()
+                self._listed_anew(self.entry(id), metadata, FINGERPRINT_NAME)
         return chosen
 
     def record(self, id: str, metadata: Metadata) -> SAEEntry:
         """Write the record of one SAE anew; its weights and the other SAEs are neither read nor hashed."""
-        old = self.entry(id)
         metadata.save(self.folder(id))
-        unchanged = {file.path: file for file in old.files if not file.path.endswith(METADATA_NAME)}
+        return self._listed_anew(self.entry(id), metadata, METADATA_NAME)
+
+    def _listed_anew(self, old: SAEEntry, metadata: Metadata, written: str) -> SAEEntry:
+        """The manifest's entry of an SAE of which one file was `written`; the others are not read."""
+        unchanged = {file.path: file for file in old.files if not file.path.endswith(written)}
         entry = describe_sae(self.path, old.id, old.path, metadata, keep=old, known=unchanged)
         self.manifest.saes = [entry if e.id == old.id else e for e in self]
         self._save()

@@ -15,12 +15,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from hubsae.core.errors import ConfigError, FormatError
 from hubsae.core.metadata import describe_validation
 from hubsae.formats.base import Overrides
+from hubsae.formats.tensors import read_small_yaml
 
 SPEC_NAME = "hubsae.yaml"
 MAX_BYTES = 1 << 20
@@ -84,12 +84,7 @@ class PackageSpec(BaseModel):
     def of(given: Mapping[str, Any], **more: Any) -> PackageSpec:
         """What a caller was given (its `locals()`) under the names of the fields; `more` wins, None means not given."""
         named = {name: value for name, value in given.items() if name in PackageSpec.model_fields} | more
-        try:
-            return PackageSpec.model_validate({name: value for name, value in named.items() if value is not None})
-        except ValidationError as error:
-            raise ConfigError(
-                describe_validation(error), hint=f"fields: {', '.join(PackageSpec.model_fields)}"
-            ) from error
+        return _checked({name: value for name, value in named.items() if value is not None})
 
     def updated(self, given: PackageSpec) -> PackageSpec:
         """The same with what is given in place of what this one says; mappings are merged."""
@@ -119,28 +114,23 @@ class PackageSpec(BaseModel):
     def beside(folder: Path) -> PackageSpec:
         """hubsae.yaml of a folder, or an empty one."""
         file = folder / SPEC_NAME
-        return PackageSpec.read(file) if file.is_file() else PackageSpec()
+        return PackageSpec.read(file) if file.is_file() and file.stat().st_size else PackageSpec()
 
     @staticmethod
     def read(file: str | Path) -> PackageSpec:
         """Read a hubsae.yaml."""
-        file = Path(file)
-        if not file.is_file() or file.stat().st_size > MAX_BYTES:
-            raise FormatError(
-                file, f"a YAML file below {MAX_BYTES} bytes", "none" if not file.is_file() else "a larger one"
-            )
-        try:
-            data = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise FormatError(file, "YAML", f"text that does not parse ({error})") from error
+        data = read_small_yaml(file, MAX_BYTES) or {}
         if not isinstance(data, dict):
             raise FormatError(file, "a mapping", type(data).__name__)
-        try:
-            return PackageSpec.model_validate(data)
-        except ValidationError as error:
-            raise ConfigError(
-                f"{file}: {describe_validation(error)}", hint=f"fields: {', '.join(PackageSpec.model_fields)}"
-            ) from error
+        return _checked(data, f"{file}: ")
+
+
+def _checked(data: dict[str, Any], where: str = "") -> PackageSpec:
+    try:
+        return PackageSpec.model_validate(data)
+    except ValidationError as error:
+        fields = ", ".join(PackageSpec.model_fields)
+        raise ConfigError(f"{where}{describe_validation(error)}", hint=f"fields: {fields}") from error
 
 
 def _known_choices(value: dict[str, Any]) -> dict[str, Any]:

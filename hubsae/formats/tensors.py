@@ -12,18 +12,17 @@ import math
 import os
 import pickle
 import re
-import struct
 import warnings
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -35,7 +34,6 @@ from hubsae.core.text import printable
 Paths = str | os.PathLike[str]
 
 MAX_JSON = 256 << 20
-MAX_YAML = 64 << 10
 MAX_SAE_HEADER = 4 << 20
 MAX_INFLATION = 32  # compressed archives of weights stay far below this
 PICKLES = (".pt", ".pth", ".bin")
@@ -52,6 +50,22 @@ def require_file(path: Paths, what: str) -> Path:
     return file
 
 
+@contextmanager
+def _readable(file: Path, what: str) -> Iterator[None]:
+    """Whatever a library trips over in a file is the file's fault: each raises errors of its own on damaged ones."""
+    try:
+        yield
+    except FormatError:
+        raise
+    except Exception as error:
+        raise FormatError(
+            file,
+            what,
+            f"one that cannot be read ({type(error).__name__}: {printable(str(error).partition(chr(10))[0], 160)})",
+            hint="the file is truncated, damaged or of another kind; download it again",
+        ) from error
+
+
 def read_small_json(path: Paths) -> Any:
     """Read a JSON file that describes something, refusing one of absurd size."""
     file = require_file(path, "a JSON file")
@@ -60,15 +74,13 @@ def read_small_json(path: Paths) -> Any:
     return read_json(file)
 
 
-def read_small_yaml(path: Paths) -> Any:
+def read_small_yaml(path: Paths, most: int = 64 << 10) -> Any:
     """Read a YAML file of settings; anchors that multiply and files of absurd size are refused."""
     file = require_file(path, "a YAML file")
-    if file.stat().st_size > MAX_YAML:
-        raise FormatError(file, f"YAML below {MAX_YAML >> 10} KiB", f"{file.stat().st_size >> 10} KiB")
-    try:
+    if file.stat().st_size > most:
+        raise FormatError(file, f"YAML below {most >> 10} KiB", f"{file.stat().st_size >> 10} KiB")
+    with _readable(file, "a YAML file"):
         return yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise FormatError(file, "YAML", f"text that does not parse ({type(error).__name__})") from error
 
 
 # ---- safetensors ------------------------------------------------------------------------------------------
@@ -93,16 +105,8 @@ def safetensors_header(path: Paths) -> dict[str, tuple[str, tuple[int, ...]]]:
 def read_safetensors(path: Paths, *, device: str = "cpu", names: tuple[str, ...] | None = None) -> dict[str, Tensor]:
     """Tensors of a safetensors file; on CPU they are mapped and cost no memory until they are read."""
     file = _few_tensors(path)
-    try:
-        with safe_open(str(file), framework="pt", device=device) as opened:
-            return {name: opened.get_tensor(name) for name in names or opened.keys()}
-    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
-        raise FormatError(
-            file,
-            "a safetensors file",
-            f"one that cannot be read ({error})",
-            hint="the file is truncated or damaged; download it again",
-        ) from error
+    with _readable(file, "a safetensors file"), safe_open(str(file), framework="pt", device=device) as opened:
+        return {name: opened.get_tensor(name) for name in names or opened.keys()}
 
 
 def read_rows(path: Paths, rows: list[int], row_axis: dict[str, int]) -> dict[str, Tensor]:
@@ -111,11 +115,8 @@ def read_rows(path: Paths, rows: list[int], row_axis: dict[str, int]) -> dict[st
     A contiguous run is one read, anything else one per latent, so a few features of a wide SAE stay cheap.
     """
     file = require_file(path, "a safetensors file")
-    try:
-        with safe_open(str(file), framework="pt", device="cpu") as opened:
-            return {name: _rows(opened, name, rows, row_axis.get(name, -1)) for name in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise FormatError(file, "a safetensors file", f"one that cannot be read ({error})") from error
+    with _readable(file, "a safetensors file"), safe_open(str(file), framework="pt", device="cpu") as opened:
+        return {name: _rows(opened, name, rows, row_axis.get(name, -1)) for name in opened.keys()}  # noqa: SIM118
 
 
 def _rows(opened: Any, name: str, rows: list[int], axis: int) -> Tensor:
@@ -171,9 +172,9 @@ def _asked_for(message: str) -> str:
 def read_pickle(path: Paths) -> Any:
     """What `torch.save` wrote, restricted to tensors and plain data; a hostile pickle is refused, not run."""
     file = require_file(path, "a PyTorch file")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    with _readable(file, "a PyTorch file"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
             try:
                 loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
             except RuntimeError as error:
@@ -181,20 +182,13 @@ def read_pickle(path: Paths) -> Any:
                     raise
                 # files from before PyTorch 1.6 are no archives and cannot be mapped
                 loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise FormatError(
-            file,
-            "a PyTorch file of tensors and plain data",
-            f"a pickle that asks for code to be run, or that is damaged{_asked_for(str(error))}",
-            hint="hubsae never unpickles code. If you trust its author, save the state dict alone with torch.save",
-        ) from error
-    except Exception as error:  # torch raises RuntimeError, EOFError, KeyError, ValueError ... on damaged files
-        raise FormatError(
-            file,
-            "a PyTorch file",
-            f"one that cannot be read ({type(error).__name__}: {str(error).partition(chr(10))[0][:160]})",
-            hint="the file is truncated, damaged or of another kind; download it again",
-        ) from error
+        except pickle.UnpicklingError as error:
+            raise FormatError(
+                file,
+                "a PyTorch file of tensors and plain data",
+                f"a pickle that asks for code to be run, or that is damaged{_asked_for(str(error))}",
+                hint="hubsae never unpickles code. If you trust its author, save the state dict alone with torch.save",
+            ) from error
     check_backing(file, loaded)
     return loaded
 
@@ -246,11 +240,6 @@ def walk_tensors(value: Any, name: str = "", depth: int = 0) -> Iterator[tuple[s
             yield from walk_tensors(item, f"{name}[{i}]", depth + 1)
 
 
-_BROKEN_ZIP = (
-    zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, TypeError, SyntaxError, KeyError, struct.error,
-)  # fmt: skip
-
-
 # ---- numpy ------------------------------------------------------------------------------------------------
 
 
@@ -262,43 +251,32 @@ def _npy_header(handle: Any) -> tuple[tuple[int, ...], np.dtype]:
 
 
 def npz_shapes(path: Paths) -> dict[str, tuple[int, ...]]:
-    """Names and shapes in an npz archive, without its data."""
+    """Names and shapes in an npz archive, without its data; archives that inflate without measure are refused."""
     file = require_file(path, "an npz archive")
-    try:
-        with zipfile.ZipFile(file) as archive:
-            shapes = {}
-            for info in archive.infolist():
-                if not info.filename.endswith(".npy"):
-                    continue
-                with archive.open(info) as member:
-                    shape, dtype = _npy_header(member)
-                if math.prod(shape) * dtype.itemsize > info.file_size:
-                    raise FormatError(file, f"{info.filename} backed by its bytes ({info.file_size})", f"shape {shape}")
-                if dtype.hasobject:
-                    raise FormatError(file, f"numbers in {info.filename}", "pickled objects, which are never read")
-                shapes[info.filename.removesuffix(".npy")] = shape
-            return shapes
-    except FormatError:
-        raise
-    except (*_BROKEN_ZIP, NotImplementedError, RuntimeError) as error:
-        raise FormatError(file, "an npz archive", f"one that cannot be read ({error})") from error
+    shapes = {}
+    with _readable(file, "an npz archive"), zipfile.ZipFile(file) as archive:
+        inflated = sum(info.file_size for info in archive.infolist())
+        if inflated > MAX_INFLATION * file.stat().st_size:
+            raise FormatError(file, f"at most {MAX_INFLATION}x its size when unpacked", f"{inflated} bytes")
+        for info in archive.infolist():
+            if not info.filename.endswith(".npy"):
+                continue
+            with archive.open(info) as member:
+                shape, dtype = _npy_header(member)
+            if math.prod(shape) * dtype.itemsize > info.file_size:
+                raise FormatError(file, f"{info.filename} backed by its bytes ({info.file_size})", f"shape {shape}")
+            if dtype.hasobject:
+                raise FormatError(file, f"numbers in {info.filename}", "pickled objects, which are never read")
+            shapes[info.filename.removesuffix(".npy")] = shape
+    return shapes
 
 
 def read_npz(path: Paths) -> dict[str, Tensor]:
-    """Arrays of an npz archive; objects and archives that inflate without measure are refused."""
-    file = require_file(path, "an npz archive")
+    """Arrays of an npz archive; objects are refused."""
+    file = Path(path)
     npz_shapes(file)
-    try:
-        with zipfile.ZipFile(file) as archive:
-            inflated = sum(info.file_size for info in archive.infolist())
-        if inflated > MAX_INFLATION * file.stat().st_size:
-            raise FormatError(file, f"at most {MAX_INFLATION}x its size when unpacked", f"{inflated} bytes")
-        with np.load(file, allow_pickle=False) as arrays:
-            return {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in arrays.files}
-    except FormatError:
-        raise
-    except (*_BROKEN_ZIP, NotImplementedError, RuntimeError) as error:
-        raise FormatError(file, "an npz archive", f"one that cannot be read ({error})") from error
+    with _readable(file, "an npz archive"), np.load(file, allow_pickle=False) as arrays:
+        return {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in arrays.files}
 
 
 def read_raw(path: Paths, count: int | None = None) -> Tensor:
@@ -307,14 +285,11 @@ def read_raw(path: Paths, count: int | None = None) -> Tensor:
     with file.open("rb") as handle:
         head = handle.read(8)
     if head.startswith(b"\x93NUMPY"):
-        try:
-            with file.open("rb") as handle:
-                shape, dtype = _npy_header(handle)
+        with _readable(file, "a .npy file"), file.open("rb") as handle:
+            shape, dtype = _npy_header(handle)
             if math.prod(shape) * dtype.itemsize > file.stat().st_size:
                 raise ValueError(f"it claims {math.prod(shape) * dtype.itemsize} bytes, the file has fewer")
             return torch.from_numpy(np.ascontiguousarray(np.load(file, allow_pickle=False)))
-        except (ValueError, OSError, EOFError, TypeError, SyntaxError, RecursionError) as error:
-            raise FormatError(file, "a .npy file", f"one that cannot be read ({error})") from error
     if head.startswith(b"PK") or head[:2] == b"\x80\x02":
         value = read_pickle(file)
         if not isinstance(value, Tensor):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from hubsae.formats.select import FILTERS, pick, select, short_id
 from hubsae.hub import registered
 from hubsae.hub.client import HubClient, RemoteFile, split_repo
 from hubsae.hub.errors import RepoNotFoundError
-from hubsae.hub.layouts import Unit, units
+from hubsae.hub.layouts import units
 from hubsae.hub.registered import Registered
 from hubsae.hub.retry import status_of
 
@@ -37,7 +37,7 @@ class ExpectedFile:
     """A file of an SAE and what is known of it before it is here."""
 
     path: str
-    size: int | None = None
+    size: int
     sha256: str | None = None
 
 
@@ -64,10 +64,9 @@ class Entry:
         return self.native
 
     @property
-    def size(self) -> int | None:
-        """Bytes of all its files, where known."""
-        sizes = [file.size for file in self.files]
-        return None if any(size is None for size in sizes) else sum(size or 0 for size in sizes)
+    def size(self) -> int:
+        """Bytes of all its files."""
+        return sum(file.size for file in self.files)
 
     @property
     def needed(self) -> tuple[ExpectedFile, ...]:
@@ -135,27 +134,31 @@ def open_catalog(
 def local_catalog(path: Path) -> Catalog:
     """A release folder, an SAE folder, one file, or a folder of many."""
     if path.is_file():
-        unit = Unit(path.name, path.name, (path.name,), parse_path(path.name))
-        return Catalog(str(path), [_local_entry(path.parent, unit)], root=path.parent)
+        return Catalog(str(path), [_local_entry(path.parent, path.name, [path.name])], root=path.parent)
     if (path / MANIFEST_NAME).is_file():
         content = _json_or_none(path / MANIFEST_NAME)
         if Manifest.is_manifest(content):
             manifest = Manifest.parse(content, path / MANIFEST_NAME)
             return Catalog(str(path), [_native(entry) for entry in manifest], manifest, root=path)
     paths = [p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()]
-    return Catalog(str(path), [_local_entry(path, unit) for unit in units(paths)], root=path)
+    return Catalog(str(path), [_local_entry(path, *unit) for unit in units(paths).items()], root=path)
 
 
-def _local_entry(root: Path, unit: Unit) -> Entry:
+def _local_entry(root: Path, place: str, files: Iterable[str]) -> Entry:
     """An SAE on disk that no manifest lists; its record says more than its name."""
-    files = tuple(ExpectedFile(file, (root / file).stat().st_size) for file in unit.files)
-    known = {name: value for name, value in unit.name.known().items() if name in FILTERS}
-    record = root / unit.path / METADATA_NAME
+    entry = _by_name(place, [ExpectedFile(file, (root / file).stat().st_size) for file in files])
+    record = root / place / METADATA_NAME
     if record.is_file() and isinstance(content := _json_or_none(record), dict) and "hubsae_format" in content:
         said = SAEEntry.known_from(Metadata.from_dict(content, where=record))
-        known |= {name: said[name] for name in FILTERS if said[name] is not None}
-        return Entry(unit.id, unit.path, files, known, said["metrics"], said["scope"])
-    return Entry(unit.id, unit.path, files, known)
+        facts = entry.facts | {name: said[name] for name in FILTERS if said[name] is not None}
+        return replace(entry, facts=facts, metrics=said["metrics"], scope=said["scope"])
+    return entry
+
+
+def _by_name(place: str, files: Iterable[ExpectedFile]) -> Entry:
+    """An SAE of which only the name is known."""
+    known = {name: value for name, value in parse_path(place).known().items() if name in FILTERS}
+    return Entry(place, place, tuple(files), known)
 
 
 def remote_catalog(client: HubClient, repo_id: str, revision: str | None = None, *, force: bool = False) -> Catalog:
@@ -168,7 +171,10 @@ def remote_catalog(client: HubClient, repo_id: str, revision: str | None = None,
             manifest = Manifest.parse(content, f"{source}/{MANIFEST_NAME}")
             return Catalog(source, [_native(entry) for entry in manifest], manifest, None, repo_id, sha, revision)
     tree = _listing(client, repo_id, sha)
-    entries = [_entry(unit, tree) for unit in units(tree)]
+    entries = [
+        _by_name(place, [ExpectedFile(file, tree[file].size, tree[file].sha256) for file in files])
+        for place, files in units(tree).items()
+    ]
     return Catalog(source, entries, None, None, repo_id, sha, revision)
 
 
@@ -239,12 +245,3 @@ def _json_or_none(path: Path) -> Any:
 def _native(entry: SAEEntry) -> Entry:
     files = tuple(ExpectedFile(file.path, file.size, file.sha256) for file in entry.files)
     return Entry(entry.id, entry.path, files, entry.facts, dict(entry.metrics), entry.scope, native=True)
-
-
-def _entry(unit: Unit, tree: dict[str, RemoteFile]) -> Entry:
-    files = tuple(
-        ExpectedFile(path, tree[path].size, tree[path].sha256) if path in tree else ExpectedFile(path)
-        for path in unit.files
-    )
-    known = {name: value for name, value in unit.name.known().items() if name in FILTERS}
-    return Entry(unit.id, unit.path, files, known)

@@ -7,38 +7,26 @@ names; what a file really is, the readers in `formats` decide from its content o
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 from hubsae.core.text import natural_key, printable
 from hubsae.formats.detection import BESIDE, FOLDERS, SUFFIXES
-from hubsae.formats.names import NameInfo, parse_path, stem_of
+from hubsae.formats.names import stem_of
 
 _NEVER = ("optimizer", "scheduler", "training_args", "activations", "rng_state", "tokenizer", "sparsity", "normalizer")
 # files that the language model itself consists of, in case a repo holds both
 _MODEL = ("model-0", "pytorch_model", "adapter_model", "consolidated")
 
 
-@dataclass(frozen=True)
-class Unit:
-    """The files of one SAE."""
+def units(paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """A repo's paths as SAEs: by what a reader is pointed at, a folder ("." is the root) or a file, the files of each.
 
-    id: str
-    path: str
-    """What a reader is pointed at: a folder ("." is the root) or a file."""
-    files: tuple[str, ...]
-    name: NameInfo = field(default_factory=NameInfo)
-
-
-def units(paths: Iterable[str]) -> list[Unit]:
-    """Group a repo's paths into SAEs.
-
-    >>> [u.id for u in units(["saes/sae_base_layer6.pt", "README.md", "L6/cfg.json", "L6/sae_weights.safetensors"])]
+    >>> list(units(["saes/sae_base_layer6.pt", "README.md", "L6/cfg.json", "L6/sae_weights.safetensors"]))
     ['L6', 'saes/sae_base_layer6.pt']
     """
     everything = {path for path in paths if printable(path) == path}  # others are no names: nothing is read from them
     folders = {"."} | {str(parent) for path in everything for parent in PurePosixPath(path).parents}
-    found: list[Unit] = []
+    found: dict[str, tuple[str, ...]] = {}
     taken: set[str] = set()
     for folder in sorted(folders):
         for needed, optional in FOLDERS:
@@ -46,25 +34,20 @@ def units(paths: Iterable[str]) -> list[Unit]:
             if not everything.issuperset(inside):
                 continue
             inside += [path for name in optional if (path := _join(folder, name)) in everything]
-            name = parse_path(folder) if folder != "." else NameInfo()
-            found.append(Unit(folder, folder, tuple(inside), name))
+            found[folder] = tuple(inside)
             # other weights beside them (model.pt, model.onnx, raw tensors) are the same SAE again
-            taken.update(path for path in everything if _parent(path) == folder)
+            taken.update(path for path in everything if str(PurePosixPath(path).parent) == folder)
             taken.update(inside)
             break
     for path in sorted(everything - taken):
         file = PurePosixPath(path).name.lower()
         if file.endswith(SUFFIXES) and not file.startswith(_NEVER) and not file.startswith(_MODEL):
-            found.append(Unit(path, path, (path, *_beside(path, everything)), parse_path(path)))
-    return sorted(found, key=lambda unit: natural_key(unit.id))
+            found[path] = (path, *_beside(path, everything))
+    return dict(sorted(found.items(), key=lambda unit: natural_key(unit[0])))
 
 
 def _join(folder: str, name: str) -> str:
     return name if folder == "." else f"{folder}/{name}"
-
-
-def _parent(path: str) -> str:
-    return str(PurePosixPath(path).parent)
 
 
 def _beside(path: str, everything: set[str]) -> list[str]:

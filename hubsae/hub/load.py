@@ -179,11 +179,11 @@ def pull(
     files = [file for entry in selected for file in entry.files]
     with (
         client.quiet(),
-        progress(f"downloading from {repo}", sum(f.size or 0 for f in files), "bytes", show=bar) as task,
+        progress(f"downloading from {repo}", sum(f.size for f in files), "bytes", show=bar) as task,
     ):
         for entry in selected:
             fetch(client, catalog, entry, force=force_download, everything=True)
-            task.advance(entry.size or 0)
+            task.advance(entry.size)
     extra = catalog.manifest.files if catalog.manifest is not None and whole else []
     for file in extra:
         _fetch_file(client, catalog, ExpectedFile(file.path, file.size, file.sha256), force_download)
@@ -280,7 +280,7 @@ def _problem(client: HubClient, catalog: Catalog, path: Path, file: ExpectedFile
     """What is wrong with a downloaded file, or "". A file that was hashed once is not hashed again."""
     blob = path.resolve()
     stat = blob.stat()
-    if file.size is not None and stat.st_size != file.size:
+    if stat.st_size != file.size:
         return f"expected {file.size} bytes, found {stat.st_size}"
     if file.sha256 is None:
         return ""

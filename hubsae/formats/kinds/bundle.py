@@ -19,7 +19,6 @@ from torch import Tensor
 from hubsae.core.errors import ConfigError, FormatError
 from hubsae.core.files import write_json_atomic
 from hubsae.core.fold import TrainedTensors, unfold
-from hubsae.core.metadata import DecoderFlags
 from hubsae.core.sae import SAE
 from hubsae.formats import tensors as io
 from hubsae.formats.assembling import Found, assemble, orient
@@ -49,14 +48,10 @@ def _read(probe: Probe, choices: Overrides) -> SAE:
     file, meta = probe.path / WEIGHTS_NAME, probe.json(METADATA_NAME)
     tensors = _named(file, io.read_safetensors(file))
     d_in, d_sae = tensors["b_dec"].shape[0], tensors["b_enc"].shape[0]
-    W_enc, W_dec, layout = orient(file, tensors["W_enc"], tensors["W_dec"], d_in, d_sae, choices.transposed)
+    W_enc, W_dec, flags = orient(file, tensors["W_enc"], tensors["W_dec"], d_in, d_sae, choices.transposed)
     _check_declared(file, meta, d_in, d_sae)
-    kind = (
-        str(_find(meta, ("sae_type", "architecture", "activation", "type")) or "topk")
-        .lower()
-        .replace("_", "")
-        .replace("-", "")
-    )
+    kind = str(_find(meta, ("sae_type", "architecture", "activation", "type")) or "topk").lower()
+    kind = kind.replace("_", "").replace("-", "")
     architecture = next((ours for theirs, ours in ARCHITECTURES.items() if theirs in kind), "topk")
     k = _find(meta, ("k", "topk", "top_k"))
     hook = _find(meta, ("hookpoint", "hook_point", "hook_name", "hook"))
@@ -79,9 +74,7 @@ def _read(probe: Probe, choices: Overrides) -> SAE:
             layer=None if isinstance(hook, str) else probe.name.layer,
             base_model=_text(meta, ("base_model", "model_id", "model_name", "base_model_id")),
             base_model_revision=_text(meta, ("base_model_revision", "model_revision", "revision")),
-            flags=DecoderFlags(
-                encoder_orientation=layout.split(" and ")[0], decoder_orientation=layout.split(" and ")[1]
-            ),
+            flags=flags,
             record={"training": _training(meta)},
         ),
         choices,

@@ -44,11 +44,7 @@ def detect(probe: Probe) -> str | None:
 def _read(probe: Probe, choices: Overrides) -> SAE:
     match = FILE.match(probe.path.name)
     if match is None:
-        raise FormatError(
-            probe.path,
-            "a transcoder of one layer (layer_N.safetensors)",
-            "another name",
-        )
+        raise FormatError(probe.path, "a transcoder of one layer (layer_N.safetensors)", "another name")
     tensors = io.read_safetensors(probe.path)
     expect_keys(probe.path, tensors, KEYS, ("W_skip", *THRESHOLDS))
     config, layer = probe.yaml("config.yaml"), int(match[1])

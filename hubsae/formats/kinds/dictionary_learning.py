@@ -19,7 +19,7 @@ from hubsae.core.files import atomic_path, write_json_atomic
 from hubsae.core.fold import TrainedTensors
 from hubsae.core.sae import SAE
 from hubsae.formats import tensors as io
-from hubsae.formats.assembling import Found, assemble, expect_keys, linear_pair
+from hubsae.formats.assembling import Found, assemble, expect_keys, linear_pair, with_b_dec
 from hubsae.formats.base import Files, Format, Overrides, Probe
 
 WEIGHTS_NAME = "ae.pt"
@@ -65,9 +65,7 @@ def _read(probe: Probe, choices: Overrides) -> SAE:
     name = trainer["dict_class"]
     if name not in CLASSES:
         raise FormatError(file, f"a dict_class among {', '.join(CLASSES)}", repr(name))
-    state = probe.pickle(WEIGHTS_NAME if probe.is_dir else "")
-    if not isinstance(state, dict):
-        raise FormatError(file, "a state dict", type(state).__name__)
+    state = probe.state(WEIGHTS_NAME if probe.is_dir else "")
     expect_keys(file, state, CLASSES[name], BUFFERS)
     buffer = config.get("buffer") if isinstance(config.get("buffer"), dict) else {}
     submodule = trainer.get("submodule_name")
@@ -137,7 +135,6 @@ def _record(trainer: dict[str, Any], buffer: dict[str, Any]) -> dict[str, Any]:
 def write(sae: SAE, folder: str | os.PathLike[str]) -> Path:
     """Write a folder `dictionary_learning.utils.load_dictionary` opens."""
     config = sae.config
-    tensors = sae.tensors()
     unsupported = None
     if config.is_transcoder:
         unsupported = "transcoders"
@@ -149,23 +146,22 @@ def write(sae: SAE, folder: str | os.PathLike[str]) -> Path:
         unsupported = "batch_topk without a threshold"
     if unsupported:
         raise ConfigError(f"dictionary_learning has no {unsupported} at inference", hint="write it as native")
-    subtracts = config.architecture != "jumprelu"
-    biases = _biases_for(tensors, have=config.apply_b_dec_to_input, want=subtracts)
+    tensors = with_b_dec(sae, subtracted=config.architecture != "jumprelu")
     linear = {"encoder.weight": tensors["W_enc"].t().contiguous(), "decoder.weight": tensors["W_dec"].t().contiguous()}
     k = {"k": torch.tensor(config.k or 1, dtype=torch.int)}
     if config.architecture == "relu":
-        name, state = "AutoEncoder", linear | {"bias": tensors["b_dec"], "encoder.bias": biases["b_enc"]}
+        name, state = "AutoEncoder", linear | {"bias": tensors["b_dec"], "encoder.bias": tensors["b_enc"]}
     elif config.architecture == "topk":
-        state = linear | {"b_dec": tensors["b_dec"], "encoder.bias": biases["b_enc"]} | k
+        state = linear | {"b_dec": tensors["b_dec"], "encoder.bias": tensors["b_enc"]} | k
         name, state = "AutoEncoderTopK", state | {"threshold": torch.tensor(-1.0)}
     elif config.architecture == "batch_topk":
-        state = linear | {"b_dec": tensors["b_dec"], "encoder.bias": biases["b_enc"]} | k
+        state = linear | {"b_dec": tensors["b_dec"], "encoder.bias": tensors["b_enc"]} | k
         name, state = "BatchTopKSAE", state | {"threshold": torch.tensor(config.threshold)}
     elif config.architecture == "gated":
-        gates = {"gate_bias": biases["b_gate"], "mag_bias": biases["b_mag"], "r_mag": tensors["r_mag"]}
+        gates = {"gate_bias": tensors["b_gate"], "mag_bias": tensors["b_mag"], "r_mag": tensors["r_mag"]}
         name, state = "GatedAutoEncoder", linear | {"decoder_bias": tensors["b_dec"]} | gates
     else:
-        name, state = "JumpReluAutoEncoder", {**tensors, "b_enc": biases["b_enc"]}
+        name, state = "JumpReluAutoEncoder", tensors
     meta = sae.metadata
     trainer: dict[str, Any] = {
         "dict_class": name,
@@ -184,20 +180,6 @@ def write(sae: SAE, folder: str | os.PathLike[str]) -> Path:
         torch.save(state, file)
     write_json_atomic(folder / CONFIG_NAME, {"trainer": trainer, "buffer": {"ctx_len": meta.hook.context_size}})
     return folder
-
-
-def _biases_for(tensors: dict[str, Tensor], *, have: bool, want: bool) -> dict[str, Tensor]:
-    """Encoder biases of the same SAE where b_dec is subtracted before encoding (want) or not."""
-    names = [n for n in ("b_enc", "b_gate", "b_mag") if n in tensors]
-    if have == want:
-        return {n: tensors[n] for n in names}
-    shift = tensors["b_dec"].double() @ tensors["W_enc"].double()
-    shift = shift if want else -shift
-    out = {}
-    for name in names:
-        step = shift * tensors["r_mag"].double().exp() if name == "b_mag" else shift
-        out[name] = (tensors[name].double() + step).to(tensors[name].dtype)
-    return out
 
 
 FORMAT = Format(

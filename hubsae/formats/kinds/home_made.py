@@ -17,10 +17,9 @@ from typing import Any
 from torch import Tensor
 
 from hubsae.core.errors import ConfigError, FormatError, nearest
-from hubsae.core.fold import TrainedTensors
 from hubsae.core.sae import SAE
 from hubsae.formats import tensors as io
-from hubsae.formats.assembling import Found, assemble, linear_pair
+from hubsae.formats.assembling import linear_pair, named_tensors
 from hubsae.formats.base import Format, Overrides, Probe
 
 WRAPPERS = ("model_state_dict", "state_dict", "model", "sae", "sae_state_dict")
@@ -79,69 +78,12 @@ def _read(probe: Probe, choices: Overrides) -> SAE:
     W_enc, W_dec = linear_pair(probe.path, tensors["encoder.weight"], tensors["decoder.weight"], width)
     named = {"W_enc": W_enc, "W_dec": W_dec, "b_enc": tensors["encoder.bias"]}
     named |= {n: t for n, t in (("b_dec", bias), ("pre_bias", pre)) if t is not None}
-    return _assembled(probe, named, choices, "linear")
+    return named_tensors(probe, named, choices, "linear", _about(probe))
 
 
-def _assembled(probe: Probe, tensors: dict[str, Tensor], choices: Overrides, name: str) -> SAE:
-    """An SAE from tensors of canonical name and orientation, with what is said of them beside or by the caller."""
-    about, published = _config(probe), _published(probe.path)
-    architecture = "gated" if "b_gate" in tensors else "jumprelu" if "threshold" in tensors else None
-    architecture = architecture or choices.architecture or published.get("architecture") or about.get("architecture")
-    architecture = architecture or probe.name.architecture
-    if architecture is None:
-        raise FormatError(
-            probe.path,
-            "to be told how latents are selected",
-            "tensors that do not say",
-            hint="give architecture=topk and k=64, or architecture=relu (command line: -s architecture=topk -s k=64)",
-        )
-    pre, bias = tensors.get("pre_bias"), tensors.get("b_dec")
-    transcoder = choices.hook_out is not None or "W_skip" in tensors
-    if pre is None and not transcoder:
-        known = (choices.apply_b_dec_to_input, published.get("subtract"), about.get("subtract"))
-        subtract = next((value for value in known if value is not None), None)
-        if subtract is None:
-            raise FormatError(
-                probe.path,
-                "to be told whether b_dec is subtracted before encoding",
-                "tensors that do not say",
-                hint="give apply_b_dec_to_input=True or False (command line: -s apply_b_dec_to_input=true)",
-            )
-        pre = bias if subtract else None
-    elif pre is not None:
-        if bias is None:
-            adds = True if choices.decode_adds_b_pre is None else choices.decode_adds_b_pre
-            bias = pre if adds else pre * 0
-        elif choices.decode_adds_b_pre is None:
-            raise FormatError(
-                probe.path,
-                "to be told whether decoding adds the pre-bias to b_dec",
-                "tensors that do not say",
-                hint="give decode_adds_b_pre=True or False (command line: -s decode_adds_b_pre=false)",
-            )
-        elif choices.decode_adds_b_pre:
-            bias = (bias.double() + pre.double()).to(bias.dtype)
-    if bias is None:
-        raise FormatError(probe.path, "b_dec or pre_bias", f"only {', '.join(sorted(tensors))}")
-    biases = {key: tensors[key] for key in ("b_enc", "b_gate", "b_mag") if key in tensors}
-    return assemble(
-        Found(
-            format=name,
-            path=probe.path,
-            trained=TrainedTensors(
-                tensors["W_enc"], tensors["W_dec"], bias, pre, biases, tensors.get("r_mag"), tensors.get("W_skip")
-            ),
-            architecture=architecture,
-            k=about.get("k") or probe.name.k,
-            threshold=tensors.get("threshold"),
-            transcoder=transcoder,
-            layer=published.get("layer", probe.name.layer),
-            stage=probe.name.stage,
-            hook=about.get("hook"),
-            base_model=published.get("base_model") or about.get("base_model"),
-        ),
-        choices,
-    )
+def _about(probe: Probe) -> dict[str, Any]:
+    """What is said beside the file, or known of a published one."""
+    return _config(probe) | _published(probe.path)
 
 
 def _config(probe: Probe) -> dict[str, Any]:
@@ -204,7 +146,7 @@ def _read_mapped(probe: Probe, choices: Overrides) -> SAE:
     absent = [name for name in ("W_enc", "W_dec") if name not in named]
     if absent or not {"b_enc", "b_gate"} & set(named):
         raise ConfigError(f"the key map lacks {', '.join(absent) or 'b_enc'}", hint="W_enc, W_dec, b_enc, b_dec")
-    return _assembled(probe, named, choices, "mapped")
+    return named_tensors(probe, named, choices, "mapped", _about(probe))
 
 
 FORMAT = Format(

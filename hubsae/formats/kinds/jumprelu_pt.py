@@ -23,15 +23,15 @@ KEYS = ("W_enc", "b_enc", "W_dec", "b_dec", "log_threshold")
 
 def detect(probe: Probe) -> str | None:
     """A dict with sae_state_dict and normalization_mean."""
-    value = None if probe.is_dir else probe.pickle()
+    value = probe.pickle()
     if isinstance(value, dict) and {"sae_state_dict", "normalization_mean", "normalization_scale"} <= set(value):
         return "a dict with sae_state_dict, normalization_mean and normalization_scale"
     return None
 
 
 def _read(probe: Probe, choices: Overrides) -> SAE:
-    value: dict[str, Any] = probe.pickle()
-    state = value.get("sae_state_dict") if isinstance(value, dict) else None
+    value = probe.state()
+    state = value.get("sae_state_dict")
     if not isinstance(state, dict):
         raise FormatError(probe.path, "a state dict under sae_state_dict", type(state).__name__)
     expect_keys(probe.path, state, KEYS)

@@ -27,7 +27,7 @@ KEYS_OLD = KEYS[1:]
 
 
 def _wrapped(probe: Probe) -> dict[str, Any] | None:
-    value = None if probe.is_dir else probe.pickle()
+    value = probe.pickle()
     if isinstance(value, dict) and isinstance(value.get("state_dict"), dict) and isinstance(value.get("config"), dict):
         return value
     return None
@@ -37,23 +37,25 @@ def _detect_chain(probe: Probe) -> str | None:
     value = _wrapped(probe)
     if value is not None and set(value["state_dict"]) in (set(KEYS), set(KEYS_OLD)):
         return "a dict with state_dict and config; the state dict has encoder, decoder and b_pre"
-    return _bare(probe, "rl_chain")
+    fits = _bare(probe) and not _follows_the_grid(probe)
+    return "a bare state dict with b_pre, decoder(z)" if fits else None
 
 
 def _detect_grid(probe: Probe) -> str | None:
-    return _bare(probe, "grid")
+    if _bare(probe) and _follows_the_grid(probe):
+        return f"a bare state dict with b_pre, named {probe.path.name}"
+    return "a bare state dict with b_pre, decoder(z) + b_pre" if _bare(probe) else None
 
 
-def _bare(probe: Probe, name: str) -> str | None:
-    """A bare state dict is of the grid if its name follows the grid's scheme; otherwise both readings fit."""
-    value = None if probe.is_dir else probe.pickle()
-    if not isinstance(value, dict) or set(value) != set(KEYS):
-        return None
+def _bare(probe: Probe) -> bool:
+    value = probe.pickle()
+    return isinstance(value, dict) and set(value) == set(KEYS)
+
+
+def _follows_the_grid(probe: Probe) -> bool:
+    """By its name; where a bare state dict has another, both readings fit."""
     info = probe.name
-    if info.architecture is not None and (info.k is not None or info.threshold is not None):
-        what = f"named {probe.path.name}" if name == "grid" else None
-        return f"a bare state dict with b_pre, {what}" if what else None
-    return f"a bare state dict with b_pre, decoder(z){' + b_pre' if name == 'grid' else ''}"
+    return info.architecture is not None and (info.k is not None or info.threshold is not None)
 
 
 def _found(probe: Probe, state: dict[str, Tensor], choices: Overrides, name: str, adds: bool) -> Found:
@@ -79,10 +81,8 @@ def _found(probe: Probe, state: dict[str, Tensor], choices: Overrides, name: str
 
 
 def _read_chain(probe: Probe, choices: Overrides) -> SAE:
-    value = _wrapped(probe) or {"state_dict": probe.pickle(), "config": {}}
+    value = _wrapped(probe) or {"state_dict": probe.state(), "config": {}}
     state, config = value["state_dict"], value["config"]
-    if not isinstance(state, dict):
-        raise FormatError(probe.path, "a state dict", type(state).__name__)
     expect_keys(probe.path, state, KEYS_OLD, ("b_pre",))
     found = _found(probe, state, choices, "rl_chain", adds=False)
     found.topk_relu = False
@@ -120,9 +120,7 @@ def _training(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_grid(probe: Probe, choices: Overrides) -> SAE:
-    state = probe.pickle()
-    if not isinstance(state, dict):
-        raise FormatError(probe.path, "a state dict", type(state).__name__)
+    state = probe.state()
     expect_keys(probe.path, state, KEYS)
     info = probe.name
     kind = choices.architecture or info.architecture

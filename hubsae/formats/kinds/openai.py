@@ -6,8 +6,6 @@ The pre-bias is subtracted before encoding and added back. Those with a TopK act
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from hubsae.core.errors import FormatError
@@ -25,16 +23,14 @@ BUFFERS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_s
 
 def detect(probe: Probe) -> str | None:
     """A dict with pre_bias, latent_bias and encoder.weight."""
-    value = None if probe.is_dir else probe.pickle()
+    value = probe.pickle()
     if isinstance(value, dict) and set(KEYS) <= set(value):
         return "a dict with pre_bias, encoder.weight and latent_bias"
     return None
 
 
 def _read(probe: Probe, choices: Overrides) -> SAE:
-    value: dict[str, Any] = probe.pickle()
-    if not isinstance(value, dict):
-        raise FormatError(probe.path, "a dict of tensors", type(value).__name__)
+    value = probe.state()
     tensors = {k: v for k, v in value.items() if isinstance(v, Tensor)}
     expect_keys(probe.path, tensors, KEYS, (*DECODERS, *BUFFERS))
     pre_bias, encoder = tensors["pre_bias"], tensors["encoder.weight"]

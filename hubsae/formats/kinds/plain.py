@@ -10,7 +10,6 @@ and whether b_dec is subtracted must be given.
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,10 @@ from torch import Tensor
 from hubsae.core.config import SAEConfig
 from hubsae.core.errors import FormatError
 from hubsae.core.files import atomic_path, safe_join, write_json_atomic
-from hubsae.core.fold import TrainedTensors
-from hubsae.core.metadata import DecoderFlags, Metadata, describe_validation
+from hubsae.core.metadata import Metadata, describe_validation
 from hubsae.core.sae import SAE
 from hubsae.formats import tensors as io
-from hubsae.formats.assembling import Found, assemble, expect_keys, orient
+from hubsae.formats.assembling import expect_keys, named_tensors, orient
 from hubsae.formats.base import Format, Overrides, Probe
 from hubsae.formats.names import stem_of
 from hubsae.version import __version__
@@ -55,8 +53,6 @@ def _state(value: Any) -> dict[str, Tensor] | None:
 
 
 def _detect_file(probe: Probe) -> str | None:
-    if probe.is_dir:
-        return None
     if probe.path.suffix == ".safetensors":
         names = set(probe.header())
         fits = set(MATRICES) <= names <= {*MATRICES, *OTHERS}
@@ -114,64 +110,19 @@ def _unnamed(probe: Probe, name: str, tensors: dict[str, Tensor], choices: Overr
     """Tensors whose names are canonical and of which nothing else is known."""
     if "log_threshold" in tensors:
         tensors["threshold"] = tensors.pop("log_threshold").double().exp().float()
-    about = probe.json(f"{stem_of(probe.path.name)}{CFG_SUFFIX}") if not probe.is_dir else {}
-    if isinstance(about.get("act_name"), str):  # what published this way has a ReLU and subtracts b_dec
-        choices = replace(
-            choices, architecture=choices.architecture or "relu", hook=choices.hook or about["act_name"],
-            base_model=choices.base_model or BASE_OF_CFG,
-            apply_b_dec_to_input=True if choices.apply_b_dec_to_input is None else choices.apply_b_dec_to_input,
-        )  # fmt: skip
+    config, about = probe.json(f"{stem_of(probe.path.name)}{CFG_SUFFIX}") if not probe.is_dir else {}, {}
+    if isinstance(config.get("act_name"), str):  # what published this way has a ReLU and subtracts b_dec
+        about = {"architecture": "relu", "hook": config["act_name"], "base_model": BASE_OF_CFG, "subtract": True}
     if "W_skip" in tensors or choices.hook_out is not None:
         raise FormatError(
             probe.path, "an autoencoder", "a transcoder", hint="name its tensors: map='W_enc=W_enc,...' with hook_out="
         )
-    architecture = _architecture(probe, tensors, choices)
-    if choices.apply_b_dec_to_input is None:
-        raise FormatError(
-            probe.path,
-            "to be told whether b_dec is subtracted before encoding",
-            "tensors that do not say",
-            hint="give apply_b_dec_to_input=True or False (command line: -s apply_b_dec_to_input=true)",
-        )
-    biases = {key: tensors[key] for key in ("b_enc", "b_gate", "b_mag") if key in tensors}
-    if not biases:
+    bias = next((tensors[key] for key in ("b_enc", "b_gate", "b_mag") if key in tensors), None)
+    if bias is None:
         raise FormatError(probe.path, "an encoder bias", f"only {', '.join(sorted(tensors))}")
-    d_in, d_sae = tensors["b_dec"].shape[0], next(iter(biases.values())).shape[0]
-    W_enc, W_dec, layout = orient(probe.path, tensors["W_enc"], tensors["W_dec"], d_in, d_sae, choices.transposed)
-    b_dec = tensors["b_dec"]
-    return assemble(
-        Found(
-            format=name,
-            path=probe.path,
-            trained=TrainedTensors(
-                W_enc, W_dec, b_dec, b_dec if choices.apply_b_dec_to_input else None, biases, tensors.get("r_mag")
-            ),
-            architecture=architecture,
-            k=probe.name.k,
-            threshold=tensors.get("threshold"),
-            layer=probe.name.layer,
-            stage=probe.name.stage,
-            flags=DecoderFlags(
-                encoder_orientation=layout.split(" and ")[0], decoder_orientation=layout.split(" and ")[1]
-            ),
-        ),
-        choices,
-    )
-
-
-def _architecture(probe: Probe, tensors: dict[str, Tensor], choices: Overrides) -> str:
-    if "b_gate" in tensors:
-        return "gated"
-    if "threshold" in tensors:
-        return "jumprelu"
-    if kind := choices.architecture or probe.name.architecture:
-        return kind
-    raise FormatError(
-        probe.path,
-        "to be told how latents are selected",
-        "tensors that do not say",
-        hint="give architecture=topk and k=64, or architecture=relu (command line: -s architecture=topk -s k=64)",
-    )
+    d_in, d_sae = tensors["b_dec"].shape[0], bias.shape[0]
+    W_enc, W_dec, flags = orient(probe.path, tensors["W_enc"], tensors["W_dec"], d_in, d_sae, choices.transposed)
+    return named_tensors(probe, {**tensors, "W_enc": W_enc, "W_dec": W_dec}, choices, name, about, flags)
 
 
 # ---- raw tensor files -------------------------------------------------------------------------------------

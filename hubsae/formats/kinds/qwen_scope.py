@@ -9,9 +9,7 @@ import re
 
 from torch import Tensor
 
-from hubsae.core.errors import FormatError
 from hubsae.core.fold import TrainedTensors
-from hubsae.core.metadata import DecoderFlags
 from hubsae.core.sae import SAE
 from hubsae.formats.assembling import Found, assemble, expect_keys, orient
 from hubsae.formats.base import Format, Overrides, Probe
@@ -26,25 +24,19 @@ def detect(probe: Probe) -> str | None:
     if probe.is_dir or not FILE.match(probe.path.name):
         return None
     value = probe.pickle()
-    return (
-        "layer{n}.sae.pt with W_enc, W_dec, b_enc, b_dec"
-        if isinstance(value, dict) and set(KEYS) <= set(value)
-        else None
-    )
+    fits = isinstance(value, dict) and set(KEYS) <= set(value)
+    return "layer{n}.sae.pt with W_enc, W_dec, b_enc, b_dec" if fits else None
 
 
 def _read(probe: Probe, choices: Overrides) -> SAE:
-    state = probe.pickle()
-    if not isinstance(state, dict):
-        raise FormatError(probe.path, "a dict of tensors", type(state).__name__)
-    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+    tensors = {k: v for k, v in probe.state().items() if isinstance(v, Tensor)}
     expect_keys(probe.path, tensors, KEYS)
     match = FILE.match(probe.path.name)
     # the repo name, when the file lies in a clone or in the Hub cache (models--Qwen--SAE-Res-...)
     repo = REPO.search(probe.path.absolute().as_posix())
     d_in, d_sae = tensors["b_dec"].shape[0], tensors["b_enc"].shape[0]
     turned = True if choices.transposed is None else choices.transposed
-    W_enc, W_dec, _ = orient(probe.path, tensors["W_enc"], tensors["W_dec"], d_in, d_sae, turned)
+    W_enc, W_dec, flags = orient(probe.path, tensors["W_enc"], tensors["W_dec"], d_in, d_sae, turned)
     return assemble(
         Found(
             format="qwen_scope",
@@ -54,7 +46,7 @@ def _read(probe: Probe, choices: Overrides) -> SAE:
             k=int(repo["k"]) if repo else None,
             layer=int(match[1]) if match else probe.name.layer,
             base_model=f"Qwen/{repo['model']}" if repo else None,
-            flags=DecoderFlags(encoder_orientation="[d_sae, d_in]", decoder_orientation="[d_in, d_sae]"),
+            flags=flags,
         ),
         choices,
     )

@@ -18,7 +18,7 @@ from hubsae.core.files import read_json, write_json_atomic
 from hubsae.core.fold import TrainedTensors
 from hubsae.core.sae import SAE
 from hubsae.formats import tensors as io
-from hubsae.formats.assembling import Found, assemble, expect_keys
+from hubsae.formats.assembling import Found, assemble, expect_keys, with_b_dec
 from hubsae.formats.base import Files, Format, Overrides, Probe
 from hubsae.formats.names import parse_name
 
@@ -94,14 +94,10 @@ def write(sae: SAE, folder: str | os.PathLike[str], *, merge_cfg: bool = False) 
             + (f" with {config.token_norm}" if config.token_norm != "none" else ""),
             hint="write it as native, saelens or onnx",
         )
-    tensors = sae.tensors()
-    b_enc = tensors["b_enc"]
-    if not config.apply_b_dec_to_input and not config.is_transcoder:
-        # sparsify always subtracts b_dec; put it back in the bias
-        b_enc = (b_enc.double() + tensors["b_dec"].double() @ tensors["W_enc"].double()).to(b_enc.dtype)
+    tensors = sae.tensors() if config.is_transcoder else with_b_dec(sae, subtracted=True)  # as sparsify always does
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    stored = {"encoder.weight": tensors["W_enc"].t(), "encoder.bias": b_enc}
+    stored = {"encoder.weight": tensors["W_enc"].t(), "encoder.bias": tensors["b_enc"]}
     stored |= {name: tensors[name] for name in ("W_dec", "b_dec", "W_skip") if name in tensors}
     io.write_safetensors(folder / WEIGHTS_NAME, stored)
     cfg: dict[str, Any] = {
