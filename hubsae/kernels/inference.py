@@ -11,10 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hubsae.kernels import entries, select
-from hubsae.kernels.linear import linear
-
-# rows encoded at once; 512 x 7168 float32 are 15 MB
-ROWS = 512
+from hubsae.kernels.linear import linear, rows_at_once
 
 
 def encode_linear(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
@@ -33,12 +30,13 @@ def encode_topk(
 
     Equal to `select_topk(encode_linear(x - center, ...), k)` without the block of all pre-activations.
     """
-    if x.shape[0] <= ROWS or (torch.is_grad_enabled() and (x.requires_grad or W_enc.requires_grad)):
+    step = rows_at_once(x.shape[0], W_enc.shape[1])
+    if x.shape[0] <= step or (torch.is_grad_enabled() and (x.requires_grad or W_enc.requires_grad)):
         return select_topk(encode_linear(x if center is None else x - center, W_enc, b_enc), k, sorted)
     values = torch.empty(x.shape[0], k, dtype=x.dtype, device=x.device)
     indices = torch.empty(x.shape[0], k, dtype=torch.int64, device=x.device)
-    for start in range(0, x.shape[0], ROWS):
-        part = slice(start, start + ROWS)
+    for start in range(0, x.shape[0], step):
+        part = slice(start, start + step)
         rows = x[part] if center is None else x[part] - center
         values[part], indices[part] = select_topk(encode_linear(rows, W_enc, b_enc), k, sorted)
     return values, indices

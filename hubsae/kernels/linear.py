@@ -21,6 +21,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+# results of up to so many elements are made at once, and rows a multiple of this above
+IN_CACHE = 1 << 21
+ROWS = 256
+# a result of up to 30 MiB is memory that the allocator keeps and hands out again; a larger one is mapped anew, page by
+# page, each time (3 % of the product at 32,768 columns). Below LEAST rows the product loses more than that
+KEPT = 30 << 18
+LEAST = 112
 # products below this many multiply-adds are over before a trial pays
 SMALL = 1 << 21
 # largest difference, relative to |x| |w|, that counts as "the same numbers" in float32
@@ -49,6 +56,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if fast and backend(x.shape[0], weight.shape[1], weight.shape[0], torch.get_num_threads()) == "onednn":
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
+
+
+def rows_at_once(rows: int, n: int) -> int:
+    """How many rows to multiply at once where the n columns of each are reduced before the next come.
+
+    >>> [rows_at_once(2048, n) for n in (512, 1024, 7168, 32768, 131072)]
+    [2048, 2048, 256, 240, 256]
+    """
+    if rows * n <= IN_CACHE:
+        return rows
+    kept = KEPT // n
+    return kept if LEAST <= kept < ROWS else max(1, IN_CACHE // n // ROWS) * ROWS
 
 
 def _regular(matrix: Tensor) -> bool:

@@ -29,6 +29,11 @@ class AuxGradient(NamedTuple):
     b_dec: Tensor | None
     """[d], only where the target is the full activation."""
 
+    def of(self, latents: slice) -> tuple[Tensor, slice]:
+        """The dead among some latents, counted from the first of these, and their rows here."""
+        low, high = torch.searchsorted(self.ids, self.ids.new_tensor([latents.start, latents.stop])).tolist()
+        return self.ids[low:high] - latents.start, slice(low, high)
+
 
 def dead_ids(cell: Cell, comm: Solo) -> Tensor | None:
     """The dead latents of a cell [n_dead], or None where AuxK has nothing to do on any rank."""

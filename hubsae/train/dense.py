@@ -98,13 +98,13 @@ class DenseCodes:
         grads["center"] = -(self.dz.sum(0) @ cell.W_enc)
         return penalty
 
-    def tile(self, low: int, high: int) -> tuple[Tensor, Tensor]:
-        """Gradients of W_enc and W_dec for latents low to high of the cell."""
-        part = slice(low, high)
-        return (
-            linear(self.dz[:, part].t(), self.inputs.t()),
-            linear(self.z[:, part].t(), self.residual.t()),
-        )
+    def encoder_gradient(self, latents: slice) -> Tensor:
+        """Of W_enc, for some latents of the cell."""
+        return linear(self.dz[:, latents].t(), self.inputs.t())
+
+    def decoder_gradient(self, latents: slice) -> Tensor:
+        """Of W_dec, for some latents of the cell."""
+        return linear(self.z[:, latents].t(), self.residual.t())
 
 
 def _count_rows(mask: Tensor) -> Tensor:

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from hubsae.kernels.linear import linear
+from hubsae.kernels.linear import linear, rows_at_once
 from hubsae.train.config import TrainConfig
-from hubsae.train.select import CHUNK_ELEMENTS, CHUNK_ROWS
 from hubsae.train.update import TILE_ELEMENTS
 
 ENCODER_SHARE = 0.57
@@ -70,16 +69,16 @@ def estimate(
     state = 12 * parameters
     stored = config.clip is not None or config.accumulate > 1 or (ranks > 1 and config.parallel == "data")
     part = B // config.accumulate
-    rows_at_once = part if part * n <= CHUNK_ELEMENTS else CHUNK_ROWS
+    block_rows = min(part, rows_at_once(part, n))
     density = min(1.0, (config.k or max(1, n // 20)) / n)
     entries = int(part * n * density)
     prefixes = len(config.prefixes(n))
-    block = 4 * (rows_at_once * n * 2 + part * (d_in + wide * (2 + prefixes))) + 40 * entries + 8 * TILE_ELEMENTS
+    block = 4 * (block_rows * n * 2 + part * (d_in + wide * (2 + prefixes))) + 40 * entries + 8 * TILE_ELEMENTS
     if config.architecture == "gated" or (config.k is None and density > 0.1):
         block += 4 * part * n * 3
     if config.kernels == "triton" and config.architecture in ("topk", "batch_topk"):
         # lists of candidates in place of pre-activations, and bf16 copies of what is multiplied or gathered from
-        block += part * (8 * 8 * (config.k or 0) + 2 * (d_in + wide)) - 4 * rows_at_once * n * 2
+        block += part * (8 * 8 * (config.k or 0) + 2 * (d_in + wide)) - 4 * block_rows * n * 2
         block += 2 * n * (d_in if config.precision == "fp32" else d_in + wide)
     elif config.precision == "bf16":
         block += 2 * n * d_in

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hubsae.kernels import chosen, entries
-from hubsae.kernels.linear import linear
+from hubsae.kernels.linear import linear, rows_at_once
 from hubsae.kernels.select import largest, topk
 from hubsae.train import aux
 from hubsae.train.dense import DenseCodes
@@ -17,9 +17,6 @@ from hubsae.train.state import Cell
 
 # above this share of active entries the dense products win (measured: even at 20 %)
 DENSE_ABOVE = 0.18
-# rows encoded at once, where the whole block of pre-activations would not stay in cache
-CHUNK_ROWS = 256
-CHUNK_ELEMENTS = 1 << 21
 # with Triton kernels, entries that a row of a jumprelu SAE has room for, and times k of a batch_topk SAE
 ROOM = 512
 ROOM_FOR_K = 4
@@ -56,7 +53,7 @@ def select(cell: Cell, xc: Tensor, comm: Solo, rows_in_all: int) -> Selected:
     if arch == "gated":
         return Selected(*_none(xc), dense=DenseCodes.gated(cell, linear(xc, cell.W_enc)))
     dead = aux.dead_ids(cell, comm)
-    step = B if B * cell.n <= CHUNK_ELEMENTS else CHUNK_ROWS
+    step = rows_at_once(B, cell.n)
     if arch == "batch_topk":
         return _batch_topk(cell, xc, step, dead, comm, rows_in_all)
     if _in_one_kernel(xc):

@@ -1,14 +1,16 @@
 """The update: weight gradients, projection, Adam and unit norm, one tile of latents at a time.
 
 A tile's rows of W, m and v are read and written once while they are in cache, and its gradient lives only that
-long: no gradient of the size of the weights exists. Clipping, accumulation and data-parallel training need the
-whole gradient before any weight moves; they `collect` it into stored buffers first (+8 bytes per weight) and then apply
-the same tiles.
+long: no gradient of the size of the weights exists. All tiles of the encoder come before those of the decoder, so
+that rows are gathered from one table at a time, the inputs or the residuals. Clipping, accumulation and data-parallel
+training need the whole gradient before any weight moves; they `collect` it into stored buffers first (+8 bytes per
+weight) and then apply the same tiles.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,23 +21,21 @@ from hubsae.train.parallel import Solo
 from hubsae.train.state import SHARED, Bank, Cell
 from hubsae.train.step import Forward, Signals, to_gather
 
-# elements of one matrix in a tile: with two matrices, their moments and gradients about 8 x 1 MB (measured: flat
-# between 256 and 512 rows of 896, slower outside)
-TILE_ELEMENTS = 256 * 896
+# elements of a tile: its rows, their moments and the gradient are 4 x 2 MB
+TILE_ELEMENTS = 512 * 896
 
 
 def apply(bank: Bank, f: Forward, s: Signals, moves: Tensor | None = None) -> None:
     """Take one optimiser step straight from a batch's signals; where `moves` is false on the device, nothing moves."""
     cells = bank.live
     for run in _runs(cells, s):
-        low, high = run[0].low, run[-1].high
         if chosen() == "triton" and _in_one_kernel(bank, f, s, run, moves):
             continue
-        tiles = _tiles(low, high, bank.d_in)
-        starts = _starts(f, [*(a for a, _ in tiles), high])
-        for i, (a, b) in enumerate(tiles):
-            gW_enc, gW_dec, dots = _tile(bank, f, s, run, a, b, starts[i], starts[i + 1])
-            _step_matrices(bank, run[0], a, b, gW_enc, gW_dec, dots, moves)
+        tiles = _entry_tiles(f, run[0].low, run[-1].high, bank.d_in)
+        for tile in tiles:
+            _step_encoder(bank, run[0], tile.rows, _encoder_gradient(bank, f, s, run, tile), moves)
+        for tile in tiles:
+            _step_decoder(bank, run[0], tile.rows, *_decoder_gradient(bank, f, s, run, tile), moves)
     _step_vectors(cells, s.vectors, moves)
 
 
@@ -65,13 +65,11 @@ def collect(bank: Bank, f: Forward, s: Signals) -> None:
     """Add a batch's weight gradients to the stored ones."""
     g_enc, g_dec = bank.stored_gradients()
     for run in _runs(bank.live, s):
-        low, high = run[0].low, run[-1].high
-        tiles = _tiles(low, high, bank.d_in)
-        starts = _starts(f, [*(a for a, _ in tiles), high])
-        for i, (a, b) in enumerate(tiles):
-            gW_enc, gW_dec, _ = _tile(bank, f, s, run, a, b, starts[i], starts[i + 1])
-            g_enc[a:b] += gW_enc
-            g_dec[a:b] += gW_dec
+        tiles = _entry_tiles(f, run[0].low, run[-1].high, bank.d_in)
+        for tile in tiles:
+            g_enc[tile.rows] += _encoder_gradient(bank, f, s, run, tile)
+        for tile in tiles:
+            g_dec[tile.rows] += _decoder_gradient(bank, f, s, run, tile)[0]
 
 
 def apply_stored(bank: Bank, vectors: list[dict[str, Tensor]], fired: Tensor, comm: Solo) -> list[float | None]:
@@ -99,26 +97,36 @@ def apply_stored(bank: Bank, vectors: list[dict[str, Tensor]], fired: Tensor, co
                 for gradient in (g_enc[rows], g_dec[rows], *grads.values()):
                     gradient *= factor
         norms.append(norm)
-        for a, b in _tiles(cell.low, cell.high, bank.d_in):
-            _step_matrices(bank, cell, a, b, g_enc[a:b], g_dec[a:b], None)
+        for rows in _tiles(cell.low, cell.high, bank.d_in):
+            _step_encoder(bank, cell, rows, g_enc[rows])
+            _step_decoder(bank, cell, rows, g_dec[rows], None)
     _step_vectors(bank.live, vectors)
     g_enc.zero_()
     g_dec.zero_()
     return norms
 
 
-def _starts(f: Forward, latents: list[int]) -> list[int]:
-    """Where latents begin among the entries in latent order."""
-    return f.entries.offsets.index_select(0, torch.tensor(latents, device=f.entries.offsets.device)).tolist()
-
-
 def _square(matrix: Tensor) -> Tensor:
     return torch.linalg.vector_norm(matrix).double().square()
 
 
-def _tiles(low: int, high: int, d: int) -> list[tuple[int, int]]:
+class _Tile(NamedTuple):
+    """Rows of the weights, and the entries in latent order that belong to them."""
+
+    rows: slice
+    entries: slice
+
+
+def _tiles(low: int, high: int, d: int) -> list[slice]:
     size = max(1, TILE_ELEMENTS // d)
-    return [(a, min(a + size, high)) for a in range(low, high, size)]
+    return [slice(a, min(a + size, high)) for a in range(low, high, size)]
+
+
+def _entry_tiles(f: Forward, low: int, high: int, d: int) -> list[_Tile]:
+    tiles, offsets = _tiles(low, high, d), f.entries.offsets
+    edges = torch.tensor([low, *(rows.stop for rows in tiles)], device=offsets.device)
+    entries = itertools.pairwise(offsets.index_select(0, edges).tolist())
+    return [_Tile(rows, slice(*edge)) for rows, edge in zip(tiles, entries, strict=True)]
 
 
 def _runs(cells: list[Cell], s: Signals) -> list[list[Cell]]:
@@ -137,62 +145,61 @@ def _runs(cells: list[Cell], s: Signals) -> list[list[Cell]]:
     return runs
 
 
-def _tile(
-    bank: Bank, f: Forward, s: Signals, run: list[Cell], a: int, b: int, start: int, end: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of W_enc and W_dec for latents a to b, and <gW_dec, W_dec> by row where known."""
-    i = bank.live.index(run[0])
-    cell = run[0]
-    branch, extra = s.dense[i], s.aux[i]
-    if branch is not None:
-        gW_enc, gW_dec = branch.tile(a - cell.low, b - cell.low)
-        dots = None
+def _encoder_gradient(bank: Bank, f: Forward, s: Signals, run: list[Cell], tile: _Tile) -> Tensor:
+    """Of W_enc, for the latents of a tile."""
+    cell, i = run[0], bank.live.index(run[0])
+    if (branch := s.dense[i]) is not None:
+        gradient = branch.encoder_gradient(_within(tile.rows, cell))
     else:
-        offsets = f.entries.offsets[a:b] - start
-        part = slice(start, end)
-        gW_dec = cpu.bag_sum(f.residuals, f.entries.rows[part], offsets, f.entries.values[part])
-        gW_enc = cpu.bag_sum(f.inputs, f.x_rows[part], offsets, s.dz[part])
-        dots = s.dots[a:b]
-    if extra is not None:
-        x, y = torch.searchsorted(extra.ids, extra.ids.new_tensor([a - cell.low, b - cell.low])).tolist()
-        if y > x:
-            ids = extra.ids[x:y] - (a - cell.low)
-            gW_enc.index_add_(0, ids, extra.W_enc[x:y])
-            gW_dec.index_add_(0, ids, extra.W_dec[x:y])
+        offsets = f.entries.offsets[tile.rows] - tile.entries.start
+        gradient = cpu.bag_sum(f.inputs, f.x_rows[tile.entries], offsets, s.dz[tile.entries])
+    if (extra := s.aux[i]) is not None:
+        ids, part = extra.of(_within(tile.rows, cell))
+        gradient.index_add_(0, ids, extra.W_enc[part])
+    return gradient
+
+
+def _decoder_gradient(bank: Bank, f: Forward, s: Signals, run: list[Cell], tile: _Tile) -> tuple[Tensor, Tensor | None]:
+    """Of W_dec, for the latents of a tile, and <gradient, W_dec> by row where known."""
+    cell, i = run[0], bank.live.index(run[0])
+    if (branch := s.dense[i]) is not None:
+        gradient, dots = branch.decoder_gradient(_within(tile.rows, cell)), None
+    else:
+        offsets = f.entries.offsets[tile.rows] - tile.entries.start
+        entries = f.entries.rows[tile.entries], offsets, f.entries.values[tile.entries]
+        gradient, dots = cpu.bag_sum(f.residuals, *entries), s.dots[tile.rows]
+    if (extra := s.aux[i]) is not None:
+        ids, part = extra.of(_within(tile.rows, cell))
+        if ids.numel():
+            gradient.index_add_(0, ids, extra.W_dec[part])
             dots = None
-    return gW_enc, gW_dec, dots
+    return gradient, dots
 
 
-def _step_matrices(
-    bank: Bank,
-    cell: Cell,
-    a: int,
-    b: int,
-    gW_enc: Tensor,
-    gW_dec: Tensor,
-    dots: Tensor | None,
-    moves: Tensor | None = None,
+def _within(rows: slice, cell: Cell) -> slice:
+    """Rows of the bank as latents of the cell."""
+    return slice(rows.start - cell.low, rows.stop - cell.low)
+
+
+def _step_encoder(bank: Bank, cell: Cell, rows: slice, gradient: Tensor, moves: Tensor | None = None) -> None:
+    state = [bank.W_enc[rows]], [gradient], [bank.m_enc[rows]], [bank.v_enc[rows]]
+    _adam(cell.config, cell.lr, *state, cell.step + 1, moves)
+
+
+def _step_decoder(
+    bank: Bank, cell: Cell, rows: slice, gradient: Tensor, dots: Tensor | None, moves: Tensor | None = None
 ) -> None:
-    W_dec = bank.W_dec[a:b]
+    W_dec = bank.W_dec[rows]
     if cell.config.project:
-        along = torch.linalg.vecdot(gW_dec, W_dec) if dots is None else dots
+        along = torch.linalg.vecdot(gradient, W_dec) if dots is None else dots
         if not cell.unit_rows:
             along = along / torch.linalg.vecdot(W_dec, W_dec).clamp_min_(1e-24)
-        gW_dec.addcmul_(W_dec, along.unsqueeze(1), value=-1.0)
-    step = cell.step + 1
-    _adam(
-        cell.config,
-        cell.lr,
-        [bank.W_enc[a:b], W_dec],
-        [gW_enc, gW_dec],
-        [bank.m_enc[a:b], bank.m_dec[a:b]],
-        [bank.v_enc[a:b], bank.v_dec[a:b]],
-        step,
-        moves,
-    )
+        gradient.addcmul_(W_dec, along.unsqueeze(1), value=-1.0)
+    _adam(cell.config, cell.lr, [W_dec], [gradient], [bank.m_dec[rows]], [bank.v_dec[rows]], cell.step + 1, moves)
     if cell.config.unit_norm:
         norms = torch.linalg.vector_norm(W_dec, dim=1, keepdim=True).clamp_min_(1e-12)
-        W_dec *= torch.div(bank.row_norms[a:b], norms, out=norms)
+        scale = torch.div(bank.row_norms[rows], norms, out=norms)
+        W_dec *= scale if moves is None else torch.where(moves, scale, 1.0)
 
 
 def _step_vectors(cells: list[Cell], vectors: list[dict[str, Tensor]], moves: Tensor | None = None) -> None:

@@ -164,8 +164,7 @@ def test_transcoders_take_the_steps_of_the_textbook(options, skip):
 
 
 def test_row_chunks_change_nothing(monkeypatch):
-    monkeypatch.setattr(select, "CHUNK_ROWS", 10)
-    monkeypatch.setattr(select, "CHUNK_ELEMENTS", 100)
+    monkeypatch.setattr(select, "rows_at_once", lambda rows, n: 10)
     for arch in ("topk", "batch_topk"):
         compare(config(architecture=arch, aux=AuxConfig(k=12)), dead=True)
 
@@ -173,6 +172,19 @@ def test_row_chunks_change_nothing(monkeypatch):
 def test_tiles_change_nothing(monkeypatch):
     monkeypatch.setattr(update, "TILE_ELEMENTS", 7 * D)
     compare(config(aux=AuxConfig(k=12)), dead=True)
+
+
+def test_a_step_that_may_not_move_leaves_every_bit():
+    bank = Bank([config()], D)
+    start(bank)
+    bank.W_dec *= 1 + 1e-5  # the norm that is kept is another
+    cell, x = bank.cells[0], torch.randn(ROWS, D, generator=torch.Generator().manual_seed(1))
+    before = [t.clone() for t in (bank.W_enc, bank.W_dec, bank.m_dec, *cell.vectors.values())]
+    with torch.no_grad():
+        f = step.forward(bank, x, SOLO, ROWS)
+        update.apply(bank, f, step.signals(bank, f, SOLO, ROWS), torch.tensor(False))
+    after = (bank.W_enc, bank.W_dec, bank.m_dec, *cell.vectors.values())
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 def test_gradient_of_the_loss_by_finite_differences():
