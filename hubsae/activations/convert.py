@@ -6,6 +6,7 @@ them, the files are the same.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import sys
 from collections.abc import Callable
@@ -24,9 +25,11 @@ from hubsae.activations.ranks import Ranks
 from hubsae.activations.sources import LocalFile
 from hubsae.activations.writer import ActivationWriter, scale_for
 from hubsae.core.errors import ConfigError, DataError
-from hubsae.core.files import read_json
+from hubsae.core.files import read_json, write_text_atomic
 
 ROWS = 8192
+SAMPLED = 1 << 16
+"""Bytes of each of the places of a source that are looked at to know it again."""
 
 
 def convert(
@@ -111,7 +114,7 @@ def _convert_one(
     starts = [_sample_start(data, row) for row in range(0, data.n_rows, rows)]
     parts = [(a, b) for a, b in zip(starts, [*starts[1:], data.n_rows], strict=True) if a < b]
     files = [out / how["config"] / shard_name(split, part, 0) for part in range(len(parts))]
-    _refuse_other(out / how["config"], split, how, dict(zip(files, parts, strict=True)))
+    _refuse_other(data, out / how["config"], split, how, dict(zip(files, parts, strict=True)))
     for part, (first, last) in enumerate(parts):
         if part % ranks.world_size == ranks.rank and not files[part].is_file():
             # a part is one file: the last sample may make it longer than the others
@@ -127,8 +130,10 @@ def _convert_one(
     return all(file.is_file() for file in files)
 
 
-def _refuse_other(folder: Path, split: str, how: dict[str, Any], parts: dict[Path, tuple[int, int]]) -> None:
-    """Files that are there already must be those that this conversion would write: by header, cut and rows."""
+def _refuse_other(
+    data: ActivationDataset, folder: Path, split: str, how: dict[str, Any], parts: dict[Path, tuple[int, int]]
+) -> None:
+    """Files that are there already must be those that this conversion would write: by header, cut, rows and source."""
     wrong: list[str] = []
     if (folder / PARTS).is_file():
         header = ShardHeader(how["config"], how["d"], how["dtype"], float(how["scale"]), how["columns"], how["source"])
@@ -138,8 +143,28 @@ def _refuse_other(folder: Path, split: str, how: dict[str, Any], parts: dict[Pat
         if (rows := ParquetSource(LocalFile(file)).n_rows) != last - first:
             wrong.append(f"{file.name} of {rows:,} rows instead of {last - first:,}")
             break
+    said, source = folder / f".source-{split}", _source_id(data)
+    if said.is_file() and said.read_text(encoding="utf-8") != source:
+        wrong.append(f"{how['source']['converted_from']} holds other values than when this was begun")
     if wrong:
-        raise DataError(f"{folder} holds other activations: {'; '.join(wrong)}", hint="convert into an empty folder")
+        raise DataError(
+            f"{folder} holds other activations: {'; '.join(wrong)}",
+            hint="convert into an empty folder, or remove this one to start over",
+        )
+    write_text_atomic(said, source)
+
+
+def _source_id(data: ActivationDataset) -> str:
+    """A hash of sizes and of a few blocks of every file of the source: a copy has the same, other values another."""
+    digest = hashlib.sha256()
+    for path in dict.fromkeys(Path(source.name) for source in data.sources):
+        size = path.stat().st_size
+        digest.update(f"{size} ".encode())
+        with open(path, "rb") as file:
+            for part in range(9):
+                file.seek(max(0, size - SAMPLED) * part // 8)
+                digest.update(file.read(SAMPLED))
+    return digest.hexdigest()[:16]
 
 
 def _sample_start(data: ActivationDataset, row: int) -> int:

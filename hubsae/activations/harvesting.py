@@ -37,7 +37,7 @@ from hubsae.activations.rewards import Scorer
 from hubsae.activations.samples import BadSample, Mode, Select
 from hubsae.activations.sources import LocalFile
 from hubsae.activations.splits import SplitRule
-from hubsae.activations.stream import PROBE_SAMPLES, HarvestBatch, Probe, Stream, open_stream
+from hubsae.activations.stream import PROBE_SAMPLES, HarvestBatch, Probe, Stream, hash_texts, open_stream
 from hubsae.activations.writer import ActivationWriter, scale_for
 from hubsae.core.errors import ConfigError, DataError, WriteError
 from hubsae.core.files import json_text, read_json, write_json_atomic
@@ -53,6 +53,7 @@ KILL_LOSS = 30.0
 """Seconds of work that a kill may cost."""
 NAMED = 10
 """Bad samples named one by one."""
+OTHERWISE = "write into another folder, or remove this one to start over"
 SETTINGS = "settings"
 """Beside the markers of a harvest in parts (whose names end in .json): what they were asked for."""
 
@@ -148,6 +149,11 @@ def harvest(
     if max_samples is not None:
         n_items = max_samples if n_items is None else min(n_items, max_samples)
     rule = SplitRule(split_by, validation_fraction, split_seed, n_items)  # pyright: ignore[reportArgumentType]
+    whole = isinstance(data, Sequence) or hasattr(data, "select")  # may be read from the beginning again
+    items = iter(data)
+    head = list(itertools.islice(items, PROBE_SAMPLES if max_samples is None else min(PROBE_SAMPLES, max_samples)))
+    if not head:
+        raise DataError("there is no data to harvest from", hint="the dataset is empty")
     config = getattr(stream.model, "config", None)
     record = {
         "model": name or getattr(config, "_name_or_path", "") or type(stream.model).__name__,
@@ -167,13 +173,9 @@ def harvest(
         "split_rule": {k: v for k, v in asdict(rule).items() if k != "n_samples"} if validation_fraction else None,
         "batch_tokens": stream.budget,
         "window": stream.window,
+        "first_text": hash_texts(head[:1]),
         **dict(source or {}),
     }
-    whole = isinstance(data, Sequence) or hasattr(data, "select")  # may be read from the beginning again
-    items = iter(data)
-    head = list(itertools.islice(items, PROBE_SAMPLES if max_samples is None else min(PROBE_SAMPLES, max_samples)))
-    if not head:
-        raise DataError("there is no data to harvest from", hint="the dataset is empty")
     probe = stream.probe(head)
     scales = _scales(stream, probe, Path(out), stage, scale, dtype)
     open_writers = partial(
@@ -304,10 +306,9 @@ class _Parts(_Files):
         """A marker says nothing of model and data, so what they were asked for lies beside them."""
         said = self.markers / SETTINGS
         wanted = json.loads(json_text(asked))
-        hint = "write into another folder, or remove this one to start over"
         if not said.is_file():
             if len(self.finished):
-                raise DataError(f"{self.out} holds parts that do not say what they are of", hint=hint)
+                raise DataError(f"{self.out} holds parts that do not say what they are of", hint=OTHERWISE)
             write_json_atomic(said, wanted)
         before = read_json(said)
         if wrong := [
@@ -315,7 +316,7 @@ class _Parts(_Files):
             for key in sorted({*before, *wanted})
             if before.get(key) != wanted.get(key)
         ]:
-            raise DataError(f"{self.out} holds other activations: {'; '.join(wrong)}", hint=hint)
+            raise DataError(f"{self.out} holds other activations: {'; '.join(wrong)}", hint=OTHERWISE)
 
     def done(self, ids: np.ndarray) -> np.ndarray:
         return np.isin(ids // self.stream.window, self.finished)
@@ -336,10 +337,14 @@ class _Parts(_Files):
         return {"empty": now[0] - before[0], "bad": now[1] - before[1]}
 
     def end(self, window: int, seen: Mapping[str, int]) -> None:
-        """All batches of a window are written."""
-        super().close()
-        self.writers = {}
-        write_json_atomic(self.markers / f"{window:05d}.json", seen)
+        """All batches of a window are written, or were before: then it must be of the same texts."""
+        marker, texts = self.markers / f"{window:05d}.json", self.stream.texts
+        if window not in self.finished:
+            super().close()
+            self.writers = {}
+            write_json_atomic(marker, {**seen, "texts": texts})
+        elif read_json(marker).get("texts") != texts:
+            raise DataError(f"{self.out} holds activations of other texts: part {window} is not of these", hint=OTHERWISE)
 
     def finish(self, decode: Callable[[int], str] | None) -> None:
         """Say how many windows there are, and complete the dataset if no other rank has still to make one."""
@@ -377,7 +382,7 @@ def _run(stream: Stream, items: Iterable[Any], n_items: int | None, files: _File
     def behind(window: int) -> None:
         assert parts is not None
         parts.windows, seen = window + 1, parts.seen()
-        if stream.takes(window) and window not in parts.finished:
+        if stream.takes(window):
             while pending:
                 pending.pop(0).result()
             parts.end(window, seen)

@@ -8,7 +8,9 @@ samples alone: ranks share out the batches, and whoever continues at a `Place` g
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -132,6 +134,8 @@ class Stream:
         self.preparer = Preparer(self.tokenizer, self.how, strict=self.strict)
         special = getattr(self.tokenizer, "all_special_ids", None) if self.tokenizer is not None else None
         self.special = None if special is None else np.array(sorted(special), dtype=np.int64)
+        self.texts: str | None = None
+        """Where ranks take whole windows: the hash of what the one under way was made of; packed, of all up to it."""
         have = {"token_id", "position", "sample_id", "is_prompt", *self.columns}
         if missing := [c for c in self.exclude.columns if c not in have]:
             hint = f"columns here: {', '.join(sorted(have))}"
@@ -171,6 +175,7 @@ class Stream:
             or (self.max_tokens is None and n_items is not None and n_items >= 8 * self.window * self.ranks.world_size)
         )
         packed, mine = self.how.mode == "packed", self.takes if by_window else None
+        self.texts = None if behind is None else ""
         windows = _windows(data, self.window, self.max_samples, None if packed else mine)
         if packed:
             source = self._packed(windows, counts=self.ranks.rank == 0 or behind is not None)
@@ -245,6 +250,8 @@ class Stream:
         for number, (first, items) in enumerate(windows):
             self.counts.passed = first + len(items)
             mine = not by_window or self.takes(number)
+            if mine and self.texts is not None:
+                self.texts = hash_texts(items)
             ids = np.arange(first, first + len(items))
             finished = number < start.window or (done is not None and bool(done(ids).all()))
             if not mine or (finished and self.max_tokens is None):
@@ -281,6 +288,8 @@ class Stream:
 
         def texts() -> Iterator[Sample]:
             for first, items in windows:
+                if self.texts is not None:
+                    self.texts = hash_texts(items, self.texts)
                 samples, bad = preparer.prepare(items, first)
                 self.counts.bad += bad if counts else []
                 yield from samples
@@ -394,6 +403,24 @@ def open_stream(
         window or (min(WINDOW, 256) if mode == "generate" else WINDOW),
         place, dict(scorers or {}), dict(columns or {}), dict(generation or {}), seed, max_samples, max_tokens, strict,
     )  # fmt: skip
+
+
+def hash_texts(items: Iterable[Any], before: str = "") -> str:
+    """A short hash of items as they are given, behind those that `before` is of.
+
+    >>> hash_texts(["a", [1, 2]]) == hash_texts(["a", (1, np.int64(2))]) != hash_texts(["a"])
+    True
+    """
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return dict(value)
+        return value.tolist() if hasattr(value, "tolist") else type(value).__name__
+
+    digest = hashlib.sha256(before.encode())
+    for item in items:
+        digest.update(json.dumps(item, default=plain, skipkeys=True).encode() + b"\n")
+    return digest.hexdigest()[:16]
 
 
 def _tokenizer_of(name: str, revision: str | None, token: str | bool | None, needed: bool) -> Any:

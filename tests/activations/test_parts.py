@@ -132,6 +132,26 @@ def test_finished_parts_of_another_model_or_other_data_are_not_taken(tmp_path, t
         in_parts(tiny_model, few, tmp_path)
 
 
+def test_finished_parts_of_other_texts_of_the_same_number_are_not_taken(tmp_path, tiny_model, tokenizer, token_data):
+    few = [sample for sample in token_data if len(sample["input_ids"]) > 4][:40]
+    in_parts(tiny_model, few, tmp_path / "ids")
+    changed = [*few[:20], {**few[20], "input_ids": few[20]["input_ids"][::-1]}, *few[21:]]
+    before = contents(tmp_path / "ids")
+    with pytest.raises(DataError, match="of other texts: part 1 is not of these") as caught:
+        in_parts(tiny_model, changed, tmp_path / "ids")
+    assert "write into another folder, or remove this one" in caught.value.hint
+    assert contents(in_parts(tiny_model, few, tmp_path / "ids", 3)) == before
+    # a harvest in one piece and packed texts notice it as well
+    harvest(tiny_model, few, [1], out=tmp_path / "whole", **OPTIONS)
+    with pytest.raises(DataError, match="holds other activations: first_text"):
+        harvest(tiny_model, few[1:], [1], out=tmp_path / "whole", **OPTIONS)
+    texts = [f"Ann has {n} apples and eats 3 of them" for n in range(40)]
+    options = {"tokenizer": tokenizer, "mode": "packed", "max_length": 16, "window": 8}
+    in_parts(tiny_model, texts, tmp_path / "packed", **options)
+    with pytest.raises(DataError, match="of other texts: part [1-9]"):
+        in_parts(tiny_model, [*texts[:30], *reversed(texts[30:])], tmp_path / "packed", **options)
+
+
 def test_a_conversion_in_parts_writes_the_same_bytes_for_any_number_of_ranks(tmp_path):
     rows = np.arange(3000)
     table = {"x": np.random.default_rng(0).standard_normal((3000, 8)).astype(np.float32), "sample_id": rows // 70}
@@ -148,7 +168,7 @@ def test_a_conversion_in_parts_writes_the_same_bytes_for_any_number_of_ranks(tmp
 
 def test_a_conversion_in_parts_keeps_no_files_of_another(tmp_path):
     x = np.random.default_rng(0).standard_normal((3000, 8)).astype(np.float32)
-    for name, rows in (("a", x), ("b", x + 1), ("c/a", x[:2000])):
+    for name, rows in (("a", x), ("b", x + 1), ("c/a", x[:2000]), ("d/a", x + 1), ("e/a", x)):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         np.save(tmp_path / f"{name}.npy", rows)
     options = {"config": "layers.2", "shard_bytes": 16_000}
@@ -159,7 +179,9 @@ def test_a_conversion_in_parts_keeps_no_files_of_another(tmp_path):
         ("a.npy", {"dtype": "float16", "scale": 1}, "dtype 'float32' instead of 'float16'"),
         ("a.npy", {"shard_bytes": 32_000}, "train-00000-00000.parquet of 500 rows instead of 1,000"),
         ("c/a.npy", {}, "train-00004-00000.parquet of 500 rows instead of 0"),
+        ("d/a.npy", {}, "a.npy holds other values than when this was begun"),
     ):
         with pytest.raises(DataError, match=f"holds other activations: .*{wrong}"):
             convert(tmp_path / path, out, ranks=Ranks(), **{**options, **more})
-    assert contents(convert(tmp_path / "a.npy", out, ranks=Ranks(), **options)) == before
+    for same in ("a.npy", "e/a.npy"):
+        assert contents(convert(tmp_path / same, out, ranks=Ranks(), **options)) == before
