@@ -48,9 +48,7 @@ def render_body(manifest: dict[str, Any], repo_id: str | None = None) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["number"] = _number
-    environment.filters["code"] = lambda text: (
-        "`" + printable(json.dumps(text, ensure_ascii=False)).replace("`", "'") + "`"
-    )
+    environment.filters["code"] = _code
     first = next(iter(manifest["configs"].values()))
     sources = [entry["source"] for entry in manifest["configs"].values()]
     shared = {k: v for k, v in sources[0].items() if all(s.get(k) == v for s in sources)}

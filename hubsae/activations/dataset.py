@@ -24,7 +24,7 @@ from hubsae.activations.opening import REPO, Found, find_activations, verify_sou
 from hubsae.activations.order import Order, plan_order
 from hubsae.activations.shards import Shards
 from hubsae.activations.sources import Source, TensorSource
-from hubsae.activations.stats import ActivationStats, RunningStats
+from hubsae.activations.stats import ActivationStats
 from hubsae.core import factory
 from hubsae.core.errors import ConfigError, DataError, NotFoundError
 from hubsae.core.options import pass_on
@@ -142,16 +142,16 @@ class ActivationDataset:
     def stats(self) -> ActivationStats:
         """Mean, std, norms. Kept in the files of our format; computed by one pass for others."""
         if self._stats is None:
-            running = RunningStats(self.d)
+            running = ActivationStats(self.d)
             if all(s.stats is not None for s in self.sources):
                 for source in self.sources:
-                    running.merge(cast(RunningStats, source.stats))
+                    running.merge(cast(ActivationStats, source.stats))
             else:
                 known = ["position"] if "position" in self.label_names else []
                 for at in range(0, self.n_rows, 8192):
                     rows = self.rows(at, 8192, columns=known, dtype=torch.float32)
                     running.see(rows.x, rows.labels.get("position", np.ones(len(rows.x))))
-            self._stats = running.result()
+            self._stats = running
         return self._stats
 
     # -- reading -------------------------------------------------------------------------------------------------
@@ -340,22 +340,18 @@ class ActivationDataset:
         shape = {k: v for k, v in state.items() if k not in ("epoch", "window", "offset")}
         self._resume = _Place(state["epoch"], state["window"], state["offset"], shape)
 
-    def as_iterable(self, batch_size: int = 8192, **options: Any) -> torch.utils.data.IterableDataset:
+    def as_iterable(
+        self, batch_size: int = 8192, *, columns: Sequence[str] | None = None, **options: Any
+    ) -> torch.utils.data.IterableDataset:
         """The batches as a `torch.utils.data.IterableDataset`; `DataLoader(it, batch_size=None)` takes it.
 
-        Worker processes share the rows between them; `set_epoch` changes the order.
+        With the label `columns` asked for, of which a `DataLoader` makes tensors. Worker processes share the rows
+        between them; `set_epoch` changes the order.
         """
         from hubsae.activations.torch_iterable import ActivationIterable
 
-        return ActivationIterable(self.batches, batch_size, options)
-
-    def as_labelled_iterable(
-        self, columns: Sequence[str], batch_size: int = 8192, **options: Any
-    ) -> torch.utils.data.IterableDataset:
-        """`as_iterable` with the label columns asked for; a `DataLoader` makes tensors of them."""
-        from hubsae.activations.torch_iterable import ActivationIterable
-
-        return ActivationIterable(partial(self.labelled_batches, columns), batch_size, options)
+        batches = self.batches if columns is None else partial(self.labelled_batches, columns)
+        return ActivationIterable(batches, batch_size, options)
 
     def verify(self) -> int:
         """Check header and checksum of every page; returns the number of pages checked."""

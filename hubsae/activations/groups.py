@@ -10,6 +10,7 @@ begins. The real text is then walked along that skeleton.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -167,7 +168,8 @@ def _walk(pieces: Sequence[Piece], contents: Sequence[str], text: str) -> list[i
                 return None
             at += len(piece.text)
         else:
-            behind = "".join(p.text or "" for p in _run(pieces, number + 1))
+            own = itertools.takewhile(lambda p: p.text is not None, pieces[number + 1 :])
+            behind = "".join(p.text or "" for p in own)
             content = contents[piece.turn]
             said = (content, content.strip(), content.lstrip(), content.rstrip())
             for form in said:
@@ -181,13 +183,3 @@ def _walk(pieces: Sequence[Piece], contents: Sequence[str], text: str) -> list[i
             at = stop
         ends.append(at)
     return ends
-
-
-def _run(pieces: Sequence[Piece], start: int) -> list[Piece]:
-    """The template pieces from `start` to the next content."""
-    out = []
-    for piece in pieces[start:]:
-        if piece.text is None:
-            break
-        out.append(piece)
-    return out

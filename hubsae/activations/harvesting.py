@@ -344,7 +344,8 @@ class _Parts(_Files):
             self.writers = {}
             write_json_atomic(marker, {**seen, "texts": texts})
         elif read_json(marker).get("texts") != texts:
-            raise DataError(f"{self.out} holds activations of other texts: part {window} is not of these", hint=OTHERWISE)
+            problem = f"{self.out} holds activations of other texts: part {window} is not of these"
+            raise DataError(problem, hint=OTHERWISE)
 
     def finish(self, decode: Callable[[int], str] | None) -> None:
         """Say how many windows there are, and complete the dataset if no other rank has still to make one."""

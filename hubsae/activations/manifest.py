@@ -14,7 +14,7 @@ from hubsae.activations.layout import FORMAT_VERSION, LABELS, MANIFEST, STATISTI
 from hubsae.activations.opening import find_pile
 from hubsae.activations.parquet_source import ParquetSource
 from hubsae.activations.sources import LocalFile
-from hubsae.activations.stats import ActivationStats, RunningStats
+from hubsae.activations.stats import ActivationStats
 from hubsae.core.errors import DataError
 from hubsae.core.files import atomic_path, read_json, write_json_atomic
 from hubsae.version import __version__
@@ -29,19 +29,16 @@ def survey(root: Path) -> tuple[dict[str, Any], dict[str, ActivationStats]]:
     for name in configs_in(root):
         splits: dict[str, Any] = {}
         entry: dict[str, Any] = {}
-        running: dict[str, RunningStats] = {}
+        running: dict[str, ActivationStats] = {}
         for split, paths in sorted(shards_in(root / name).items()):
             sources = [ParquetSource(LocalFile(path)) for path in paths]
-            ActivationDataset(sources, config=name, split=split, path=str(root))  # refuses shards that do not belong
+            data = ActivationDataset(sources, config=name, split=split, path=str(root))  # refuses what does not belong
             header = sources[0].header
             if header is None:
                 raise DataError(f"{paths[0]} was not written by hubsae", hint="rewrite it: hubsae convert-activations")
             entry = {"d": header.d, "dtype": header.dtype, "scale": header.scale}
             entry |= {"columns": {**LABELS, **header.columns}, "source": header.source}
-            running[split] = RunningStats(header.d)
-            for source in sources:
-                assert source.stats is not None
-                running[split].merge(source.stats)
+            running[split] = data.stats
             shards = [
                 {"file": f"{name}/{p.name}", "rows": s.n_rows, "bytes": p.stat().st_size}
                 for p, s in zip(paths, sources, strict=True)
@@ -54,7 +51,7 @@ def survey(root: Path) -> tuple[dict[str, Any], dict[str, ActivationStats]]:
                 "shards": shards,
             }
         of = "train" if "train" in running else next(iter(running))
-        statistics[name] = running[of].result()
+        statistics[name] = running[of]
         configs[name] = {**entry, "splits": splits, "statistics": {"split": of, **statistics[name].summary()}}
     manifest = {"format": FORMAT_NAME, "version": FORMAT_VERSION, "hubsae": __version__, "configs": configs}
     return manifest, statistics

@@ -16,7 +16,7 @@ from typing import Any
 from hubsae.core.errors import FormatError
 
 MAGIC = b"PAR1"
-PLAIN, RLE, UNCOMPRESSED, DATA_PAGE_V1, DATA_PAGE_V2 = 0, 3, 0, 0, 3
+PLAIN, RLE, UNCOMPRESSED, DATA_PAGE_V2 = 0, 3, 0, 3
 
 
 class _Thrift:
@@ -203,16 +203,10 @@ def check_page(path: str, page: Page, head: memoryview | bytes, d: int, values: 
     try:
         reader = _Thrift(head)
         fields = reader.struct()
-        kind, body = fields[1], len(head) - reader.position
-        if kind == DATA_PAGE_V2:
-            detail = fields[8]
-            good = detail[2] == 0 and detail[3] == page.n_rows and detail[4] == PLAIN and body == detail[5] + detail[6]
-        elif kind == DATA_PAGE_V1:
-            detail = fields[5]
-            good = detail[2] == PLAIN
-        else:
-            raise ValueError(f"page type {kind}")
-        good = good and detail[1] == page.n_rows * d and fields[3] == page.size - reader.position
+        body, detail = len(head) - reader.position, fields[8]
+        good = fields[1] == DATA_PAGE_V2 and detail[2] == 0 and detail[3] == page.n_rows and detail[4] == PLAIN
+        good = good and body == detail[5] + detail[6] and detail[1] == page.n_rows * d
+        good = good and fields[3] == page.size - reader.position
     except (KeyError, IndexError, ValueError, TypeError) as error:
         raise FormatError(path, f"a page header at byte {page.offset}", f"damage ({error})", _TRUNCATED) from error
     if not good:

@@ -1,4 +1,4 @@
-"""A Parquet shard as a source of vectors: pages read directly where the layout allows it, through pyarrow elsewhere."""
+"""A Parquet shard as a source of vectors: the pages of our own files read directly, others through pyarrow."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hubsae.activations.parquet_pages import (
     parse_footer,
 )
 from hubsae.activations.sources import ByteFile, Source, raw_view
-from hubsae.activations.stats import RunningStats
+from hubsae.activations.stats import ActivationStats
 from hubsae.core.errors import DataError, FormatError
 from hubsae.core.parquet import arrow
 
@@ -56,7 +56,7 @@ class _Run:
 
 
 class ParquetSource(Source):
-    """A Parquet shard: pages read directly where the layout allows it, through pyarrow elsewhere."""
+    """A Parquet shard: the pages of our own files read directly, others through pyarrow."""
 
     def __init__(self, file: ByteFile, *, vector: str = VECTOR, verify: bool = False):
         self.file, self.name, self.vector, self.verify, self.remote = file, file.name, vector, verify, file.remote
@@ -79,7 +79,7 @@ class ParquetSource(Source):
             self.d, self.dtype, self.scale = self.header.d, getattr(torch, self.header.dtype), self.header.scale
             self.counts = {k: int(record.get(k, 0)) for k in ("samples", "truncated")}
             try:
-                self.stats = RunningStats.from_json(record["statistics"])
+                self.stats = ActivationStats.from_json(record["statistics"])
             except (KeyError, TypeError, ValueError) as error:
                 raise FormatError(self.name, "statistics in the footer", f"none that parse ({error})") from error
         else:
@@ -94,9 +94,7 @@ class ParquetSource(Source):
                 hint="the file is damaged",
             )
         self.row_bytes = self.d * self.dtype.itemsize
-        self.pages = self._find_pages(tail, file.size - tail_size)
-        if self.header is None and self.pages is not None and not self._all_dense(self.pages):
-            self.pages = None
+        self.pages = None if self.header is None else self._find_pages(tail, file.size - tail_size)
         self.starts = [p.first_row for p in self.pages or ()]
         group_starts = np.concatenate([[0], np.cumsum(self.footer.row_groups)]).tolist()
         self.group_starts: list[int] = [int(s) for s in group_starts]
@@ -112,16 +110,6 @@ class ParquetSource(Source):
         data = bytearray(length)
         self.file.read_into(offset, [memoryview(data)])
         return bytes(data)
-
-    def _all_dense(self, pages: list[Page]) -> bool:
-        """Whether every page of a file of other origin is laid out as the direct path needs it."""
-        try:
-            for page in pages:
-                head = self._bytes(page.offset, page.size - page.n_rows * self.row_bytes)
-                check_page(self.name, page, head, self.d)
-        except FormatError:
-            return False  # pyarrow reads it, or says what is wrong
-        return True
 
     def _foreign_shape(self) -> tuple[int, torch.dtype]:
         """Width and type of the vectors in a file of other origin."""
@@ -147,9 +135,7 @@ class ParquetSource(Source):
             raise FormatError(self.name, "a readable Parquet file", str(error)) from error
 
     def _find_pages(self, tail: bytes, tail_start: int) -> list[Page] | None:
-        span = index_range(self.footer)
-        physical = {c.get(3, {}).get(1) for c in self.footer.chunks}
-        if span is None or physical != {7 if self.dtype == torch.float16 else 4}:
+        if (span := index_range(self.footer)) is None:
             return None
         start, stop = span
         if start >= tail_start and stop <= self.file.size:

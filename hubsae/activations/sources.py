@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hubsae.activations.layout import LABELS, ShardHeader
-from hubsae.activations.stats import RunningStats
+from hubsae.activations.stats import ActivationStats
 from hubsae.core.errors import DataError, FormatError
 from hubsae.core.parquet import arrow
 
@@ -102,7 +102,7 @@ class Source:
     label_names: tuple[str, ...] = ()
     scale: float = 1.0
     header: ShardHeader | None = None
-    stats: RunningStats | None = None
+    stats: ActivationStats | None = None
     counts: Mapping[str, int] = MappingProxyType({})
     """Samples in the file, and how many of them were cut at the length limit."""
     remote = False

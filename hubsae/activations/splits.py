@@ -9,6 +9,9 @@ import numpy as np
 
 from hubsae.core.errors import ConfigError
 
+GOLDEN = 0x9E3779B97F4A7C15
+"""The step of splitmix64."""
+
 
 @dataclass(frozen=True)
 class SplitRule:
@@ -58,8 +61,13 @@ class SplitRule:
 def uniform(key: np.ndarray, seed: int) -> np.ndarray:
     """A number in [0, 1) from each key: splitmix64, the same on every machine and in every version."""
     with np.errstate(over="ignore"):
-        x = key + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        x = x ^ (x >> np.uint64(31))
-    return (x >> np.uint64(11)).astype(np.float64) / float(1 << 53)
+        start = key + np.uint64((seed + 1) * GOLDEN & 0xFFFFFFFFFFFFFFFF)
+    return (mixed(start) >> np.uint64(11)).astype(np.float64) / float(1 << 53)
+
+
+def mixed(values: np.ndarray) -> np.ndarray:
+    """The splitmix64 finaliser: numbers uint64 as numbers that look drawn, each from one alone."""
+    with np.errstate(over="ignore"):
+        z = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))

@@ -144,20 +144,22 @@ class Group:
         self.high = max(self.high, other.high)
 
 
-class RunningStats:
-    """Accumulators of one shard or one dataset.
+class ActivationStats:
+    """What is known of the activations of a dataset: gathered as rows pass by, merged, and read off.
 
-    >>> stats = RunningStats(2)
+    >>> stats = ActivationStats(2)
     >>> norms = stats.see(torch.tensor([[3.0, 4.0], [3.0, 0.0]]), np.array([0, 1]))
-    >>> stats.result().count, stats.result().mean.tolist()
+    >>> stats.count, stats.mean.tolist()
     (2, [3.0, 2.0])
     """
 
     def __init__(self, d: int):
         self.d = d
         self.rest, self.first = Moments.zero(d), Moments.zero(d)
+        """Of all tokens but those at position 0, and of these."""
         self.rest_norms, self.first_norms = NormTable(), NormTable()
         self.groups: dict[str, Group] = {}
+        """Norms by boolean label."""
         self.tops: dict[int, float] = {}
         """The largest norm of each of the token ids that have the largest, position 0 left out."""
 
@@ -196,7 +198,7 @@ class RunningStats:
                 self.tops[token] = max(norm, self.tops.get(token, 0.0))
         self.tops = dict(sorted(self.tops.items(), key=lambda item: (-item[1], item[0]))[:TOP_TOKENS])
 
-    def merge(self, other: RunningStats) -> None:
+    def merge(self, other: ActivationStats) -> None:
         """Add another set of accumulators."""
         for name, group in other.groups.items():
             self.groups.setdefault(name, Group()).merge(group)
@@ -205,15 +207,6 @@ class RunningStats:
         self.first.add(other.first.count, other.first.mean, other.first.m2)
         self.rest_norms.merge(other.rest_norms)
         self.first_norms.merge(other.first_norms)
-
-    def result(self) -> ActivationStats:
-        """The statistics of everything seen so far."""
-        every = Moments(self.rest.mean.copy(), self.rest.m2.copy(), self.rest.count)
-        every.add(self.first.count, self.first.mean, self.first.m2)
-        norms = NormTable()
-        norms.merge(self.rest_norms)
-        norms.merge(self.first_norms)
-        return ActivationStats(every, self.rest, norms, self.first_norms, self.rest_norms, self.groups, self.tops)
 
     def to_json(self) -> dict[str, Any]:
         """A form for a footer: arrays as base64 of little-endian float64, histograms without their zeros."""
@@ -236,9 +229,9 @@ class RunningStats:
         return out
 
     @staticmethod
-    def from_json(data: dict[str, Any]) -> RunningStats:
+    def from_json(data: dict[str, Any]) -> ActivationStats:
         """The inverse of `to_json`."""
-        stats = RunningStats(int(data["d"]))
+        stats = ActivationStats(int(data["d"]))
         stats.groups = {name: Group(*numbers) for name, numbers in data.get("groups", {}).items()}
         stats.tops = {int(token): norm for token, norm in data.get("tops", [])}
         for name in ("rest", "first"):
@@ -257,38 +250,27 @@ class RunningStats:
             setattr(stats, f"{name}_norms", norms)
         return stats
 
+    # -- reading off ---------------------------------------------------------------------------------------------
 
-def _pack(array: np.ndarray) -> str:
-    return base64.b64encode(array.astype("<f8").tobytes()).decode()
+    @property
+    def every(self) -> Moments:
+        """Moments of all tokens."""
+        out = Moments(self.rest.mean.copy(), self.rest.m2.copy(), self.rest.count)
+        out.add(self.first.count, self.first.mean, self.first.m2)
+        return out
 
-
-def _unpack(text: str) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(text), dtype="<f8").copy()
-
-
-@dataclass(frozen=True)
-class ActivationStats:
-    """What is known of the activations of a dataset."""
-
-    every: Moments
-    """All tokens."""
-    rest: Moments
-    """All tokens but those at position 0."""
-    norms: NormTable
-    """Norms of all tokens."""
-    first_norms: NormTable
-    """Norms of the tokens at position 0."""
-    rest_norms: NormTable = field(default_factory=NormTable)
-    """Norms of all others."""
-    groups: Mapping[str, Group] = field(default_factory=dict)
-    """Norms by boolean label."""
-    tops: Mapping[int, float] = field(default_factory=dict)
-    """The token ids with the largest norms behind position 0, and those norms."""
+    @property
+    def norms(self) -> NormTable:
+        """Norms of all tokens."""
+        out = NormTable()
+        out.merge(self.rest_norms)
+        out.merge(self.first_norms)
+        return out
 
     @property
     def count(self) -> int:
         """Tokens seen."""
-        return self.every.count
+        return self.rest.count + self.first.count
 
     @property
     def mean(self) -> Tensor:
@@ -298,7 +280,7 @@ class ActivationStats:
     @property
     def std(self) -> Tensor:
         """Standard deviation per dimension [d] (divided by the count), float64."""
-        return torch.from_numpy(np.sqrt(self.every.m2 / max(1, self.every.count)))
+        return torch.from_numpy(np.sqrt(self.every.m2 / max(1, self.count)))
 
     @property
     def mean_without_first(self) -> Tensor:
@@ -313,12 +295,14 @@ class ActivationStats:
     @property
     def mean_norm(self) -> float:
         """Mean token norm."""
-        return self.norms.total / max(1, self.norms.count)
+        norms = self.norms
+        return norms.total / max(1, norms.count)
 
     @property
     def norm_percentiles(self) -> dict[str, float]:
         """Percentiles of the token norms; 0 and 100 are exact, the others to within 1.1 %."""
-        return {str(p): self.norms.quantile(p / 100) for p in (0, 1, 5, 25, 50, 75, 95, 99, 100)}
+        norms = self.norms
+        return {str(p): norms.quantile(p / 100) for p in (0, 1, 5, 25, 50, 75, 95, 99, 100)}
 
     @property
     def massive_share(self) -> float:
@@ -346,8 +330,9 @@ class ActivationStats:
     @property
     def pooled_variance(self) -> float:
         """Variance over all elements, the mean over dimensions not removed (the denominator of a pooled NMSE)."""
-        spread = self.every.m2.sum() + self.every.count * np.square(self.every.mean - self.every.mean.mean()).sum()
-        return float(spread / max(1, self.every.count * len(self.every.mean)))
+        every = self.every
+        spread = every.m2.sum() + every.count * np.square(every.mean - every.mean.mean()).sum()
+        return float(spread / max(1, every.count * self.d))
 
     def normalizer(self, *, without_first: bool = False) -> Normalizer:
         """Mean and standard deviation as the normaliser a release keeps; constant dimensions get std 1."""
@@ -358,13 +343,13 @@ class ActivationStats:
 
     def summary(self) -> dict[str, Any]:
         """The scalars, for a card or a listing."""
-        first = self.first_norms
+        first, massive = self.first_norms, self.massive_above
         return {
             "count": self.count,
             "mean_norm": self.mean_norm,
             "norm_percentiles": self.norm_percentiles,
             "massive_share": self.massive_share,
-            "massive_above": self.massive_above,
+            "massive_above": massive,
             "exclude": self.proposal(),
             "position_0": {
                 "count": first.count,
@@ -375,7 +360,7 @@ class ActivationStats:
                 name: {"count": g.count, "mean_norm": g.total / max(1, g.count), "max_norm": g.high}
                 for name, g in self.groups.items()
             },
-            "largest": {token: norm for token, norm in self.tops.items() if norm > self.massive_above},
+            "largest": {token: norm for token, norm in self.tops.items() if norm > massive},
             "pooled_variance": self.pooled_variance,
             "mean_std": float(self.std.mean()),
             "max_std": float(self.std.max()),
@@ -383,11 +368,20 @@ class ActivationStats:
 
     def histogram(self, bars: int = 24) -> list[tuple[float, float, int]]:
         """The norm histogram in at most `bars` equal steps of the logarithm: (from, to, tokens)."""
-        filled = np.flatnonzero(self.norms.bins)
+        bins = self.norms.bins
+        filled = np.flatnonzero(bins)
         if not len(filled):
             return []
         low, high = int(filled[0]), int(filled[-1]) + 1
         edges = np.unique(np.linspace(low, high, min(bars, high - low) + 1).astype(int))
         at = [bin_edge(LOWEST * PER_OCTAVE + e) for e in edges]
-        counts = [int(self.norms.bins[a:b].sum()) for a, b in itertools.pairwise(edges)]
+        counts = [int(bins[a:b].sum()) for a, b in itertools.pairwise(edges)]
         return list(zip(at[:-1], at[1:], counts, strict=True))
+
+
+def _pack(array: np.ndarray) -> str:
+    return base64.b64encode(array.astype("<f8").tobytes()).decode()
+
+
+def _unpack(text: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), dtype="<f8").copy()

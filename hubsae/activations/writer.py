@@ -40,7 +40,7 @@ from hubsae.activations.layout import (
 )
 from hubsae.activations.parquet_file import VectorFile
 from hubsae.activations.splits import SplitRule
-from hubsae.activations.stats import TILE, RunningStats
+from hubsae.activations.stats import TILE, ActivationStats
 from hubsae.core.errors import ConfigError, DataError, FormatError
 from hubsae.core.files import atomic_path, read_json, sha256_file, write_json_atomic, writing
 from hubsae.core.parquet import arrow
@@ -182,13 +182,6 @@ class ActivationWriter:
     def n_rows(self) -> int:
         """Rows written so far, those of earlier runs included."""
         return sum(stream.n_rows for stream in self._streams.values())
-
-    @property
-    def resumed(self) -> bool:
-        """Whether finished shards were found when the writer was opened."""
-        return any(stream.index for stream in self._streams.values()) or any(
-            len(stream.finished) for stream in self._streams.values()
-        )
 
     def done(self, sample_ids: np.ndarray) -> np.ndarray:
         """True [samples] where all rows of a sample lie in shards that earlier runs finished."""
@@ -338,14 +331,15 @@ class _Stream:
         self.finished, self.n_rows = finished, n_rows
         header = writer.header
         self.row_bytes = header.d * (2 if header.dtype == "float16" else 4)
-        page = max(1, PAGE_BYTES // self.row_bytes)
-        self.capacity = page
-        self.buffer = torch.empty(0, header.d, dtype=getattr(torch, header.dtype))
-        self.labels: dict[str, np.ndarray] = {}
+        self.capacity = max(1, PAGE_BYTES // self.row_bytes)
+        # memory that no row was written to takes no room: a small validation split does not cost 8 MiB
+        self.buffer = torch.empty(self.capacity, header.d, dtype=getattr(torch, header.dtype))
+        kinds = {**LABELS, **header.columns}
+        self.labels = {n: np.empty(self.capacity, dtype=object if k == "string" else k) for n, k in kinds.items()}
         self.fill = 0
         self.shard_rows = self.samples = self.truncated = 0
         self.last_sample = -1
-        self.stats = RunningStats(header.d)
+        self.stats = ActivationStats(header.d)
         self.parquet: VectorFile | None = None
         self.opened = 0.0
         self.cleanup = contextlib.ExitStack()
@@ -377,7 +371,6 @@ class _Stream:
             stored = tile if scale == 1 else tile * scale
             taken = 0
             while taken < len(tile):
-                self._reserve(len(tile) - taken)
                 part = min(len(tile) - taken, self.capacity - self.fill)
                 at, origin = slice(self.fill, self.fill + part), start + taken
                 self.buffer[at] = stored[taken : taken + part]
@@ -400,21 +393,6 @@ class _Stream:
         limit = self.writer.shard_seconds
         too_old = limit is not None and time.monotonic() - self.opened > limit
         return too_old or self.shard_rows * self.row_bytes >= self.writer.shard_bytes
-
-    def _reserve(self, more: int) -> None:
-        """Grow the buffer towards one page: a small validation split should not cost 8 MiB."""
-        wanted = min(self.capacity, self.fill + more)
-        if wanted <= len(self.buffer):
-            return
-        size = min(self.capacity, max(wanted, 2 * len(self.buffer)))
-        grown = torch.empty(size, self.buffer.shape[1], dtype=self.buffer.dtype)
-        grown[: self.fill] = self.buffer[: self.fill]
-        self.buffer = grown
-        for name, kind in {**LABELS, **self.writer.header.columns}.items():
-            column = np.empty(size, dtype=object if kind == "string" else kind)
-            if self.fill:
-                column[: self.fill] = self.labels[name][: self.fill]
-            self.labels[name] = column
 
     def _flush(self) -> None:
         """Write the buffer as one page."""
@@ -446,7 +424,7 @@ class _Stream:
         self.index += 1
         self.shard_rows = self.samples = self.truncated = 0
         self.last_sample = -1
-        self.stats = RunningStats(self.writer.header.d)
+        self.stats = ActivationStats(self.writer.header.d)
 
     def abort(self) -> None:
         """Drop the unfinished file."""

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hubsae.activations.splits import GOLDEN, mixed
 from hubsae.activations.stats import norm_bin
 from hubsae.core.errors import DataError
 from hubsae.core.sae import SAE
@@ -71,11 +72,8 @@ def mix(ids: np.ndarray) -> np.ndarray:
     True
     """
     with np.errstate(over="ignore"):
-        z = ids.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z = z ^ (z >> np.uint64(31))
-    return (z >> np.uint64(1)).astype(np.int64)
+        start = ids.astype(np.uint64) + np.uint64(GOLDEN)
+    return (mixed(start) >> np.uint64(1)).astype(np.int64)
 
 
 class Places:

@@ -1,5 +1,5 @@
 """Intervals: a percentile bootstrap over groups or prompts (whole units, never tokens, which are not independent), and
-closed forms for a share and for the mean of few numbers."""
+a closed form for a share."""
 
 from __future__ import annotations
 
@@ -60,22 +60,3 @@ def wilson(hits: int, of: int) -> tuple[float, float] | tuple[None, None]:
     z, p = 1.959964, hits / of
     middle, half = p + z * z / (2 * of), z * (p * (1 - p) / of + z * z / (4 * of * of)) ** 0.5
     return max(0.0, (middle - half) / (1 + z * z / of)), min(1.0, (middle + half) / (1 + z * z / of))
-
-
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-"""97.5 % points of Student's t for 1, 2, ... degrees of freedom; 1.96 beyond."""
-
-
-def student(values: np.ndarray | list[float]) -> tuple[float, float] | tuple[None, None]:
-    """The 95 % interval of the mean of a few independent numbers (Student's t); none of a single one.
-
-    >>> low, high = student([1.0, 2.0, 3.0])
-    >>> round(low, 2), round(high, 2)
-    (-0.48, 4.48)
-    """
-    x = np.asarray(values, dtype=np.float64)
-    if len(x) < 2:
-        return None, None
-    t = STUDENT[len(x) - 2] if len(x) - 2 < len(STUDENT) else 1.96
-    half = t * float(x.std(ddof=1)) / len(x) ** 0.5
-    return float(x.mean()) - half, float(x.mean()) + half

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from hubsae.core.errors import DataError, NotFoundError, nearest
 from hubsae.core.sae import SAE
-from hubsae.evals.rates import step_of
+from hubsae.core.text import stage_step
 
 
 class Link(NamedTuple):
@@ -51,7 +51,7 @@ def make_link(sae: SAE, stage: str | None = None, step: int | None = None) -> Li
             f"SAE {sae.metadata.id or ''} does not say of which stage it is",
             hint="give the chain as a mapping from stage names to SAEs",
         )
-    found = step if step is not None else info.step if info.step is not None else step_of(name)
+    found = step if step is not None else info.step if info.step is not None else stage_step(name)
     return Link(name, found, sae.metadata.hook.layer, sae.config.k, sae)
 
 

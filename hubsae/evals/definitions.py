@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from hubsae.core.errors import DataError
 from hubsae.core.metadata import Metric
+from hubsae.core.scopes import parse
 
 DEFINITIONS: dict[str, str] = {
     "mse": "Σ‖x − x̂‖² / (n·d): mean over tokens and dimensions, in raw activation space",
@@ -100,6 +102,35 @@ class Measure(NamedTuple):
             interval_kind=self.interval_kind,
             source="hubsae",
         )
+
+
+class Measures:
+    """What has measures: found by name and scope."""
+
+    name: str
+    measures: list[Measure]
+    scope: str
+    """Taken where none is named."""
+
+    def get(self, metric: str, scope: str | None = None) -> Measure:
+        """A measure by name and scope, or an error that lists what there is."""
+        wanted = parse(scope or self.scope).name
+        for measure in self.measures:
+            if measure.name == metric and measure.scope == wanted:
+                return measure
+        names, scopes = ({getattr(m, what) for m in self.measures} for what in ("name", "scope"))
+        raise DataError(
+            f"no {metric!r} in scope {wanted!r} for {self.name!r}",
+            hint=f"metrics: {', '.join(sorted(names))}; scopes: {', '.join(sorted(scopes))} (they need label columns)",
+        )
+
+    def value(self, metric: str, scope: str | None = None) -> float | None:
+        """The value of a measure; None where it is not defined."""
+        return self.get(metric, scope).value
+
+    def metrics(self) -> list[Metric]:
+        """Entries for metadata.json."""
+        return to_metrics(self.measures)
 
 
 def to_metrics(measures: list[Measure]) -> list[Metric]:

@@ -6,7 +6,6 @@ flattens: the longer one divides by steps in which little happened. So ratios ar
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,21 +13,6 @@ import numpy as np
 
 from hubsae.core.errors import DataError
 from hubsae.evals.bootstrap import percentile_interval
-
-_STEP = re.compile(r"(\d+)$")
-BASE_NAMES = ("base", "instruct_base", "init", "start")
-
-
-def step_of(stage: str) -> int | None:
-    """The training step a stage's name ends with; 0 for the base.
-
-    >>> step_of("ppo_step116"), step_of("instruct_base"), step_of("final")
-    (116, 0, None)
-    """
-    if stage.lower() in BASE_NAMES or stage.lower().endswith("_base"):
-        return 0
-    match = _STEP.search(stage)
-    return int(match[1]) if match else None
 
 
 class Series(NamedTuple):

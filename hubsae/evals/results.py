@@ -11,11 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hubsae.core.errors import DataError
 from hubsae.core.files import write_csv_atomic
-from hubsae.core.metadata import Metric
-from hubsae.core.scopes import parse
-from hubsae.evals.definitions import Measure, to_metrics
+from hubsae.evals.definitions import Measure, Measures
 
 DENSITY_EDGES = tuple(round(-8 + 0.25 * i, 2) for i in range(33))
 
@@ -67,7 +64,7 @@ class DensityBin(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SAEReconstruction:
+class SAEReconstruction(Measures):
     """All numbers of one SAE."""
 
     name: str
@@ -85,27 +82,8 @@ class SAEReconstruction:
     in pairs"""
     own_scope: str
     """The tokens this SAE is for, by its record"""
-
-    def get(self, metric: str, scope: str = "all") -> Measure:
-        """A measure by name and scope, or an error that lists what there is."""
-        wanted = parse(scope).name
-        for measure in self.measures:
-            if measure.name == metric and measure.scope == wanted:
-                return measure
-        names = sorted({m.name for m in self.measures})
-        scopes = sorted({m.scope for m in self.measures})
-        raise DataError(
-            f"no {metric!r} in scope {scope!r} for {self.name!r}",
-            hint=f"metrics: {', '.join(names)}; scopes: {', '.join(scopes)} (scopes need their label columns)",
-        )
-
-    def value(self, metric: str, scope: str = "all") -> float | None:
-        """The value of a measure; None where it is not defined."""
-        return self.get(metric, scope).value
-
-    def metrics(self) -> list[Metric]:
-        """Entries for metadata.json."""
-        return to_metrics(self.measures)
+    scope: str = "all"
+    """Taken where none is named."""
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,11 @@ from hubsae.core.errors import ConfigError, DataError, HookError
 from hubsae.core.files import write_csv_atomic
 from hubsae.core.hooks import HookPoint
 from hubsae.core.intervene import hook_of, hook_out_of
-from hubsae.core.metadata import Metric
 from hubsae.core.progress import progress
 from hubsae.core.sae import SAE
 from hubsae.core.scopes import NORM, parse
 from hubsae.evals import bootstrap
-from hubsae.evals.definitions import INTERVAL, Measure, to_metrics
+from hubsae.evals.definitions import INTERVAL, Measure, Measures
 from hubsae.evals.places import check_place
 from hubsae.evals.running import Runner, Spot, SumsByText, evaluating, means_at, run_all
 from hubsae.evals.texts import Tokens, batches, encode_texts
@@ -38,13 +37,13 @@ NO_EFFECT = 1e-9
 
 
 @dataclass(frozen=True)
-class SpliceResult:
+class SpliceResult(Measures):
     """Cross-entropy and KL with the activations replaced, by scope."""
 
     name: str
     hook: str
     scope: str
-    """Scope that `value` uses when none is named."""
+    """Taken where none is named."""
     measures: list[Measure]
     per_text: list[dict[str, Any]]
     """One row per text and scope: predicted tokens and the summed losses."""
@@ -54,26 +53,6 @@ class SpliceResult:
     n_truncated: int
     replaced: str
     """Which tokens were replaced: a scope. Padding never is."""
-
-    def get(self, metric: str, scope: str | None = None) -> Measure:
-        """A measure by name, in the scope asked for."""
-        wanted = parse(scope or self.scope).name
-        for measure in self.measures:
-            if measure.name == metric and measure.scope == wanted:
-                return measure
-        raise DataError(
-            f"no {metric!r} in scope {wanted!r}",
-            hint=f"scopes: {', '.join(sorted({m.scope for m in self.measures}))}; "
-            f"metrics: {', '.join(sorted({m.name for m in self.measures}))}",
-        )
-
-    def value(self, metric: str, scope: str | None = None) -> float | None:
-        """The value of a measure; None where it is not defined."""
-        return self.get(metric, scope).value
-
-    def metrics(self) -> list[Metric]:
-        """Entries for metadata.json."""
-        return to_metrics(self.measures)
 
     def rows(self) -> list[dict[str, Any]]:
         """A tidy table: one line per metric and scope."""

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from hubsae.activations.dedup import Deduplicator
 from hubsae.activations.samples import Preparation, conversation
 from hubsae.activations.stream import Stream, open_stream
 from hubsae.activations.texts import load_texts
@@ -16,6 +15,7 @@ from hubsae.core.errors import DataError
 from hubsae.core.text import MESSAGE_KEYS, TEXT_KEYS
 from hubsae.recipes.subject import Subject, fetch_model, read_jsonl, write_jsonl
 
+from .dedup import Deduplicator
 from .settings import Config, Source
 
 TEXTS = "texts.jsonl"

@@ -14,10 +14,10 @@ from hubsae.activations.capture import padded
 from hubsae.core.extras import require
 from hubsae.core.files import write_csv_atomic
 from hubsae.core.quiet import quiet
-from hubsae.evals import scores
 from hubsae.rl.policy import without_dropout
 from hubsae.rl.steps import StepFormat, StepReward, StepTokens, tokenize
 
+from . import scores
 from .errors import KINDS, Solution
 from .settings import PRMSettings
 

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 
 from hubsae.core.sae import SAE
-from hubsae.evals import scores
 from hubsae.evals.passes import PassBlock, run_pass
 from hubsae.evals.probes import Predictions
 from hubsae.evals.ridge import Fit, RidgeSums
 from hubsae.recipes.standard import Activations
 
+from . import scores
 from .data import rows_at, shuffled
 from .settings import ProbeSettings
 

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from hubsae.core.sae import SAE
-from hubsae.evals import scores
 from hubsae.evals.probes import Probe
 from hubsae.rl.reward_models import RewardModel
 from hubsae.rl.steps import StepReward
 from hubsae.rl.truncated import TruncatedReward
 
+from . import scores
 from .errors import RIGHT, Solution
 from .table import RAW, SAE_CODES
 

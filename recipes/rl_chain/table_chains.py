@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hubsae.core.errors import DataError
-from hubsae.evals.rates import RateRatio, Series, change, rate_ratio, step_of
+from hubsae.core.text import stage_step
+from hubsae.evals.rates import RateRatio, Series, change, rate_ratio
 
 from .printed import Row, TableReport, printed_series, read_table
 
@@ -19,7 +20,7 @@ def analyse_chains(rows: Sequence[Row], source: str) -> TableReport:
     report = TableReport("chains", source)
     points: dict[tuple[str, int, int], list[tuple[int, str]]] = {}
     for row in rows:
-        step = step_of(row["stage"])
+        step = stage_step(row["stage"])
         if step is None:
             raise DataError(f"{source}: stage {row['stage']!r} names no step")
         points.setdefault((row["chain"], int(row["layer"]), int(row["k"])), []).append((step, row["nmse"]))
@@ -76,7 +77,7 @@ def _names(keys: Sequence[tuple[str, int, int]]) -> str:
 
 
 def _key(row: Row) -> tuple[str, int, int, int | None]:
-    return row["chain"], int(row["layer"]), int(row["k"]), step_of(row["stage"])
+    return row["chain"], int(row["layer"]), int(row["k"]), stage_step(row["stage"])
 
 
 def implied_variance(row: Row) -> float:
@@ -105,7 +106,7 @@ def compare_chains(source: str | os.PathLike[str], a: str, b: str, layer: int, k
     """Rate of ΔNMSE of chain a over that of chain b in a published table."""
     points: dict[str, list[tuple[int, str]]] = {}
     for row in read_table(source):
-        step = step_of(row["stage"])
+        step = stage_step(row["stage"])
         if (int(row["layer"]), int(row["k"])) == (layer, k) and step is not None:
             points.setdefault(row["chain"], []).append((step, row["nmse"]))
     missing = [name for name in (a, b) if len(points.get(name, [])) < 2]

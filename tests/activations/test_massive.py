@@ -71,10 +71,10 @@ def test_the_card_says_what_to_leave_out_and_names_the_tokens(tmp_path, table):
 
 
 def test_statistics_of_files_without_groups_still_load(tmp_path, table):
-    from hubsae.activations.stats import RunningStats
+    from hubsae.activations.stats import ActivationStats
 
     x, labels, _ = table
     write(tmp_path, x, labels)
     data = ActivationDataset.open(tmp_path).sources[0].stats.to_json()
     del data["groups"], data["tops"]
-    assert RunningStats.from_json(data).result().count == 3000
+    assert ActivationStats.from_json(data).count == 3000

@@ -160,7 +160,7 @@ def test_the_end_of_an_epoch_leads_to_the_next(folder):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_torch_dataloader_takes_it(folder, workers):
     loader = torch.utils.data.DataLoader(
-        ActivationDataset.open(folder).as_labelled_iterable(["sample_id"], 128), batch_size=None, num_workers=workers
+        ActivationDataset.open(folder).as_iterable(128, columns=["sample_id"]), batch_size=None, num_workers=workers
     )
     rows = numbers(loader)
     assert sorted(rows) == list(range(4000))

@@ -148,7 +148,7 @@ def test_finished_parts_of_other_texts_of_the_same_number_are_not_taken(tmp_path
     texts = [f"Ann has {n} apples and eats 3 of them" for n in range(40)]
     options = {"tokenizer": tokenizer, "mode": "packed", "max_length": 16, "window": 8}
     in_parts(tiny_model, texts, tmp_path / "packed", **options)
-    with pytest.raises(DataError, match="of other texts: part [1-9]"):
+    with pytest.raises(DataError, match=r"of other texts: part [1-9]"):
         in_parts(tiny_model, [*texts[:30], *reversed(texts[30:])], tmp_path / "packed", **options)
 
 

@@ -11,7 +11,7 @@ from hubsae import evals
 from hubsae.core.errors import DataError, NotFoundError
 from hubsae.evals.chains import make_groups
 from hubsae.evals.comparison import less_control
-from hubsae.evals.rates import change, make_series, rate_ratio, step_of
+from hubsae.evals.rates import change, make_series, rate_ratio
 from hubsae.evals.report import summary, table_rows
 from hubsae.evals.weights import movement
 from hubsae.hub.sae import HubSAE
@@ -249,13 +249,6 @@ def test_activations_by_stage_and_layer_or_by_function(chain, activations):
     plain = evals.drift(chain, activations)
     assert table_rows(by_function, "cross") == table_rows(plain, "cross")
     assert table_rows(evals.drift(chain, by_pair), "stages") == table_rows(plain, "stages")
-
-
-@pytest.mark.parametrize(
-    ("stage", "step"), [("instruct_base", 0), ("base", 0), ("ppo_step116", 116), ("sft_step29", 29), ("final", None)]
-)
-def test_steps_are_read_from_stage_names(stage, step):
-    assert step_of(stage) == step
 
 
 def test_stages_without_steps_get_no_rates_but_everything_else(make_sae, activations):

@@ -9,7 +9,6 @@ import torch
 from hubsae.core.config import SAEConfig
 from hubsae.core.errors import DataError, FormatError
 from hubsae.core.sae import SAE
-from hubsae.evals import scores
 from hubsae.evals.passes import Rows, run_pass
 from hubsae.evals.probes import Predictions, Probe
 from hubsae.evals.ridge import RidgeSums
@@ -164,8 +163,7 @@ def test_a_probe_is_read_back_as_it_was_and_predicts_rows_held_out(table, tmp_pa
     rows = Rows(x[4800:], {name: value[4800:] for name, value in columns.items()})
     (found,) = run_pass(rows, {"a": sae}, [Predictions({"codes": again}, ["score", "problem"])])
     assert np.allclose(found["codes"], z[4800:] @ again.weights.numpy() + again.bias)
-    measured = scores.r2(found["codes"], found["score"], found["problem"], again.record["mean"])
-    assert measured.low < measured.value < measured.high and measured.value > 0.9
+    assert np.var(found["score"] - found["codes"]) < 0.1 * np.var(found["score"])
     with pytest.raises(FormatError, match="a state of probe"):
         Probe.load(tmp_path / "probe.json")
 
@@ -185,18 +183,3 @@ def test_scores_that_cannot_be_predicted_are_refused_by_name(table):
         summed(sae, x, {**columns, "step_end": np.zeros(len(x), bool)}, scope="step_end").fit()
     with pytest.raises(DataError, match="needs the label column 'problem'"):
         summed(sae, x, {"score": columns["score"]})
-
-
-def test_measures_are_those_of_scipy_and_scikit_learn():
-    from scipy.stats import spearmanr
-    from sklearn.metrics import r2_score, roc_auc_score
-
-    rng = np.random.default_rng(0)
-    score, groups = rng.normal(size=400).round(1), np.arange(400) // 4
-    predicted = (score + rng.normal(size=400)).round(1)
-    assert scores.r2(predicted, score, groups).value == pytest.approx(r2_score(score, predicted))
-    assert scores.spearman(predicted, score, groups).value == pytest.approx(spearmanr(predicted, score)[0])
-    good = score > 0.3
-    assert scores.auc(predicted, good, groups).value == pytest.approx(roc_auc_score(good, predicted))
-    with pytest.raises(DataError, match="good rows and bad ones"):
-        scores.auc(predicted, np.ones(400), groups)

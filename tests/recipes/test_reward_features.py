@@ -14,8 +14,8 @@ import pytest
 
 from hubsae import load_probe
 from hubsae.activations.models import load_model
+from hubsae.core.errors import DataError
 from hubsae.core.files import read_csv, read_json
-from hubsae.evals import scores
 from hubsae.formats import Release
 from hubsae.index.features import FeatureIndex
 from hubsae.recipes.registry import find_recipe, prepare
@@ -29,6 +29,9 @@ SMALLEST = [
     "probe.top=8", "truncation=20", "steer.prompts=3", "steer.tokens=8", "rl.steps=2", "rl.prompts=8",
     "rl.responses=2", "rl.minibatches=2", "rl.test_problems=16", "rl.test_every=2", "rl_layer=2",
 ]  # fmt: skip
+
+
+scores = find_recipe("reward_features").module("scores")
 
 
 @pytest.fixture(scope="module")
@@ -235,3 +238,18 @@ def test_full_and_small_profiles_are_what_was_published_and_fit(recipe):
     small = recipe.config("small")
     assert sum(e.seconds for e in recipe.module("estimates").of(small).values()) < 45 * 60
     assert split_steps("a\n\nb", full.data.base_separator) == ("a", "b")
+
+
+def test_measures_are_those_of_scipy_and_scikit_learn():
+    from scipy.stats import spearmanr
+    from sklearn.metrics import r2_score, roc_auc_score
+
+    rng = np.random.default_rng(0)
+    score, groups = rng.normal(size=400).round(1), np.arange(400) // 4
+    predicted = (score + rng.normal(size=400)).round(1)
+    assert scores.r2(predicted, score, groups).value == pytest.approx(r2_score(score, predicted))
+    assert scores.spearman(predicted, score, groups).value == pytest.approx(spearmanr(predicted, score)[0])
+    good = score > 0.3
+    assert scores.auc(predicted, good, groups).value == pytest.approx(roc_auc_score(good, predicted))
+    with pytest.raises(DataError, match="good rows and bad ones"):
+        scores.auc(predicted, np.ones(400), groups)

@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from hubsae.activations.splits import GOLDEN, mixed
 from hubsae.core.errors import ConfigError
 from hubsae.core.text import MESSAGE_KEYS, TEXT_KEYS
 
 PROBES = 8
 """Bits of the filter per hash."""
-BASE = np.uint64(0x9E3779B97F4A7C15)
+BASE = np.uint64(GOLDEN)
 WORDS = 1 << 20
 """Words whose hashes are remembered; the memory of the words is bounded too."""
 
@@ -63,7 +64,7 @@ class Deduplicator:
         with np.errstate(over="ignore"):
             for j in range(self.n):
                 found = found * BASE + words[j : j + count]
-        return _mixed(found)
+        return mixed(found)
 
     @property
     def chance(self) -> float:
@@ -81,7 +82,7 @@ class Deduplicator:
     def _places(self, grams: np.ndarray) -> np.ndarray:
         """The bits that stand for each hash [hashes, PROBES]."""
         with np.errstate(over="ignore"):
-            steps = np.arange(PROBES, dtype=np.uint64) * (_mixed(grams)[:, None] | np.uint64(1))
+            steps = np.arange(PROBES, dtype=np.uint64) * (mixed(grams)[:, None] | np.uint64(1))
             return (grams[:, None] + steps) % np.uint64(8 * len(self.bits))
 
     def _set(self, places: np.ndarray) -> np.ndarray:
@@ -104,11 +105,3 @@ def words_of(item: Any) -> str:
 
 def _bit(places: np.ndarray) -> np.ndarray:
     return np.left_shift(np.uint8(1), (places & np.uint64(7)).astype(np.uint8))
-
-
-def _mixed(values: np.ndarray) -> np.ndarray:
-    """The splitmix64 finaliser."""
-    with np.errstate(over="ignore"):
-        z = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))

@@ -6,8 +6,11 @@ import random
 
 import pytest
 
-from hubsae.activations.dedup import Deduplicator, words_of
 from hubsae.core.errors import ConfigError
+from hubsae.recipes.registry import find_recipe
+
+dedup = find_recipe("fast").module("dedup")
+Deduplicator, words_of = dedup.Deduplicator, dedup.words_of
 
 
 def by_search(texts: list[str], n: int) -> list[bool]:
