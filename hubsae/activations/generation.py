@@ -26,8 +26,7 @@ def generate_responses(
     """The samples with the model's response behind each prompt, up to and including the first end token."""
     settings = {**DEFAULTS, **options}
     ends = end_ids(model, tokenizer)
-    pad = getattr(tokenizer, "pad_token_id", None)
-    pad = pad if pad is not None else (ends[0] if ends else 0)
+    pad = pad_id(tokenizer, ends)
     if not settings["do_sample"]:
         settings = {name: value for name, value in settings.items() if name not in ("temperature", "top_p", "top_k")}
     device = next(model.parameters()).device
@@ -113,6 +112,11 @@ def end_ids(model: Any, tokenizer: Any) -> list[int]:
     found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     own = list(found) if isinstance(found, (list, tuple)) else [found]
     return sorted({*own, getattr(tokenizer, "eos_token_id", None)} - {None})
+
+
+def pad_id(tokenizer: Any, ends: Sequence[int]) -> int:
+    """The token to pad with: the tokenizer's own, else one that ends a response."""
+    return next((i for i in (getattr(tokenizer, "pad_token_id", None), *ends) if i is not None), 0)
 
 
 def _seed(seed: int, sample: int) -> int:

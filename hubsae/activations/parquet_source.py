@@ -20,7 +20,7 @@ from hubsae.activations.parquet_pages import (
     pages_of,
     parse_footer,
 )
-from hubsae.activations.sources import ByteFile, Source, raw_view
+from hubsae.activations.sources import ByteFile, Source, raw_view, spans
 from hubsae.activations.stats import ActivationStats
 from hubsae.core.errors import DataError, FormatError
 from hubsae.core.parquet import arrow
@@ -200,21 +200,9 @@ class ParquetSource(Source):
             self._groups[key] = table
         return self._groups[key]
 
-    def _spans(self, start: int, stop: int) -> list[tuple[int, int, int]]:
-        """(row group, first, last) inside each row group that rows start to stop touch."""
-        spans = []
-        number = bisect_right(self.group_starts, start) - 1
-        while start < stop:
-            first, last = self.group_starts[number], self.group_starts[number + 1]
-            upto = min(stop, last)
-            if upto > start:
-                spans.append((number, start - first, upto - first))
-            start, number = max(start, upto), number + 1
-        return spans
-
     def _read_through_arrow(self, start: int, stop: int, out: Tensor) -> None:
         at = 0
-        for number, first, last in self._spans(start, stop):
+        for number, first, last in spans(self.group_starts, start, stop):
             column = self._group(number, (self.vector,))[self.vector].slice(first, last - first).combine_chunks()
             flat = column.flatten()
             if column.null_count or flat.null_count or len(flat) != (last - first) * self.d:
@@ -227,12 +215,8 @@ class ParquetSource(Source):
 
     def labels(self, names: Sequence[str], start: int, stop: int) -> dict[str, np.ndarray]:
         """Label columns of rows start to stop."""
-        if missing := [n for n in names if n not in self.label_names]:
-            raise DataError(
-                f"{self.name} has no column {missing[0]!r}", hint=f"its columns are {', '.join(self.label_names)}"
-            )
         parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
-        for number, first, last in self._spans(start, stop):
+        for number, first, last in spans(self.group_starts, start, stop):
             table = self._group(number, tuple(sorted(names)))
             for name in names:
                 parts[name].append(table[name].slice(first, last - first).to_numpy())

@@ -239,15 +239,6 @@ class Preparer:
             raise DataError(f"sample {number} is refused by the chat template: {error}") from error
 
 
-def prepare(items: Sequence[Any], first_id: int, tokenizer: Any, how: Preparation) -> list[Sample]:
-    """Samples of items, numbered from `first_id`; one that cannot be used is an error.
-
-    >>> [sample.ids for sample in prepare([[1, 2], [3]], 0, None, Preparation())]
-    [[1, 2], [3]]
-    """
-    return Preparer(tokenizer, how, strict=True).prepare(items, first_id)[0]
-
-
 def token_ids(item: Any) -> tuple[list[int], int] | None:
     """Ids and prompt length of an item that is tokenised already, else None."""
     if isinstance(item, Mapping):

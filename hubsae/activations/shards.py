@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from hubsae.activations.buffers import BufferPool
 from hubsae.activations.order import Order, Unit
-from hubsae.activations.sources import Source
+from hubsae.activations.sources import Source, spans
 from hubsae.core.errors import DataError
 
 READERS = 8
@@ -57,27 +56,17 @@ class Shards:
         self._pools: dict[torch.dtype, BufferPool] = {}
         self._readers: ThreadPoolExecutor | None = None
 
-    def _spans(self, first: int, rows: int) -> Iterator[tuple[Source, int, int]]:
-        """Each source that `rows` rows from `first` on touch, and which of its rows they are."""
-        number, at = bisect_right(self.starts, first) - 1, first
-        while at < first + rows:
-            source, inside = self.sources[number], at - self.starts[number]
-            part = min(first + rows - at, source.n_rows - inside)
-            if part > 0:
-                yield source, inside, inside + part
-                at += part
-            number += 1
-
     def read(self, first: int, rows: int, out: Tensor) -> None:
         """Stored values of rows first to first + rows."""
         at = 0
-        for source, start, stop in self._spans(first, rows):
-            source.read(start, stop, out[at : at + stop - start])
+        for number, start, stop in spans(self.starts, first, first + rows):
+            self.sources[number].read(start, stop, out[at : at + stop - start])
             at += stop - start
 
     def labels(self, names: Sequence[str], units: Sequence[Unit]) -> dict[str, np.ndarray]:
         """Label columns of runs of rows, one behind the other."""
-        found = [s.labels(names, start, stop) for unit in units for s, start, stop in self._spans(*unit)]
+        parts = [part for first, n in units for part in spans(self.starts, first, first + n)]
+        found = [self.sources[number].labels(names, start, stop) for number, start, stop in parts]
         return {name: np.concatenate([part[name] for part in found]) if found else np.empty(0) for name in names}
 
     def buffer(self, rows: int, dtype: torch.dtype | None = None) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -85,6 +85,21 @@ class LocalFile:
             os.close(handle)
 
 
+def spans(edges: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """Of parts that begin at `edges`, the last being the end: each that rows start to stop touch, and where in it.
+
+    >>> list(spans([0, 4, 4, 6], 3, 6))
+    [(0, 3, 4), (2, 0, 2)]
+    """
+    number = bisect_right(edges, start) - 1
+    while start < stop:
+        first, last = edges[number], edges[number + 1]
+        upto = min(stop, last)
+        if upto > start:
+            yield number, start - first, upto - first
+        start, number = max(start, upto), number + 1
+
+
 def raw_view(rows: Tensor) -> memoryview:
     """The bytes of a contiguous tensor."""
     return rows.view(torch.uint8).numpy().reshape(-1).data
@@ -114,9 +129,7 @@ class Source:
         raise NotImplementedError
 
     def labels(self, names: Sequence[str], start: int, stop: int) -> dict[str, np.ndarray]:
-        """Label columns of rows start to stop."""
-        if names:
-            raise DataError(f"{self.name} has no column {names[0]!r}: it holds bare vectors")
+        """Label columns of rows start to stop; bare vectors have none."""
         return {}
 
 
@@ -149,8 +162,7 @@ class TensorSource(Source):
 
     def labels(self, names: Sequence[str], start: int, stop: int) -> dict[str, np.ndarray]:
         """Label columns given beside the tensor."""
-        missing = [n for n in names if n not in self.extra]
-        return super().labels(missing, start, stop) or {n: self.extra[n][start:stop] for n in names}
+        return {n: self.extra[n][start:stop] for n in names}
 
 
 class RawSource(Source):
@@ -204,18 +216,10 @@ class ArrowSource(Source):
             column = column.flatten()
         return column.to_numpy(zero_copy_only=False)
 
-    def _spans(self, start: int, stop: int) -> list[tuple[int, int, int]]:
-        number, spans = bisect_right(self.starts, start) - 1, []
-        while start < stop:
-            upto = min(stop, self.starts[number + 1])
-            spans.append((number, start - self.starts[number], upto - self.starts[number]))
-            start, number = upto, number + 1
-        return spans
-
     def read(self, start: int, stop: int, out: Tensor) -> None:
         """Copy rows out of the mapped file."""
         at = 0
-        for number, first, last in self._spans(start, stop):
+        for number, first, last in spans(self.starts, start, stop):
             low, high = first // self.context, -(-last // self.context)
             values = self._vectors(self.batches[number].slice(low, high - low)).reshape(-1, self.d)
             rows = values[first - low * self.context : last - low * self.context]
@@ -233,9 +237,7 @@ class ArrowSource(Source):
         if "token_id" in names:
             tokens = [
                 self.batches[n].column("token_ids").flatten().to_numpy(zero_copy_only=False)[a:b]
-                for n, a, b in self._spans(start, stop)
+                for n, a, b in spans(self.starts, start, stop)
             ]
             parts["token_id"] = np.concatenate(tokens).astype(np.int32) if tokens else np.empty(0, np.int32)
-        if missing := [n for n in names if n not in parts]:
-            raise DataError(f"{self.name} has no column {missing[0]!r}", hint=f"it has {', '.join(self.label_names)}")
         return {n: parts[n] for n in names}

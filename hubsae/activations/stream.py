@@ -74,7 +74,6 @@ class Counts:
     samples: int = 0
     tokens: int = 0
     """Tokens computed."""
-    rows: int = 0
     empty: int = 0
     """Samples without a token to keep; they leave no row."""
     bad: list[BadSample] = field(default_factory=list)
@@ -332,7 +331,6 @@ class Stream:
         if not bool(keep.any()):
             return {}, columns
         found = capture(self.model, ids, mask, self.hooks, keep)
-        self.counts.rows += int(keep.sum())
         # what is not float32 already travels as it is: two bytes a value
         return {name: hidden.cpu() for name, hidden in found.items()}, columns
 

@@ -34,16 +34,16 @@ from hubsae.activations.layout import (
     ShardHeader,
     check_config,
     parse_shard_name,
-    read_header,
     shard_name,
     shards_in,
 )
 from hubsae.activations.parquet_file import VectorFile
+from hubsae.activations.parquet_source import ParquetSource
+from hubsae.activations.sources import LocalFile
 from hubsae.activations.splits import SplitRule
 from hubsae.activations.stats import TILE, ActivationStats
 from hubsae.core.errors import ConfigError, DataError, FormatError
 from hubsae.core.files import atomic_path, read_json, sha256_file, write_json_atomic, writing
-from hubsae.core.parquet import arrow
 
 HEAD_ROOM = 4.0
 """A suggested scale leaves the largest value seen this factor below float16's limit."""
@@ -145,23 +145,18 @@ class ActivationWriter:
         """What earlier runs finished, per split: sample ids, rows, and our next file number."""
         finished = {n: np.empty(0, dtype=np.int64) for n in names}
         rows, next_index = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
-        pq = arrow().parquet
         for split, paths in shards_in(self.folder).items():
             if split not in names:
                 continue
             ids = []
             for path in paths:
                 self.journal.check(path)
-                file = _open_parquet(path)
-                metadata = {
-                    k.decode(): v.decode() for k, v in (file.metadata.metadata or {}).items() if k != b"ARROW:schema"
-                }
-                found = read_header(str(path), metadata)
-                if found is None:
+                found = ParquetSource(LocalFile(path))
+                if found.header is None:
                     raise DataError(f"{path} was not written by hubsae", hint="write into an empty folder")
-                self._refuse_other(found[0])
-                ids.append(np.unique(pq.read_table(path, columns=["sample_id"])["sample_id"].to_numpy()))
-                rows[split] += file.metadata.num_rows
+                self._refuse_other(found.header)
+                ids.append(np.unique(found.labels(["sample_id"], 0, found.n_rows)["sample_id"]))
+                rows[split] += found.n_rows
                 _, rank, index = parse_shard_name(path.name) or (split, 0, 0)
                 if rank == self.rank:
                     next_index[split] = max(next_index[split], index + 1)
@@ -437,16 +432,3 @@ class _Stream:
 
 class _Aborted(Exception):
     """Tells `atomic_path` to remove the temporary file."""
-
-
-def _open_parquet(path: Path) -> Any:
-    pa = arrow()
-    try:
-        return pa.parquet.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise FormatError(
-            path,
-            "a whole Parquet file",
-            f"one that cannot be opened ({error})",
-            hint="remove it; its samples are redone",
-        ) from error

@@ -34,7 +34,7 @@ def percentile_interval(values: np.ndarray, level: float = LEVEL) -> tuple[float
 
 
 def interval(
-    sums: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], *, resamples: int = RESAMPLES, seed: int = SEED
+    sums: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], *, seed: int = SEED
 ) -> tuple[float, float] | None:
     """Interval of a statistic of sums: `sums` [units, m]; `statistic` maps resampled sums [r, m] to [r].
 
@@ -45,7 +45,7 @@ def interval(
     if sums.shape[0] < 2:
         return None
     with np.errstate(divide="ignore", invalid="ignore"):
-        return percentile_interval(statistic(weights(sums.shape[0], resamples, seed) @ sums))
+        return percentile_interval(statistic(weights(sums.shape[0], seed=seed) @ sums))
 
 
 def wilson(hits: int, of: int) -> tuple[float, float] | tuple[None, None]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from hubsae.evals.bootstrap import percentile_interval
 from hubsae.evals.drift import DriftReport
-from hubsae.evals.rates import RateRatio, Series, at, change, rate_ratio
+from hubsae.evals.rates import RateRatio, change, rate_ratio
 
 
 class Compared(NamedTuple):
@@ -84,7 +84,10 @@ def less_control(report: DriftReport) -> list[dict[str, Any]]:
                 if not two.steps[0] <= step <= two.steps[-1]:
                     continue
                 of_chain, of_control = change(one, float(step)), change(two, float(step))
-                low, high = _net_interval(one, two, float(step))
+                net = None
+                if of_chain.draws is not None and of_control.draws is not None:
+                    net = percentile_interval(of_chain.draws - of_control.draws)
+                low, high = net or (None, None)
                 rows.append(
                     {
                         "layer": group.layer,
@@ -100,13 +103,3 @@ def less_control(report: DriftReport) -> list[dict[str, Any]]:
                     }
                 )
     return rows
-
-
-def _net_interval(one: Series, two: Series, step: float) -> tuple[float | None, float | None]:
-    if one.draws is None or two.draws is None or one.draws.shape[0] != two.draws.shape[0]:
-        return None, None
-    drawn_one, drawn_two = at(one, step)[1], at(two, step)[1]
-    if drawn_one is None or drawn_two is None:
-        return None, None
-    net = (drawn_one - one.draws[:, 0]) - (drawn_two - two.draws[:, 0])
-    return percentile_interval(net) or (None, None)

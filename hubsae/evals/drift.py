@@ -148,7 +148,6 @@ def drift(
     control_activations: Any = None,
     name: str = "chain",
     match: Matching = "auto",
-    alive_density: float = ALIVE_DENSITY,
     batch_size: int | None = None,
     on_pass: Callable[[str], None] | None = None,
 ) -> DriftReport:
@@ -170,7 +169,7 @@ def drift(
     _one_width_each(groups, activations)
     report = DriftReport(
         name=name,
-        groups=[_group_drift(g, activations, match, alive_density, batch_size, on_pass) for g in groups],
+        groups=[_group_drift(g, activations, match, batch_size, on_pass) for g in groups],
     )
     if control is not None:
         held = control_activations
@@ -181,7 +180,6 @@ def drift(
             held,
             name=f"{name} control",
             match=match,
-            alive_density=alive_density,
             batch_size=batch_size,
             on_pass=on_pass,
         )
@@ -211,7 +209,6 @@ def _group_drift(
     group: Group,
     activations: Any,
     match: Matching,
-    alive_density: float,
     batch_size: int | None,
     on_pass: Callable[[str], None] | None,
 ) -> GroupDrift:
@@ -239,7 +236,7 @@ def _group_drift(
         layer=group.layer,
         k=group.k,
         name=group.name,
-        stages=_stage_rows(links, results, cosines, alive_density),
+        stages=_stage_rows(links, results, cosines),
         moves=moves,
         cross=_cross_rows(links, results),
         series=_series(links, results),
@@ -274,7 +271,6 @@ def _stage_rows(
     links: list[Link],
     results: dict[str, ReconstructionResult],
     cosines: dict[str, Movement],
-    alive_density: float,
 ) -> list[StageRow]:
     rows = []
     alive_before: Tensor | None = None
@@ -283,7 +279,7 @@ def _stage_rows(
         own, scope = result[link.stage], link.sae.metadata.own_scope
         before = result[links[index - 1].stage] if index else None
         density = own.features.density
-        alive = density > alive_density
+        alive = density > ALIVE_DENSITY
         births = deaths = None
         if alive_before is not None:
             moved = cosines[f"{link.stage}/previous"]

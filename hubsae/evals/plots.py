@@ -114,8 +114,8 @@ def plot_nmse(report: DriftReport, path: Path, metric: str = "nmse_pooled") -> P
     control = {(g.layer, g.k): g for g in report.control.groups} if report.control else {}
     for axis, group in zip(axes.flat, shown, strict=False):
         _line(axis, group.series[metric, scope], COLOURS[0], "-", report.name)
-        before = [(row.step, _before(group, row.stage, metric, scope)) for row in group.stages[1:]]
-        dots = [(s, v) for s, v in before if s is not None and v is not None]
+        before = group.matrix(metric, scope).diagonal(1)
+        dots = [(row.step, v) for row, v in zip(group.stages[1:], before, strict=True) if np.isfinite(v)]
         if dots:
             axis.plot(*zip(*dots, strict=True), "o", mfc="none", ms=4, color=COLOURS[0], label="before training")
         other = control.get((group.layer, group.k))
@@ -130,15 +130,6 @@ def plot_nmse(report: DriftReport, path: Path, metric: str = "nmse_pooled") -> P
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels) if columns > 1 else 1)
     return save_figure(figure, path)
-
-
-def _before(group: GroupDrift, stage: str, metric: str, scope: str) -> float | None:
-    stages = [row.stage for row in group.stages]
-    earlier = stages[stages.index(stage) - 1]
-    for row in group.cross:
-        if (row.sae_stage, row.activation_stage, row.metric, row.scope) == (earlier, stage, metric, scope):
-            return row.value
-    return None
 
 
 def _line(axis: Any, series: Series, colour: str, style: str, label: str) -> None:

@@ -63,8 +63,13 @@ class Change(NamedTuple):
     """value − first value"""
     per_step: float | None
     """delta / steps since the first; None at the first"""
-    interval: tuple[float, float] | None
-    """of the delta"""
+    draws: np.ndarray | None
+    """[resamples] of the delta"""
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Of the delta."""
+        return None if self.draws is None else percentile_interval(self.draws)
 
 
 def change(series: Series, step: float) -> Change:
@@ -76,11 +81,9 @@ def change(series: Series, step: float) -> Change:
     value, drawn = at(series, step)
     first = float(series.values[0])
     steps = step - float(series.steps[0])
-    interval = None
-    if drawn is not None and series.draws is not None:
-        interval = percentile_interval(drawn - series.draws[:, 0])
+    draws = None if drawn is None or series.draws is None else drawn - series.draws[:, 0]
     delta = value - first
-    return Change(step, value, delta, delta / steps if steps else None, interval)
+    return Change(step, value, delta, delta / steps if steps else None, draws)
 
 
 class RateRatio(NamedTuple):
@@ -128,12 +131,8 @@ def rate_ratio(a: Series, b: Series, *, matched: bool) -> RateRatio:
         raise DataError("a chain of one stage has no rate")
     ratio = None if to_b.delta == 0 else (to_a.delta / steps_a) / (to_b.delta / steps_b)
     interval = None
-    if ratio is not None and a.draws is not None and b.draws is not None:
-        drawn_a, drawn_b = at(a, end_a)[1], at(b, end_b)[1]
-        if drawn_a is not None and drawn_b is not None and len(drawn_a) == len(drawn_b):
-            with np.errstate(divide="ignore", invalid="ignore"):
-                rates_a = (drawn_a - a.draws[:, 0]) / steps_a
-                rates_b = (drawn_b - b.draws[:, 0]) / steps_b
-                interval = percentile_interval(rates_a / rates_b)
+    if ratio is not None and to_a.draws is not None and to_b.draws is not None and len(to_a.draws) == len(to_b.draws):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            interval = percentile_interval((to_a.draws / steps_a) / (to_b.draws / steps_b))
     kind = "matched" if matched else "end_to_end"
     return RateRatio(kind, steps_a, steps_b, to_a.delta, to_b.delta, ratio, interval)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -11,11 +10,13 @@ from typing import Any, cast
 
 from hubsae.activations import ActivationDataset, PairedActivations
 from hubsae.core.errors import NotFoundError
+from hubsae.core.files import read_csv
 from hubsae.core.hooks import KINDS, HookKind, HookPoint
 from hubsae.core.metadata import Metric
 from hubsae.core.sae import SAE
 from hubsae.evals.comparison import Comparison
 from hubsae.evals.drift import DriftReport
+from hubsae.evals.plots import plot_deciles, plot_histograms
 from hubsae.evals.report import write_report
 from hubsae.evals.results import ReconstructionResult
 from hubsae.evals.splice import SpliceResult
@@ -31,18 +32,15 @@ def record_metrics(release: Release, metrics: Mapping[str, Sequence[Metric]]) ->
             release.record(sae_id, metadata)
 
 
-def record_reconstruction(release: Release, result: ReconstructionResult, *, plots: bool = True) -> None:
+def record_reconstruction(release: Release, result: ReconstructionResult) -> None:
     """Metrics, tables and plots of a reconstruction pass, into a release whose ids are the names of the SAEs."""
     record_metrics(release, {sae.name: sae.metrics() for sae in result.saes.values()})
     _merge_table(release, "reconstruction", result.rows(), ("sae", "metric", "scope"))
     _merge_table(release, "norm_deciles", result.decile_rows(), ("sae", "scope", "decile"))
     _merge_table(release, "density_histogram", result.histogram_rows(), ("sae", "log10_low"))
-    if plots:
-        from hubsae.evals.plots import plot_deciles, plot_histograms
-
-        with tempfile.TemporaryDirectory() as folder:
-            for name, draw in (("density_histogram", plot_histograms), ("norm_deciles", plot_deciles)):
-                release.add_plot(f"{name}.png", draw(result, Path(folder) / f"{name}.png"))
+    with tempfile.TemporaryDirectory() as folder:
+        for name, draw in (("density_histogram", plot_histograms), ("norm_deciles", plot_deciles)):
+            release.add_plot(f"{name}.png", draw(result, Path(folder) / f"{name}.png"))
 
 
 def record_splice(release: Release, results: Mapping[str, SpliceResult]) -> None:
@@ -59,8 +57,7 @@ def record_drift(release: Release, report: DriftReport, comparison: Comparison |
             if file.suffix == ".png":
                 release.add_plot(file.name, file)
             elif file.suffix == ".csv":
-                with open(file, newline="", encoding="utf-8") as stream:
-                    release.add_results(file.name, list(csv.DictReader(stream)))
+                release.add_results(file.name, read_csv(file))
     if comparison is not None and comparison.items:
         release.add_results("drift_comparison", comparison.rows())
 
@@ -71,9 +68,7 @@ def _merge_table(release: Release, name: str, rows: list[dict[str, Any]], key: t
     kept: list[dict[str, Any]] = []
     if file.is_file():
         fresh = {tuple(_text(row.get(column)) for column in key) for row in rows}
-        with open(file, newline="", encoding="utf-8") as stream:
-            old = list(csv.DictReader(stream))
-        kept = [dict(row) for row in old if tuple(row.get(column) or "" for column in key) not in fresh]
+        kept = [row for row in read_csv(file) if tuple(row.get(column) or "" for column in key) not in fresh]
     release.add_results(name, [*kept, *rows])
 
 

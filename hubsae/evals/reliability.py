@@ -115,7 +115,6 @@ class SteeringResult:
     found: dict[tuple[str, float], np.ndarray]
     """[prompts] how many generated tokens are the direction's"""
     texts: dict[tuple[str, float], list[str]]
-    resamples: int = bootstrap.RESAMPLES
     seed: int = bootstrap.SEED
 
     def row(self, direction: Direction, strength: float) -> Row:
@@ -127,7 +126,7 @@ class SteeringResult:
             total = bottom.sum()
             value = float(of(top.sum() / total)) if total else float("nan")
             table = np.stack([top, bottom], 1)
-            drawn = bootstrap.interval(table, lambda s: of(s[:, 0] / s[:, 1]), resamples=self.resamples, seed=self.seed)
+            drawn = bootstrap.interval(table, lambda s: of(s[:, 0] / s[:, 1]), seed=self.seed)
             return value, drawn
 
         ones = np.ones(len(self.prompts))
@@ -152,7 +151,7 @@ class SteeringResult:
     def _reliability(self, feature: Direction) -> Reliability:
         controls = [d for d in self.directions if d.of == feature.name]
         before, level = self.said[feature.name, 0.0], 1 - (1 - bootstrap.LEVEL) / len(self.strengths)
-        drawn = bootstrap.weights(len(before), self.resamples, self.seed) / len(before)
+        drawn = bootstrap.weights(len(before), seed=self.seed) / len(before)
         tried: list[Reliability] = []
         for strength in self.strengths:
             here = self.row(feature, strength)

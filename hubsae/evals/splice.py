@@ -113,7 +113,6 @@ def splice_many(
     max_length: int | None = None,
     batch_tokens: int | None = None,
     cache_chunk: int | None = None,
-    resamples: int = bootstrap.RESAMPLES,
     seed: int = bootstrap.SEED,
     force: bool = False,
     show: bool | None = False,
@@ -169,7 +168,7 @@ def splice_many(
         placed = {label: (sae, spots[label]) for label, (sae, *_) in pairs.items()}
         sums = run_all(runner, placed, means, work, len(encoded), wanted, task)
     return {
-        label: _result(label, spot, shown[label].name, [w.name for w in wanted], sums, cut, resamples, seed)
+        label: _result(label, spot, shown[label].name, [w.name for w in wanted], sums, cut, seed)
         for label, spot in spots.items()
     }
 
@@ -233,7 +232,7 @@ def _check(
 
 
 def _result(
-    label: str, spot: Spot, scope: str, names: Sequence[str], sums: SumsByText, cut: int, resamples: int, seed: int
+    label: str, spot: Spot, scope: str, names: Sequence[str], sums: SumsByText, cut: int, seed: int
 ) -> SpliceResult:
     keys = {"n": ("n", spot.read), "ce_clean": ("clean", spot.read)}
     for run in ("mean", "zero"):
@@ -250,7 +249,7 @@ def _result(
                     f"no predicted token in scope {scope!r}", hint="texts need at least two tokens, one of them in it"
                 )
             continue
-        measures += _scope_measures(name, {k: v[used] for k, v in table.items()}, resamples, seed)
+        measures += _scope_measures(name, {k: v[used] for k, v in table.items()}, seed)
         per_text += [
             {"text": int(i), "scope": name, **{key: float(values[i]) for key, values in table.items()}} for i in used
         ]
@@ -268,12 +267,12 @@ def _result(
     )
 
 
-def _scope_measures(scope: str, table: dict[str, np.ndarray], resamples: int, seed: int) -> list[Measure]:
+def _scope_measures(scope: str, table: dict[str, np.ndarray], seed: int) -> list[Measure]:
     keys = list(table)
     sums = np.stack([table[key] for key in keys], axis=1)
     total = dict(zip(keys, sums.sum(0), strict=True))
     units = sums.shape[0]
-    drawn = dict(zip(keys, (bootstrap.weights(units, resamples, seed) @ sums).T, strict=True))
+    drawn = dict(zip(keys, (bootstrap.weights(units, seed=seed) @ sums).T, strict=True))
     kind = f"{INTERVAL} over {units} texts"
     n = int(total["n"])
     out: list[Measure] = []

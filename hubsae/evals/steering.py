@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hubsae.activations.capture import padded
-from hubsae.activations.generation import answers, end_ids, generate
+from hubsae.activations.generation import answers, end_ids, generate, pad_id
 from hubsae.core.errors import ConfigError, DataError
 from hubsae.core.hooks import HookPoint, edit_hook
 from hubsae.core.intervene import hook_out_of
@@ -94,7 +94,6 @@ def dose_response(
     temperature: float = 0.0,
     judge: Judge | None = None,
     rows_at_once: int = 64,
-    resamples: int = bootstrap.RESAMPLES,
     seed: int = bootstrap.SEED,
     show: bool | None = False,
 ) -> SteeringResult:
@@ -126,7 +125,7 @@ def dose_response(
             for part in _parts(sorted(jobs, key=lambda job: len(ids[job.prompt])), rows_at_once):
                 made += zip(part, writer.steered(part, hook, base), strict=True)
                 task.advance(len(part))
-    return _result(tokenizer, list(directions), asked, ids, base, made, judge, resamples, seed)
+    return _result(tokenizer, list(directions), asked, ids, base, made, judge, seed)
 
 
 class _Job(NamedTuple):
@@ -156,8 +155,7 @@ class _Writer:
 
     def __post_init__(self) -> None:
         self.ends = end_ids(self.model, self.tokenizer)
-        pad = getattr(self.tokenizer, "pad_token_id", None)
-        self.pad = pad if pad is not None else (self.ends[0] if self.ends else 0)
+        self.pad = pad_id(self.tokenizer, self.ends)
         self.device = next(self.model.parameters()).device
 
     def untouched(self, which: list[int]) -> list[_Written]:
@@ -227,7 +225,7 @@ class _Noise:
 
 def _result(
     tokenizer: Any, asked: list[Direction], strengths: list[float], ids: list[list[int]], base: list[_Written],
-    made: list[tuple[_Job, _Written]], judge: Judge | None, resamples: int, seed: int,
+    made: list[tuple[_Job, _Written]], judge: Judge | None, seed: int,
 ) -> SteeringResult:  # fmt: skip
     by_key: dict[tuple[str, float], list[_Written]] = {(UNSTEERED, 0.0): base}
     for job, one in sorted(made, key=lambda pair: pair[0].prompt):
@@ -259,7 +257,7 @@ def _result(
                 if judge is None
                 else np.array([judge(direction, p, t) for p, t in zip(prompts, texts[source], strict=True)], float)
             )
-    return SteeringResult(asked, strengths, prompts, sums, said, found, texts, resamples, seed)
+    return SteeringResult(asked, strengths, prompts, sums, said, found, texts, seed)
 
 
 def _ids(prompt: Any, tokenizer: Any) -> list[int]:

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from hubsae.activations.batching import token_budget_batches
 from hubsae.activations.capture import padded
-from hubsae.activations.samples import Preparation, Preparer, divide
+from hubsae.activations.samples import Mode, Preparation, Preparer, conversation
 from hubsae.core.errors import DataError
 from hubsae.core.files import read_json
-from hubsae.core.text import PROMPT_KEYS, RESPONSE_KEYS
+from hubsae.core.text import MESSAGE_KEYS, PROMPT_KEYS, RESPONSE_KEYS
 
 
 @dataclass
@@ -60,8 +60,8 @@ def encode_texts(texts: Any, tokenizer: Any = None, *, max_length: int | None = 
     out: list[Tokens] = []
     cut = 0
     special = getattr(tokenizer, "all_special_ids", None)
-    for text in _each(texts):
-        tokens = _encode(text, tokenizer)
+    for number, text in enumerate(_each(texts)):
+        tokens = _encode(text, number, tokenizer)
         if max_length is not None and tokens.ids.numel() > max_length:
             cut += 1
             response = tokens.is_response
@@ -100,79 +100,54 @@ def _each(texts: Any) -> Iterable[Any]:
     return texts
 
 
-def _encode(text: Any, tokenizer: Any) -> Tokens:
-    if isinstance(text, Tensor):
-        return Tokens(text.reshape(-1).long().cpu(), None)
-    if isinstance(text, Mapping):
-        return _encode_mapping(text, tokenizer)
-    if isinstance(text, Sequence) and not isinstance(text, str):
-        if len(text) == 2 and all(isinstance(part, str) for part in text):
-            return _encode_pair(text[0], text[1], tokenizer)
-        if all(isinstance(item, int) for item in text):
-            return Tokens(torch.tensor(list(text), dtype=torch.int64), None)
-    if isinstance(text, str):
-        return Tokens(_ids(_need(tokenizer)(text)), None)
-    raise DataError(
-        f"cannot read a text from {type(text).__name__}",
-        hint="pass strings, (prompt, response) pairs, mappings with prompt and response, or token ids",
-    )
-
-
-def _encode_mapping(text: Mapping[str, Any], tokenizer: Any) -> Tokens:
-    if "input_ids" in text:
-        ids = torch.as_tensor(text["input_ids"]).reshape(-1).long().cpu()
-        mask = text.get("attention_mask")
-        keep = torch.ones_like(ids, dtype=torch.bool) if mask is None else torch.as_tensor(mask).bool().cpu()
-        prompt = text.get("is_prompt")
-        response = None if prompt is None else ~torch.as_tensor(prompt).bool().cpu()[keep]
-        known = ("input_ids", "attention_mask", "is_prompt")
-        more = {name: np.asarray(column) for name, column in text.items() if name not in known}
-        labels = {name: column[keep.numpy()] for name, column in more.items() if column.shape == tuple(keep.shape)}
-        return Tokens(ids[keep], response, labels)
-    if "messages" in text:
-        return _encode_chat(text["messages"], tokenizer)
-    prompt = next((text[k] for k in PROMPT_KEYS if k in text), None)
-    response = next((text[k] for k in RESPONSE_KEYS if k in text), None)
-    if isinstance(prompt, str) and isinstance(response, str):
-        return _encode_pair(prompt, response, tokenizer)
-    if isinstance(text.get("text"), str):
-        return _encode(text["text"], tokenizer)
-    raise DataError(
-        f"a text has the keys {', '.join(map(str, text))}",
-        hint="expected prompt and response, messages, text, or input_ids",
-    )
-
-
-def _encode_chat(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> Tokens:
-    """As a harvest does it, with the same groups of tokens."""
-    if not messages:
-        raise DataError("a text is an empty chat", hint="leave it out")
-    sample = _preparer(_need(tokenizer)).chat(messages)
-    answered = messages[-1].get("role") == "assistant" and len(messages) > 1
+def _encode(text: Any, number: int, tokenizer: Any) -> Tokens:
+    """A text as a harvest makes it: strings and pairs as they are, messages through the chat template."""
+    keys = text if isinstance(text, Mapping) else ()
+    if "input_ids" in keys:
+        return _encode_ids(text)
+    listed = isinstance(text, Sequence) and not isinstance(text, str)
+    if isinstance(text, Tensor) or (listed and all(isinstance(item, int) for item in text)):
+        return Tokens(torch.as_tensor(text, dtype=torch.int64).reshape(-1).cpu(), None)
+    if not keys and not isinstance(text, (str, tuple, list)):
+        raise DataError(
+            f"cannot read a text from {type(text).__name__}",
+            hint="pass strings, (prompt, response) pairs, mappings with prompt and response, or token ids",
+        )
+    if tokenizer is None:
+        raise DataError("texts given as strings need a tokenizer", hint="pass tokenizer=, or token ids")
+    chat = any(key in keys for key in MESSAGE_KEYS) or (listed and isinstance(text[0], Mapping))
+    paired = all(any(key in keys for key in known) for known in (PROMPT_KEYS, RESPONSE_KEYS))
+    bare = isinstance(text, str) or ("text" in keys and not paired)
+    preparer = _preparer(tokenizer, "text" if bare else "prompt+response", chat)
+    answered = not bare
+    if chat:
+        messages = conversation(text, preparer.how)
+        if not messages:
+            raise DataError(f"text {number} is an empty chat", hint="leave it out")
+        sample = preparer.chat(messages, number)
+        answered = messages[-1]["role"] == "assistant" and len(messages) > 1
+    else:
+        sample = preparer.prepare([text], number)[0][0]
     response = torch.arange(len(sample.ids)) >= sample.prompt_length if answered else None
     return Tokens(torch.tensor(sample.ids, dtype=torch.int64), response, dict(sample.columns))
 
 
-@lru_cache(maxsize=2)
-def _preparer(tokenizer: Any) -> Preparer:
+def _encode_ids(text: Mapping[str, Any]) -> Tokens:
+    ids = torch.as_tensor(text["input_ids"]).reshape(-1).long().cpu()
+    mask = text.get("attention_mask")
+    keep = torch.ones_like(ids, dtype=torch.bool) if mask is None else torch.as_tensor(mask).bool().cpu()
+    prompt = text.get("is_prompt")
+    response = None if prompt is None else ~torch.as_tensor(prompt).bool().cpu()[keep]
+    known = ("input_ids", "attention_mask", "is_prompt")
+    more = {name: np.asarray(column) for name, column in text.items() if name not in known}
+    labels = {name: column[keep.numpy()] for name, column in more.items() if column.shape == tuple(keep.shape)}
+    return Tokens(ids[keep], response, labels)
+
+
+@lru_cache(maxsize=6)
+def _preparer(tokenizer: Any, mode: Mode, chat: bool) -> Preparer:
     """Kept, because it knows the layouts of the chats it has seen."""
-    return Preparer(tokenizer, Preparation("prompt+response"))
-
-
-def _encode_pair(prompt: str, response: str, tokenizer: Any) -> Tokens:
-    """Both as one text, so that a token is what the model would see; a token belongs where it begins."""
-    ids, prompt_length, _ = divide(_need(tokenizer), prompt + response, len(prompt), add=True)
-    return Tokens(torch.tensor(ids, dtype=torch.int64), torch.arange(len(ids)) >= prompt_length)
-
-
-def _ids(encoded: Any) -> Tensor:
-    return torch.as_tensor(encoded["input_ids"]).reshape(-1).long()
-
-
-def _need(tokenizer: Any) -> Any:
-    if tokenizer is None:
-        raise DataError("texts given as strings need a tokenizer", hint="pass tokenizer=, or token ids")
-    return tokenizer
+    return Preparer(tokenizer, Preparation(mode, chat=chat), strict=True)
 
 
 def batches(texts: Sequence[Tokens], batch_tokens: int) -> list[Batch]:

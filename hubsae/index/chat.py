@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from hubsae.activations.generation import end_ids, generate
+from hubsae.activations.generation import end_ids, generate, pad_id
 from hubsae.activations.models import load_model, load_tokenizer
 from hubsae.core.errors import HubSAEError
 from hubsae.core.progress import progress
@@ -75,7 +75,7 @@ class LocalChat:
         asked = self.tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         ).to(next(self.model.parameters()).device)
-        pad = next((i for i in (self.tokenizer.pad_token_id, *self.ends) if i is not None), 0)
+        pad = pad_id(self.tokenizer, self.ends)
         with torch.inference_mode():
             out = generate(
                 self.model, asked["input_ids"], asked["attention_mask"], self.ends, pad,

@@ -11,9 +11,14 @@ import torch
 
 from hubsae.activations import harvest
 from hubsae.activations.groups import ChatLayout
-from hubsae.activations.samples import Preparation, prepare
+from hubsae.activations.samples import Preparation, Preparer
 from hubsae.core.errors import ConfigError
 from hubsae.core.scopes import parse
+
+
+def prepare(items, first, tokenizer, how):
+    return Preparer(tokenizer, how, strict=True).prepare(items, first)[0]
+
 
 # ruff: noqa: E501
 # the templates of SmolLM2, Llama 3, Gemma and Mistral, as their tokenizers carry them

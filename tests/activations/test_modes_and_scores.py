@@ -10,10 +10,15 @@ import torch
 
 from hubsae.activations import ActivationDataset, harvest
 from hubsae.activations.rewards import ScoredText, StepScores, step_ends
-from hubsae.activations.samples import Preparation, prepare
+from hubsae.activations.samples import Preparation, Preparer
 from hubsae.activations.stream import open_stream
 from hubsae.core.errors import ConfigError, DataError
 from hubsae.rl.reward_models import HarvestScorer, load_reward_model
+
+
+def prepare(items, first, tokenizer, how):
+    return Preparer(tokenizer, how, strict=True).prepare(items, first)[0]
+
 
 PAIR = {"question": "Ann has 12 apples", "answer": "She eats 3 of them"}
 
