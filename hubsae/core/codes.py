@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
 class SparseCodes(NamedTuple):
     """Active latents of each token; rows with fewer than `k` are padded with value 0 at index 0.
 
+    >>> import torch
     >>> codes = SparseCodes(torch.tensor([[2, 0]]), torch.tensor([[1.5, 0.0]]), d_sae=4)
     >>> codes.dense()
     tensor([[0.0000, 0.0000, 1.5000, 0.0000]])
@@ -54,16 +54,3 @@ class SparseCodes(NamedTuple):
         beside = (self.token_mean, self.token_scale, self.skip)
         shaped = [t if t is None else t.reshape(*lead, t.shape[-1]) for t in beside]
         return SparseCodes(self.indices.reshape(*lead, k), self.values.reshape(*lead, k), self.d_sae, *shaped)
-
-    @staticmethod
-    def from_dense(z: Tensor) -> SparseCodes:
-        """Compact a dense code matrix [..., d_sae]; as wide as its fullest row."""
-        flat = z.reshape(-1, z.shape[-1])
-        active = flat != 0
-        width = max(int(active.sum(-1).max()) if flat.shape[0] else 0, 1)
-        # a stable sort of "inactive" puts the active latents first, in rising order of index
-        order = torch.argsort((~active).to(torch.uint8), dim=-1, stable=True)[:, :width]
-        values = flat.gather(-1, order)
-        indices = torch.where(values != 0, order, 0)
-        lead = z.shape[:-1]
-        return SparseCodes(indices.reshape(*lead, width), values.reshape(*lead, width), z.shape[-1])

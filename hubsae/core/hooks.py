@@ -309,17 +309,11 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     >>> find_blocks(toy)[0]
     'layers'
     """
-    for path in BLOCK_PATHS:
-        found = _walk(model, path)
-        if isinstance(found, nn.ModuleList) and len(found):
-            return path, found
-    for prefix in ("base_model.model", "module", "model", "language_model", "model.language_model"):
-        inner = _walk(model, prefix)
-        if isinstance(inner, nn.Module):
-            for path in BLOCK_PATHS:
-                found = _walk(inner, path)
-                if isinstance(found, nn.ModuleList) and len(found):
-                    return f"{prefix}.{path}", found
+    for prefix in ("", "base_model.model.", "module.", "model.", "language_model.", "model.language_model."):
+        for path in BLOCK_PATHS:
+            found = _walk(model, prefix + path)
+            if isinstance(found, nn.ModuleList) and len(found):
+                return prefix + path, found
     raise HookError(
         f"cannot find the decoder blocks of {type(model).__name__}",
         hint="supported layouts keep them at " + ", ".join(BLOCK_PATHS),

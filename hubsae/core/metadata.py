@@ -6,7 +6,6 @@ version wrote are kept and warned about once; a required key that is missing is 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import warnings
@@ -160,7 +159,7 @@ class Metadata(Section):
     """Everything known about one SAE.
 
     >>> m = Metadata(config=SAEConfig(architecture="topk", d_in=8, d_sae=32, k=4))
-    >>> Metadata.from_json(m.to_json()) == m
+    >>> Metadata.from_dict(m.to_dict()) == m
     True
     """
 
@@ -214,33 +213,20 @@ class Metadata(Section):
         """As JSON-ready data, without what is not known."""
         return self.model_dump(mode="json", exclude_none=True)
 
-    def to_json(self) -> str:
-        """As JSON text."""
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
-
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write metadata.json into a folder, whole or not at all."""
         return write_json_atomic(Path(folder) / FILE_NAME, self.to_dict())
-
-    @classmethod
-    def from_json(cls, text: str) -> Metadata:
-        """Read JSON text."""
-        try:
-            return cls.from_dict(json.loads(text))
-        except json.JSONDecodeError as error:
-            raise MetadataError(f"metadata is not JSON: {error}") from error
 
     @classmethod
     def from_dict(cls, data: Any, *, where: str | os.PathLike[str] = FILE_NAME) -> Metadata:
         """Check and read; `where` is named in errors."""
         if not isinstance(data, dict):
             raise MetadataError(f"{where}: expected an object, found {type(data).__name__}")
-        data = without_null_unknowns(data)
+        known = {key: value for key, value in data.items() if value is not None}  # null and absent mean the same
         try:
-            record = cls.model_validate(_tolerant(data, where))
+            return cls.model_validate(_tolerant(known, where))
         except ValidationError as error:
             raise MetadataError(f"{where}: {describe_validation(error)}") from error
-        return record
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Metadata:
@@ -248,11 +234,6 @@ class Metadata(Section):
         path = Path(folder)
         path = path / FILE_NAME if path.is_dir() else path
         return cls.from_dict(read_json(path), where=path)
-
-
-def without_null_unknowns(data: dict[str, Any]) -> dict[str, Any]:
-    """null and absent mean the same in this schema."""
-    return {key: value for key, value in data.items() if value is not None}
 
 
 def _tolerant(data: dict[str, Any], where: str | os.PathLike[str]) -> dict[str, Any]:

@@ -54,26 +54,6 @@ class Normalizer:
         """Raw activations [..., d_in] into the training space."""
         return (x - self.mean.to(x)) / self.std.to(x)
 
-    def undo(self, z: Tensor) -> Tensor:
-        """The inverse of `apply`."""
-        return z * self.std.to(z) + self.mean.to(z)
-
     def to(self, *args, **kwargs) -> Normalizer:
         """The same statistics elsewhere."""
         return replace(self, mean=self.mean.to(*args, **kwargs), std=self.std.to(*args, **kwargs))
-
-    @staticmethod
-    def from_activations(x: Tensor, *, eps: float = 0.0) -> Normalizer:
-        """Statistics of a matrix of activations [tokens, d_in], computed in float64.
-
-        Dimensions that do not vary get std 1, so that they pass unscaled.
-        """
-        wide = x.double()
-        mean = wide.mean(0)
-        std = (wide - mean).square().mean(0).sqrt() + eps
-        std = torch.where(std > 0, std, torch.ones_like(std))
-        norms = wide.norm(dim=1)
-        marks = (1, 50, 99, 100)
-        values = torch.quantile(norms[: 1 << 22], torch.tensor([m / 100 for m in marks], dtype=norms.dtype))
-        percentiles = {str(mark): float(value) for mark, value in zip(marks, values, strict=True)}
-        return Normalizer(mean, std, x.shape[0], percentiles)

@@ -62,9 +62,6 @@ class Task:
         self.text = text
         self._changed()
 
-    def show(self, renderable: Any) -> None:
-        """Something of rich to show below the bar, on a terminal; None takes it away."""
-
     def line(self) -> str:
         """How far it is, in one line.
 
@@ -72,14 +69,18 @@ class Task:
         >>> task.line()
         'harvest: 250 of 1k tokens (25 %), 25 tokens/s, 30 s left'
         """
-        spent = max(time.monotonic() - self.started, 1e-9)
-        rate = (self.done - (self.first or 0)) / spent
-        parts = [self._amount()]
-        if self.unit and rate:
-            parts.append(f"{self._number(rate)} {self.unit}/s" if self.unit != "bytes" else f"{self._number(rate)}/s")
+        rate, parts = self._rate(), self._amounts()
         if self.total and rate > 0 and self.done < self.total:
             parts.append(f"{format_time((self.total - self.done) / rate)} left")
         return f"{self.name}{f' ({self.text})' if self.text else ''}: {', '.join(parts)}"
+
+    def _rate(self) -> float:
+        return (self.done - (self.first or 0)) / max(time.monotonic() - self.started, 1e-9)
+
+    def _amounts(self) -> list[str]:
+        """How much is done, and how much in a second."""
+        rate, each = self._rate(), "" if self.unit == "bytes" else f" {self.unit}"
+        return [self._amount(), *([f"{self._number(rate)}{each}/s"] if self.unit and rate else [])]
 
     def _amount(self) -> str:
         unit = "" if self.unit in ("", "bytes") else f" {self.unit}"
@@ -113,38 +114,19 @@ class _Bar(Task):
     id: Any = None
 
     def _changed(self) -> None:
-        self.display.bars.update(
-            self.id, completed=self.done, total=self.total, description=self.name, text=self._amounts()
-        )
-
-    def show(self, renderable: Any) -> None:
-        self.display.below = renderable
-
-    def _amounts(self) -> str:
-        spent = max(time.monotonic() - self.started, 1e-9)
-        rate = (self.done - (self.first or 0)) / spent
-        each = f"{self._number(rate)}{'/s' if self.unit == 'bytes' else f' {self.unit}/s'}" if self.unit else ""
-        return "  ".join(part for part in (self._amount(), each, self.text) if part)
+        text = "  ".join([*self._amounts(), *([self.text] if self.text else [])])
+        self.display.bars.update(self.id, completed=self.done, total=self.total, description=self.name, text=text)
 
 
 class _Display:
-    """The one live picture of a process: a line per task, and whatever a task shows below."""
+    """The one live picture of a process: a line per task."""
 
     def __init__(self) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-        display = self
-        self.below: Any = None
         self.users = 0
-
-        class Bars(Progress):
-            def get_renderables(self) -> Any:
-                yield from super().get_renderables()
-                if display.below is not None:
-                    yield display.below
-
-        self.bars = Bars(
+        self.bars = Progress(
             TextColumn("{task.description}", markup=False), BarColumn(bar_width=30),
             TextColumn("{task.fields[text]}", markup=False), TimeRemainingColumn(),
             console=Console(stderr=True), transient=True,
@@ -193,7 +175,6 @@ def _bar(name: str, total: float | None, unit: str) -> Iterator[Task]:
     finally:
         with _lock:
             display.bars.remove_task(task.id)
-            display.below = None
             display.users -= 1
             if display.users == 0:
                 display.bars.stop()

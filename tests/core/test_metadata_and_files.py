@@ -32,7 +32,7 @@ def test_round_trip(layer, stage, value, note):
     record = Metadata.from_dict({"config": CONFIG.model_dump(), "base_model": {"stage": stage, **note}})
     record.hook.layer = layer
     record.set_metrics([Metric(name="mse", value=value, scope="all", interval=(0.0, 1.0))])
-    again = Metadata.from_json(record.to_json())
+    again = Metadata.from_dict(json.loads(json.dumps(record.to_dict())))
     assert again == record
     assert again.metric("mse", "all") == value
 

@@ -93,7 +93,7 @@ def test_an_sae_knows_its_own_scope() -> None:
     assert record.own_scope == "all"
     record.training.exclude = ["special", "position_0", "massive"]
     record.training.massive_above = 1700.0
-    again = Metadata.from_json(record.to_json())
+    again = Metadata.from_dict(record.to_dict())
     assert again.own_scope == "not massive & not position_0 & not special"
     assert excluding(again.training.exclude, again.training.massive_above).mask(LABELS).tolist() == [
         False, True, True, False, True,
