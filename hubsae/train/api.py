@@ -11,6 +11,7 @@ import torch
 
 from hubsae.core.errors import ConfigError, HubSAEError
 from hubsae.core.normalizer import Normalizer
+from hubsae.core.options import pass_on
 from hubsae.train.config import TrainConfig
 from hubsae.train.live import LiveActivations
 from hubsae.train.result import TrainResult
@@ -39,18 +40,7 @@ def train(
     >>> result.sae.config.k, result.steps, result.sae(x).shape
     (2, 8, torch.Size([512, 8]))
     """
-    run = Run(
-        [config],
-        activations,
-        out=None if out is None else Path(out),
-        starts=[init],
-        val=val,
-        resume=resume,
-        device=device,
-        space=space,
-        quiet=quiet,
-    )
-    (result,) = run.fit()
+    (result,) = pass_on(Run, locals(), configs=[config], starts=[init]).fit()
     if result.error is not None:
         raise result.error
     return result
@@ -89,15 +79,16 @@ def train_many(
     for i, config in enumerate(configs):
         groups.setdefault((id(sources[i]), id(vals[i]), *stream_key(config)), []).append(i)
     results: dict[int, TrainResult] = {}
+    given = locals()
     for number, members in enumerate(groups.values()):
         folder = None if out is None else Path(out) if len(groups) == 1 else Path(out) / f"group_{number:02d}"
         members = _startable(members, configs, sources, starts, results)
         if not members:
             continue
-        options = {"resume": resume, "device": device, "quiet": quiet, "val": vals[members[0]]}
-        chosen, parents = [configs[i] for i in members], [starts[i] for i in members]
+        chosen, source, held = [configs[i] for i in members], sources[members[0]], vals[members[0]]
+        own = {"out": folder, "starts": [starts[i] for i in members], "val": held}
         try:
-            found = Run(chosen, sources[members[0]], out=folder, starts=parents, **options).fit()
+            found = pass_on(Run, given, configs=chosen, activations=source, **own).fit()
         except HubSAEError as error:
             if len(groups) == 1:
                 raise
@@ -167,10 +158,9 @@ def train_live(
         raise ConfigError("live training has one stream: batch size, length and tokens left out must agree")
     if (first := configs[0]).tokens is None or first.epochs != 1.0:
         configs = [c.model_copy(update={"tokens": live.tokens, "epochs": 1.0}) for c in configs]
-    runs = []
+    runs, given = [], locals()
     for name, layer in live.layers.items():
         own = [c.model_copy(update={"name": f"{c.name}-{name}" if len(live.layers) > 1 else c.name}) for c in configs]
-        folder = None if out is None else Path(out) / name
-        options = {"resume": resume, "device": device, "quiet": quiet, "val": layer.validation}
-        runs.append(Run(own, layer, out=folder, **options))
+        where = {"out": None if out is None else Path(out) / name, "val": layer.validation}
+        runs.append(pass_on(Run, given, configs=own, activations=layer, **where))
     return dict(zip(live.layers, fit_together(runs), strict=True))

@@ -12,7 +12,9 @@ import torch
 
 from hubsae.core.errors import ConfigError
 from hubsae.core.files import write_csv_atomic
+from hubsae.core.options import pass_on
 from hubsae.core.sae import SAE
+from hubsae.core.settings import merge
 from hubsae.train.config import TrainConfig
 from hubsae.train.result import TrainResult
 from hubsae.train.trainer import Run
@@ -81,65 +83,48 @@ def train_chain(
     >>> [s.stage for s in chain.stages], len(chain.control)
     (['base', 'step10'], 2)
     """
-    walk = list(stages.items()) if isinstance(stages, Mapping) else list(stages)
+    steps = list(stages.items()) if isinstance(stages, Mapping) else list(stages)
     folder, val = None if out is None else Path(out), dict(val or {})
-    names = [name for name, _ in walk]
-    if not walk or len(set(names)) < len(names):
+    names = [name for name, _ in steps]
+    if not steps or len(set(names)) < len(names):
         raise ConfigError(f"a chain needs stages with names of their own, found {names}")
     unknown = sorted(set(val) - set(names))
     if unknown:
         raise ConfigError(
             f"validation data for {', '.join(unknown)}, which is no stage", hint=f"stages: {', '.join(names)}"
         )
-    options = {"resume": resume, "device": device, "quiet": quiet}
-    chain = ChainResult(_walk(config, walk, folder, "", init, val, options))
-    if control:
-        first, rows = walk[0]
-        chain.control = [chain.stages[0]]
-        again = [(f"control_{number:02d}", rows) for number in range(1, len(walk))]
-        same = {name: val[first] for name, _ in again if first in val}
-        chain.control += _walk(config, again, folder, "control/", chain.stages[0].sae, same, options)
-        for stage in chain.control[1:]:
-            stage.stage = first
+    given = locals()
+
+    def walk(stages: list[tuple[str, str, Any]], start: Any, prefix: str = "", seed: int = 0) -> list[StageResult]:
+        """Train through (name, stage, activations); each has another order of its data, from `seed` on."""
+        done: list[StageResult] = []
+        for number, (name, stage, rows) in enumerate(stages):
+            changed: dict[str, Any] = {
+                "name": f"{config.name}_{prefix.replace('/', '_')}{name}",
+                "record": merge(config.record, {"base_model": {"stage": stage}}),
+                "data_seed": config.data_seed + seed + number,
+            }
+            own, place = config.model_copy(update=changed), f"{prefix}{number:02d}_{name}"
+            options = {"out": None if folder is None else folder / place, "starts": [start], "val": val.get(stage)}
+            run = pass_on(Run, given, configs=[own], activations=rows, **options)
+            before = _measure(run)
+            (result,) = run.fit()
+            if result.error is not None:
+                raise result.error
+            # without validation data the stage's own rows stand in
+            after = {k: v for k, v in result.metrics.items() if k.startswith("val_")} or run.validate_now()
+            done.append(StageResult(stage, result, before, after))
+            start = result.sae
+        return done
+
+    chain = ChainResult(walk([(name, name, rows) for name, rows in steps], init))
+    if control:  # it differs from the chain in nothing but the data
+        first, rows = steps[0]
+        again = [(f"control_{number:02d}", first, rows) for number in range(1, len(steps))]
+        chain.control = [chain.stages[0], *walk(again, chain.stages[0].sae, "control/", seed=1)]
     if folder is not None:
         write_csv_atomic(folder / "chain.csv", chain.table())
     return chain
-
-
-def _walk(
-    config: TrainConfig,
-    stages: list[tuple[str, Any]],
-    out: Path | None,
-    prefix: str,
-    start: Any,
-    val: dict[str, Any],
-    options: dict[str, Any],
-) -> list[StageResult]:
-    done: list[StageResult] = []
-    previous = start
-    for number, (name, activations) in enumerate(stages):
-        record = {**config.record}
-        record["base_model"] = {**record.get("base_model", {}), "stage": name.removeprefix("control_")}
-        own = config.model_copy(
-            update={
-                "name": f"{config.name}_{prefix.replace('/', '_')}{name}",
-                "record": record,
-                # another order in each stage; the control differs from the chain in nothing but the data
-                "data_seed": config.data_seed + int(name.removeprefix("control_"))
-                if prefix
-                else config.data_seed + number,
-            }
-        )
-        folder = None if out is None else out / f"{prefix}{number:02d}_{name}"
-        run = Run([own], activations, out=folder, starts=[previous], val=val.get(name), **options)
-        before = _measure(run)
-        (result,) = run.fit()
-        if result.error is not None:
-            raise result.error
-        after = {k: v for k, v in result.metrics.items() if k.startswith("val_")}
-        done.append(StageResult(name, result, before, after or _measure_final(run)))
-        previous = result.sae
-    return done
 
 
 def _measure(run: Run) -> dict[str, float]:
@@ -149,13 +134,6 @@ def _measure(run: Run) -> dict[str, float]:
             return {k: v for k, v in line.items() if k.startswith("val_")}
     if run.step > 0:
         return {}
-    with torch.no_grad():
-        values = run.validate_now()
+    values = run.validate_now()
     run.log.add("before", 0, run.first.name, **values)
     return values
-
-
-def _measure_final(run: Run) -> dict[str, float]:
-    """Without validation data the stage's own rows stand in."""
-    with torch.no_grad():
-        return run.validate_now()

@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ def save(run: Path, cells: list[Cell], step: int, state: dict[str, Any], *, suff
     target = folder / f"step_{step:08d}"
     tensors = {cell: {name: t.contiguous().cpu() for name, t in cell.tensors().items()} for cell in cells}
     need = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
-    _remove(states(folder)[: 1 - keep] if keep > 1 else [])  # room for the new one
+    remove(states(folder)[: 1 - keep] if keep > 1 else [])  # room for the new one
     last = next((s.name for s in reversed(states(folder)) if s != target), None)
     scratch: Path | None = None
     with writing(target, need, f"the state of {last} is whole" if last else "no state was written before"):
@@ -60,7 +60,7 @@ def save(run: Path, cells: list[Cell], step: int, state: dict[str, Any], *, suff
             if scratch is not None:
                 shutil.rmtree(scratch, ignore_errors=True)
             raise
-    _remove(states(folder)[:-keep])
+    remove(states(folder)[:-keep])
     return target
 
 
@@ -79,17 +79,8 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def drop_newer(state: Path) -> None:
-    """Remove the (damaged) states behind the one that a run goes on from."""
-    _remove([other for other in states(state.parent) if other.name > state.name])
-
-
-def drop_older(folder: Path) -> None:
-    """Leave the newest state only: what is left to do where a run was killed at its very end."""
-    _remove(states(folder)[:-1])
-
-
-def _remove(folders: list[Path]) -> None:
+def remove(folders: Iterable[Path]) -> None:
+    """Remove states."""
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -105,7 +96,7 @@ def latest(run: Path, *, suffix: str = "") -> Path | None:
     """The newest state of a run; leavings of a kill are cleared."""
     folder = run / f"state{suffix}"
     if folder.is_dir():
-        _remove(list(folder.glob(".writing_*")))
+        remove(list(folder.glob(".writing_*")))
     return next(reversed(states(folder)), None)
 
 

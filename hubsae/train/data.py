@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -26,7 +26,6 @@ MASSIVE = 10.0
 """`exclude: massive` leaves out tokens whose norm is above this many times the median, unless max_norm_factor says."""
 
 
-@runtime_checkable
 class Source(Protocol):
     """What a trainer needs of its data."""
 

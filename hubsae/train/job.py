@@ -24,6 +24,7 @@ from pydantic import Field, model_validator
 from hubsae.core.errors import ConfigError, nearest
 from hubsae.core.extras import require
 from hubsae.core.hooks import HookPoint
+from hubsae.core.options import pass_on
 from hubsae.core.settings import Settings, compose, merge, nested, parse_override, read_yaml
 from hubsae.train import preflight
 from hubsae.train.api import train, train_live, train_many
@@ -97,23 +98,17 @@ class LiveConfig(Settings):
         def texts() -> Any:
             return load_texts(self.texts, config=self.texts_config, split=self.texts_split)[0]
 
-        names = ("revision", "adapter", "model_dtype", "mode", "max_length", "text_column", "prompt_column")
-        names += ("response_column", "batch_tokens", "window")
-        options: dict[str, Any] = {name: getattr(self, name) for name in names}
-        options |= {"select": self.select, "device": device, "ranks": Ranks()}
         layers, targets = ([HookPoint.parse(hook) for hook in hooks] for hooks in (self.layers, self.targets))
-        stream = open_stream(self.model, list(dict.fromkeys([*layers, *targets])), **options)
-        pairs = {one.name: other.name for one, other in zip(layers, targets, strict=False)}
+        hooks, given = list(dict.fromkeys([*layers, *targets])), vars(self)
+        stream = pass_on(open_stream, given, hook_points=hooks, device=device, ranks=Ranks())
         about = load_texts(self.texts, config=self.texts_config, split=self.texts_split)[1]
-        kept = ("revision", "adapter", "model_dtype", "mode", "max_length")
-        about |= {"model": self.model, **{name: getattr(self, name) for name in kept}}
-        buffer: dict[str, Any] = {
-            "buffer_rows": self.buffer_rows,
-            "mixing": self.mixing,
-            "val_rows": self.val_rows,
-            "seed": train.data_seed,
-        }
-        return LiveActivations(stream, texts, tokens=_tokens(train), info=about, targets=pairs, **buffer)
+        kept = ("model", "revision", "adapter", "model_dtype", "mode", "max_length")
+        own: dict[str, Any] = {
+            "stream": stream, "texts": texts, "tokens": _tokens(train), "seed": train.data_seed,
+            "info": about | {name: given[name] for name in kept},
+            "targets": {one.name: other.name for one, other in zip(layers, targets, strict=False)},
+        }  # fmt: skip
+        return pass_on(LiveActivations, given, **own)
 
 
 class Job(Settings):
@@ -180,32 +175,29 @@ class Job(Settings):
 
         Where the data is not here, `data.d_in` and `data.rows` stand for it.
         """
-        cells, source, val = self.cells(), None, None
-        if self.live is not None:
-            return self._plan_live(self.live, cells)
-        assert self.data is not None
-        d, d_out, rows = self.data.d_in, self.data.d_out, self.data.rows
-        if Path(self.data.path).exists() or d is None or rows is None:
-            source, val = self.open()
-            d, d_out, rows = source.d, getattr(source, "d_out", None), source.n_rows
-        cells = [cell.for_target(d_out) for cell in cells]
+        cells, source, val, each = self.cells(), None, None, 1
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        if self.live is not None:
+            name, each, ranks = self.live.model, len(self.live.layers), 1
+            config = require("transformers", extra="train").AutoConfig.from_pretrained(
+                name, revision=self.live.revision
+            )
+            d, rows = int(config.get_text_config().hidden_size), _tokens(cells[0])
+            d_out = d if self.live.targets else None
+        else:
+            assert self.data is not None
+            d, d_out, rows = self.data.d_in, self.data.d_out, self.data.rows
+            if Path(self.data.path).exists() or d is None or rows is None:
+                source, val = self.open()
+                d, d_out, rows = source.d, getattr(source, "d_out", None), source.n_rows
+        cells = [cell.for_target(d_out) for cell in cells]
         for cell in cells:
             preflight.check_settings([cell], d, rows, ranks=ranks if cell.parallel == "data" else 1)
         if source is not None:
             preflight.check_data(cells, source, val)
             if self.out is not None and resume:
                 preflight.check_folder(Path(self.out), preflight.settings_of(cells, source))
-        return [estimate(cell, d, rows, self.chosen_device(), ranks, d_out) for cell in cells]
-
-    def _plan_live(self, live: LiveConfig, cells: list[TrainConfig]) -> list[Estimate]:
-        config = require("transformers", extra="train").AutoConfig.from_pretrained(live.model, revision=live.revision)
-        width = int(config.get_text_config().hidden_size)
-        d_out = width if live.targets else None
-        cells = [cell.for_target(d_out) for cell in cells]
-        for cell in cells:
-            preflight.check_settings([cell], width, _tokens(cell))
-        return [estimate(c, width, _tokens(c), self.chosen_device(), d_out=d_out) for c in cells for _ in live.layers]
+        return [estimate(cell, d, rows, self.chosen_device(), ranks, d_out) for cell in cells for _ in range(each)]
 
     def run(self, *, resume: bool = True, quiet: bool = False) -> list[TrainResult]:
         """Train; run again to go on."""

@@ -5,6 +5,7 @@ Read `Run.fit` first: it is the whole story. A step itself is `learn`.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -48,7 +49,7 @@ class Run:
         configs: Sequence[TrainConfig],
         activations: Any,
         *,
-        out: Path | None = None,
+        out: str | os.PathLike[str] | None = None,
         starts: Sequence[Any] | None = None,
         val: Any = None,
         resume: bool = True,
@@ -56,7 +57,8 @@ class Run:
         space: Normalizer | None = None,
         quiet: bool = False,
     ):
-        self.out, self.device, self.quiet = out, torch.device(device), quiet
+        self.out = out = None if out is None else Path(out)
+        self.device, self.quiet = torch.device(device), quiet
         source = data.as_source(activations)
         self.d_out: int | None = getattr(source, "d_out", None)  # of pairs of hook points: these are transcoders
         configs = [config.for_target(self.d_out) for config in configs]
@@ -134,7 +136,7 @@ class Run:
             found = checkpoint.newest_whole(self.out, self._check_state, suffix=self.suffix, at_most=step)
         self.comm.barrier()
         if found is not None and (self.comm.rank == 0 or self.comm.splits_latents):
-            checkpoint.drop_newer(found[0])
+            checkpoint.remove(state for state in checkpoint.states(found[0].parent) if state > found[0])
         return found
 
     def _check_state(self, state: dict[str, Any]) -> None:
@@ -327,6 +329,7 @@ class Run:
             for cell in cells:
                 cell.threshold = select.inference_threshold(cell, rows.x, self.same_rows)
 
+    @torch.no_grad()
     def validate_now(self) -> dict[str, float]:
         """Metrics of the first cell as it stands, on the validation data, or on training rows where there is none."""
         val = self.val
@@ -414,7 +417,7 @@ class Run:
                 self.log.add("done", self.step, cell.config.name, tokens=cell.tokens)
             self._save()
         elif self.out is not None and self.comm.rank == 0:
-            checkpoint.drop_older(self.out / f"state{self.suffix}")
+            checkpoint.remove(checkpoint.states(self.out / f"state{self.suffix}")[:-1])  # it was killed at its end
             self._prune()
         self.log.close()
         return results

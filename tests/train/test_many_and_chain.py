@@ -127,6 +127,7 @@ def test_chain_starts_each_stage_from_the_one_before_and_measures_both_sides(nor
         assert stage.sae.metadata.training.warm_start is not None
     control = chain.control
     assert [s.stage for s in control] == ["base"] * 3 and control[0] is chain.stages[0]
+    assert control[1].sae.metadata.base_model.stage == "base"
     assert control[1].after["val_mse"] != chain.stages[1].after["val_mse"]
     row = chain.table()[1]
     assert {"stage", "val_mse_before", "val_mse_after", "val_mse_control"} <= set(row)
