@@ -18,6 +18,7 @@ from hubsae.core.config import SAEConfig
 from hubsae.core.errors import MetadataError
 from hubsae.core.files import read_json, write_json_atomic
 from hubsae.core.scopes import excluding
+from hubsae.core.settings import problems
 
 FORMAT_VERSION = 1
 FILE_NAME = "metadata.json"
@@ -259,18 +260,8 @@ def _tolerant(data: dict[str, Any], where: str | os.PathLike[str]) -> dict[str, 
 
 
 def describe_validation(error: ValidationError) -> str:
-    """A pydantic error as one line: which key, what was expected, what was found."""
-    parts = []
-    for item in error.errors():
-        key = ".".join(str(piece) for piece in item["loc"]) or "the record"
-        if item["type"] == "missing":
-            parts.append(f"required key {key!r} is missing")
-        elif item["type"] == "extra_forbidden":
-            parts.append(f"unknown key {key!r}")
-        else:
-            found = repr(item["input"])
-            parts.append(f"{key}: {item['msg']} (found {found[:80]})")
-    return "; ".join(parts)
+    """A pydantic error as one line."""
+    return "; ".join(problems(error))
 
 
 def json_schema() -> dict[str, Any]:

@@ -48,7 +48,8 @@ def compose(schema: type[C], layers: Iterable[dict[str, Any]], overrides: Sequen
     try:
         return schema.model_validate(merged)
     except ValidationError as error:
-        raise ConfigError(_readable(error, known)) from None
+        lines = "\n  ".join(["the config is not valid:", *problems(error, known)])
+        raise ConfigError(lines) from None
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -127,14 +128,17 @@ def to_yaml(config: BaseModel) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _readable(error: ValidationError, known: set[str]) -> str:
-    lines = []
+def problems(error: ValidationError, known: Iterable[str] = ()) -> list[str]:
+    """What is wrong, a line each: which key, what was expected, what was found; nearest keys are of those `known`."""
+    lines, known = [], sorted(known)
     for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"])
+        key, found = ".".join(str(part) for part in problem["loc"]), repr(problem["input"])
         if problem["type"] == "extra_forbidden":
-            lines.append(f"{key}: no such key (nearest: {nearest(key, sorted(known))})")
+            lines.append(f"{key}: no such key (nearest: {nearest(key, known)})" if known else f"unknown key {key!r}")
+        elif problem["type"] == "missing":
+            lines.append(f"required key {key!r} is missing")
         elif not key:  # a rule about several values says itself which
             lines.append(problem["msg"].removeprefix("Value error, "))
         else:
-            lines.append(f"{key}: {problem['msg']}, found {problem['input']!r}")
-    return "the config is not valid:\n" + "\n".join(f"  {line}" for line in lines)
+            lines.append(f"{key}: {problem['msg']} (found {found[:80]})")
+    return lines

@@ -21,14 +21,9 @@ class InitConfig(Settings):
 
     encoder: Literal["tied", "torch", "kaiming"] = Field(
         default="tied",
-        description="tied: the decoder's transpose (of a transcoder, unit directions of its own); torch: nn.Linear's "
-        "default; kaiming: kaiming-uniform.",
-    )
-    encoder_scale: float | None = Field(
-        default=None,
-        gt=0,
-        description="tied: the encoder starts as this multiple of the decoder; default 0.1 for a jumprelu SAE with no "
-        "threshold of its own, else 1. JumpReLU latents that start open at full strength recover fewer features.",
+        description="tied: the decoder's transpose (of a transcoder, unit directions of its own), a tenth of it for a "
+        "jumprelu SAE with no threshold of its own: latents that start open at full strength recover fewer features; "
+        "torch: nn.Linear's default; kaiming: kaiming-uniform.",
     )
     decoder: Literal["random", "torch", "kaiming"] = Field(
         default="random", description="random: unit directions; torch: nn.Linear's default; kaiming: kaiming-uniform."
@@ -95,11 +90,11 @@ class ScheduleConfig(Settings):
     floor: float = Field(default=0.0, ge=0, le=1, description="Last learning rate, as a share of lr (cosine, linear).")
     warmup_steps: int = Field(default=0, ge=0)
     warmup_tokens: int = Field(default=0, ge=0, description="In place of warmup_steps.")
-    decay_steps: int | None = Field(
-        default=None, ge=1, description="linear: decay over the last this many steps; default: all after the warm-up."
-    )
     cooldown_steps: int = Field(
-        default=0, ge=0, description="The shape ends this many steps before the run does; from there linearly to 0."
+        default=0,
+        ge=0,
+        description="The shape ends this many steps before the run does; from there linearly to 0 (with shape: "
+        "constant, a linear decay at the end).",
     )
 
 

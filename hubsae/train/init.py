@@ -32,7 +32,7 @@ def fresh(cell: Cell, rows: Batch) -> None:
         cell.W_dec /= cell.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12)
     if config.init.encoder == "tied":
         low = config.architecture == "jumprelu" and config.init.threshold is None
-        scale = config.init.encoder_scale or (0.1 if low else 1.0)
+        scale = 0.1 if low else 1.0
         if rows.target is None:
             torch.mul(cell.W_dec, scale, out=cell.W_enc)
         else:  # nothing to tie: what a transcoder reads and what it writes are different activations

@@ -92,12 +92,11 @@ class LiveActivations:
         self.names, targets = [hook.name for hook in stream.hooks], dict(targets or {})
         if missing := [name for pair in targets.items() for name in pair if name not in self.names]:
             raise ConfigError(f"{missing[0]} is of a pair and no hook point of the stream: {', '.join(self.names)}")
-        begin, self.validation = Mark(), None
+        self.begin, self.validation = Mark(), None
         if val_rows:
-            held = next(self._chunks(begin, val_rows))
-            begin, self.validation = held.end, held
-        self.begin = begin
-        self.reserve = next(self._chunks(begin, buffer_rows))
+            self.validation = next(self._chunks(self.begin, val_rows))
+            self.begin = self.validation.end
+        self.reserve = next(self._chunks(self.begin, buffer_rows))
         every = {hook.name: LiveLayer(self, hook.name, dict(info or {})) for hook in stream.hooks}
         for hook in stream.hooks:
             where = {"layer": hook.layer, "kind": hook.kind, "transformer_lens": hook.transformer_lens}
@@ -118,21 +117,16 @@ class LiveActivations:
 
     def _batches(self, start: Mark) -> Iterator[tuple[HarvestBatch, Mark]]:
         """Harvested batches with a token in them, from a place on, through the texts again and again."""
-        times, place = start.times, Place(*start[1:])
+        times, place, first = start.times, Place(*start[1:]), Place(*self.begin[1:])
         while True:
             found = 0
             for batch in self.stream.batches(self.texts(), start=place):
                 if batch.vectors:
                     found += 1
                     yield batch, Mark(times, *batch.place)
-            if not found and place == Place(*self._beginning()):
+            if not found and place == first:
                 raise DataError("the texts hold no token to train on", hint="see --mode, --select and the columns")
-            times, place = times + 1, Place(*self._beginning())
-
-    def _beginning(self) -> tuple[int, int]:
-        """Where the texts begin after those of the validation."""
-        begin = getattr(self, "begin", Mark())
-        return begin.window, begin.batch
+            times, place = times + 1, first
 
     def _chunks(self, start: Mark, rows: int) -> Iterator[Chunk]:
         """Harvested batches joined until they have `rows` rows."""

@@ -49,10 +49,10 @@ def check_data(configs: Sequence[TrainConfig], source: Any, val: Any) -> None:
                 )
 
 
-def check_folder(out: Path | None, settings: dict[str, Any], *, suffix: str = "") -> None:
+def check_folder(out: Path, settings: dict[str, Any], *, suffix: str = "") -> None:
     """Raise where a run folder holds a state of other settings."""
-    file = None if out is None else out / "config.json"
-    if out is None or file is None or not file.exists() or checkpoint.latest(out, suffix=suffix) is None:
+    file = out / "config.json"
+    if not file.exists() or checkpoint.latest(out, suffix=suffix) is None:
         return
     try:
         before = read_json(file)

@@ -30,10 +30,7 @@ def learning_rate(config: TrainConfig, step: int, total: int) -> float:
         return config.lr * last * (1 - (step - total) / s.cooldown_steps)
     if s.shape == "constant":
         return config.lr
-    start = warm if s.decay_steps is None else max(warm, total - s.decay_steps)
-    if step < start:
-        return config.lr
-    done = min(1.0, (step - start) / max(total - start, 1))
+    done = min(1.0, (step - warm) / max(total - warm, 1))
     down = (1 - done) if s.shape == "linear" else (1 + math.cos(math.pi * done)) / 2
     return config.lr * (s.floor + (1 - s.floor) * down)
 
