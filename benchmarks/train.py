@@ -66,8 +66,9 @@ PEERS = ("hubsae", "roofline", "textbook", "saelens", "saelens-sparse", "sparsif
 OURS = ("hubsae",)
 HEAD = f"  {'trainer':20s} {'tokens/s':>10s} {'ms wall':>9s} {'ms CPU':>9s}   times the first, by wall / by CPU"
 LR = 1e-4
-DEVICE, PRECISION = "cpu", "fp32"
-"""Set by the options: where trainers run, and in what precision: bf16 is ours in bf16 and the peers under autocast."""
+DEVICE, PRECISION, SEED = "cpu", "fp32", 0
+"""Set by the options: where trainers run, in what precision (bf16 is ours in bf16, the peers' under autocast), and of
+which data and initial weights."""
 BANDWIDTH = 0.02
 L0_COEFFICIENT = 1e-3
 
@@ -86,7 +87,7 @@ def start(case: Case) -> Start:
     """Structured data (sparse sums of directions, a common mean) and a tied start, the same for all."""
     import torch
 
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator().manual_seed(SEED)
     true = torch.randn(2 * case.d, case.d, generator=g)
     true = (true / true.norm(dim=1, keepdim=True)).to(DEVICE)
 
@@ -493,13 +494,14 @@ def main() -> None:
     parser.add_argument("--together", action="store_true", help="all trainers in this process, which disturbs them all")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="with --device cuda")
+    parser.add_argument("--seed", type=int, default=0, help="of data and initial weights")
     parser.add_argument("--one", nargs=2, metavar=("PEER", "CASE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.precision == "bf16" and options.device == "cpu":
         parser.error("--precision bf16 needs --device cuda: peers stay in float32 here")
-    global DEVICE, PRECISION
-    DEVICE, PRECISION = options.device, options.precision
-    where = ["--device", DEVICE, "--precision", PRECISION]
+    global DEVICE, PRECISION, SEED
+    DEVICE, PRECISION, SEED = options.device, options.precision, options.seed
+    where = ["--device", DEVICE, "--precision", PRECISION, "--seed", str(SEED)]
     if options.one:
         import torch
 
