@@ -8,8 +8,8 @@
 A step counts as finished only when its record is there, its fingerprint is the same and its files are whole.
 
 Under torchrun the first rank runs the steps and the others wait, except in steps that spread (`Step.spreads`): those
-they are called for too, with RANK and WORLD_SIZE in the environment. Ranks meet in the run folder alone, so it must
-be one they all see. When one rank fails torchrun ends the others.
+they are called for too, with RANK and WORLD_SIZE in the environment, which other steps do not see. Ranks meet in the
+run folder alone, so it must be one they all see. When one rank fails torchrun ends the others.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -104,12 +105,7 @@ class RunFolder:
 
     def describe(self, recipe: str, profile: str, config: Any) -> None:
         """Record what this folder is a run of; `run.json` holds it."""
-        about = {
-            "recipe": recipe,
-            "profile": profile,
-            "config": plain(config),
-            "versions": versions(),
-        }
+        about = {"recipe": recipe, "profile": profile, "config": plain(config), "versions": versions()}
         path = self.path / "run.json"
         if path.is_file():
             before = read_json(path).get("recipe")
@@ -121,9 +117,12 @@ class RunFolder:
         try:
             write_json_atomic(path, about)
         except OSError as error:
-            raise RunError(
-                f"cannot write to the run folder {self.path}: {error.strerror}", hint="choose another with --out"
-            ) from error
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> RunError:
+        return RunError(
+            f"cannot write to the run folder {self.path}: {error.strerror}", hint="choose another with --out"
+        )
 
     def states(self, steps: Sequence[Step]) -> dict[str, StepState]:
         """Where each step stands, without running anything."""
@@ -198,7 +197,8 @@ class RunFolder:
         clock = time.perf_counter()
         try:
             why = f" ({state.why})" if state.why else ""
-            with progress(f"[{event.number}/{event.of}] {step.name}{why}", show=self.show) as task:
+            ranks = nullcontext() if step.spreads else _alone()
+            with ranks, progress(f"[{event.number}/{event.of}] {step.name}{why}", show=self.show) as task:
                 result = plain(step.run(self._context(step, before, task.report)))
         except HubSAEError as error:
             error.hint = _joined(error.hint, f"this was step {step.name!r}; the same command continues from here")
@@ -244,8 +244,7 @@ class RunFolder:
         """Make the step's folder: as a killed run left it if the step can go on from that, else empty."""
         folder, begun = self.folder(step.name), self._begun_path(step.name)
         self._record_path(step.name).unlink(missing_ok=True)
-        same = begun.is_file() and begun.read_text(encoding="utf-8").strip() == print_
-        if not (step.resumes and same):
+        if not (step.resumes and self._has_begun(step, print_)):
             begun.unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
@@ -313,9 +312,7 @@ class RunFolder:
                 f"another process is running in {self.path}", hint="wait for it, or choose another folder with --out"
             ) from None
         except OSError as error:
-            raise RunError(
-                f"cannot write to the run folder {self.path}: {error.strerror}", hint="choose another with --out"
-            ) from error
+            raise self._unwritable(error) from error
 
 
 NEW = StepState("new", "")
@@ -328,6 +325,17 @@ def follows() -> bool:
     False
     """
     return int(os.environ.get("RANK", 0)) > 0
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Without what torchrun says of other ranks, for a step that the first does by itself: it would wait for them."""
+    launch = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    hidden = {name: os.environ.pop(name) for name in launch if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def versions() -> dict[str, str]:

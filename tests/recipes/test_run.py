@@ -209,3 +209,16 @@ def test_a_rescue_reads_an_unfinished_step_and_runs_again_when_that_has_gone_on(
     (tmp_path / "train/state").write_text("12")
     run.execute([saved])
     assert seen == ["1", "12"]
+
+
+def test_only_a_step_that_spreads_sees_the_other_ranks_of_a_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    launch = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in launch.items():
+        monkeypatch.setenv(name, value)
+
+    def seen(ctx):
+        return {name: os.environ[name] for name in launch if name in os.environ}
+
+    alone, spread = RunFolder(tmp_path).execute([Step("alone", seen), Step("spread", seen, spreads=True)])
+    assert (alone.result, spread.result) == ({}, launch)
+    assert {name: os.environ[name] for name in launch} == launch
