@@ -6,6 +6,7 @@
     TRAIN/groups/<group>/          the group's log and state, for resuming; removed when it is done
     TRAIN/cells/<id>/              the SAE
     TRAIN/cells/<id>.json          written last: how the cell ended
+    TRAIN/ended-0-of-1             this rank writes nothing more
 
 A killed run goes on where it was: finished cells are skipped, the group that was running continues from its state.
 A cell that diverges is reported and left behind by its group; where memory runs out the group is halved, and a cell
@@ -21,6 +22,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ import torch
 
 from hubsae.core.errors import TrainingError
 from hubsae.core.files import read_json, write_json_atomic
+from hubsae.core.sae import SAE
 from hubsae.recipes.standard import Shelf
 from hubsae.train import TrainConfig, TrainResult, train_many
 from hubsae.train.data import as_source
@@ -96,8 +99,12 @@ def train_cells(
             ended = sum(_outcome_path(root, c.name).is_file() for c in configs)
             progress(ended, len(configs), f"{len(group)} cells in one pass")
         _train_group([c for c in share if c.name in group], activations, root, place)
-    while rank == 0 and not all(_outcome_path(root, c.name).is_file() for c in configs):
-        time.sleep(POLL)  # another rank that dies ends this one too: its launcher sees to it
+    (root / f"ended-{rank}-of-{world}").touch()
+    if rank == 0:
+        left = [_outcome_path(root, c.name) for c in configs] + [root / f"ended-{r}-of-{world}" for r in range(world)]
+        while not all(path.is_file() for path in left):
+            time.sleep(POLL)  # another rank that dies ends this one too: its launcher sees to it
+        shutil.rmtree(root / "groups", ignore_errors=True)  # states of runs that were killed, with other groups
     return outcomes(root, [c.name for c in configs])
 
 
@@ -110,6 +117,12 @@ def outcomes(folder: str | Path, ids: Sequence[str]) -> list[Outcome]:
 def cells_in(folder: str | Path) -> Shelf:
     """The SAEs of the cells that are done."""
     return Shelf(Path(folder) / "cells")
+
+
+def trained(folder: str | Path, ids: Sequence[str], device: str = "cpu") -> dict[str, Callable[[], SAE]]:
+    """What loads the SAE of each cell that is done, by id."""
+    shelf = cells_in(folder)
+    return {outcome.id: partial(shelf.get, outcome.id, device) for outcome in outcomes(folder, ids) if outcome.ok}
 
 
 def shares(configs: Sequence[TrainConfig], d: int, world: int) -> list[list[TrainConfig]]:

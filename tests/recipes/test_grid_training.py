@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -222,3 +223,25 @@ def test_seeds_make_cells_of_their_own() -> None:
     cells = SweepSettings(kinds=("topk",), expansions=(4,), ks=(8,), seeds=(0, 1)).cells()
     assert [c.id for c in cells] == ["TopK_exp4x_k8", "TopK_exp4x_k8_s1"]
     assert cells[1] == Cell("topk", 4, 8, 1)
+
+
+def test_the_first_rank_returns_when_no_other_writes_or_removes_anything(
+    x: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = _configs(x, "topk", epochs=1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    train_cells(configs, x, tmp_path)
+    # as it is between its last cell and its return: the state of its group is still there
+    ended, state = tmp_path / "ended-1-of-2", tmp_path / "groups" / "its" / "state"
+    ended.unlink()
+    state.mkdir(parents=True)
+
+    def last_act(seconds: float) -> None:
+        shutil.rmtree(state.parent)
+        ended.touch()
+
+    monkeypatch.setattr(sweep.time, "sleep", last_act)
+    monkeypatch.setenv("RANK", "0")
+    assert all(outcome.ok for outcome in train_cells(configs, x, tmp_path))
+    assert ended.is_file()
