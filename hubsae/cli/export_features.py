@@ -35,6 +35,8 @@ def command(
 
     What it cannot take is left out and counted: features that never fire, labels, co-firing.
     """
+    from dataclasses import asdict
+
     from hubsae.index import neuronpedia
     from hubsae.index.features import FeatureIndex
 
@@ -53,7 +55,7 @@ def command(
         rows = HubSAE.from_pretrained(str(release), said["id"]).W_dec.detach().float().numpy()
     done = neuronpedia.export(index.folder, target, names, vectors=rows)
     if json:
-        print_json(neuronpedia.as_dict(done))
+        print_json(asdict(done))
         return
     out().print(f"{done.folder}", markup=False, soft_wrap=True)
     out().print(

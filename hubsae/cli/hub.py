@@ -147,13 +147,7 @@ def fault(
         request = Request(f"{url}/_local/faults", method="DELETE", headers=headers)
         if rule != "clear":
             wanted = Fault.parse(rule)
-            body = {
-                "path": wanted.path,
-                "method": wanted.method,
-                "status": wanted.status,
-                "drop": wanted.drop,
-                "count": wanted.count,
-            }
+            body = {name: getattr(wanted, name) for name in ("path", "method", "status", "drop", "count")}
             request = Request(f"{url}/_local/faults", method="POST", headers=headers, data=json.dumps(body).encode())
         build_opener(ProxyHandler({})).open(request, timeout=10).read()
     except (LocalHubError, FileNotFoundError, URLError) as why:

@@ -256,14 +256,30 @@ def explain(
     Every finished feature is kept in `explanations.jsonl` beside the index: a run that was stopped, by hand or because
     the model did not answer, goes on behind the last one.
     """
-    options = options or Options()
-    index = Path(index)
+    index, options = Path(index), options or Options()
     settings = f"{author} shown={options.shown} judged={options.judged} seed={options.seed}"
     contexts, texts = Contexts(index), {}
 
-    def ask(number: int, done: dict[int, dict[str, Any]]) -> dict[str, Any]:
-        other = _other_label(chat, contexts, wanted, done, texts, number, options)
-        return asdict(_one(chat, contexts, number, other, texts, author, settings, options))
+    def labelled(feature: int) -> str:
+        return label_of(chat, split(contexts.of(feature), options.shown, options.judged)[0])
+
+    def control(feature: int, done: dict[int, dict[str, Any]]) -> str:
+        """The label of the feature before this one in the plan (of the last for the first)."""
+        other = wanted.features[wanted.features.index(feature) - 1]
+        if other == feature:
+            return ""  # one feature alone has no control
+        if other in done:
+            return done[other]["text"]
+        if other not in texts:
+            texts[other] = labelled(other)
+        return texts[other]
+
+    def ask(feature: int, done: dict[int, dict[str, Any]]) -> dict[str, Any]:
+        other = control(feature, done)
+        text = texts.pop(feature, None) or labelled(feature)
+        random = np.random.default_rng([options.seed, feature])
+        scores = _scores(chat, contexts, contexts.of(feature), (text, other), options, random)
+        return asdict(Explained(feature, text, *scores, author=author, settings=settings))
 
     rows = each_once(index / JOURNAL, settings, wanted.features, ask, "explaining", show)
     names = ("detection", "fuzzing", "control_detection", "control_fuzzing")
@@ -272,51 +288,22 @@ def explain(
     return found
 
 
-def _other_label(
-    chat: Chat,
-    contexts: Contexts,
-    wanted: Plan,
-    done: dict[int, dict[str, Any]],
-    texts: dict[int, str],
-    number: int,
-    options: Options,
-) -> str:
-    """The label of the feature before this one in the plan (of the last for the first): the control."""
-    other = wanted.features[wanted.features.index(number) - 1]
-    if other == number:
-        return ""  # one feature alone has no control
-    if other in done:
-        return done[other]["text"]
-    if other not in texts:
-        texts[other] = label_of(chat, split(contexts.of(other), options.shown, options.judged)[0])
-    return texts[other]
-
-
-def _one(
-    chat: Chat,
-    contexts: Contexts,
-    number: int,
-    other: str,
-    texts: dict[int, str],
-    author: str,
-    settings: str,
-    options: Options,
-) -> Explained:
-    row = contexts.of(number)
-    random = np.random.default_rng([options.seed, number])
-    shown, held = split(row, options.shown, options.judged)
-    text = texts.pop(number, None) or label_of(chat, shown)
-    without = contexts.others(row, len(held), random)
-    plain = [(passage(one), True) for one in held] + [(passage(one), False) for one in without]
+def _scores(
+    chat: Chat, contexts: Contexts, row: dict[str, Any], labels: Sequence[str], options: Options,
+    random: np.random.Generator,
+) -> list[Score]:  # fmt: skip
+    """Detection and fuzzing of a feature under each label."""
+    held = split(row, options.shown, options.judged)[1]
+    plain = [(passage(one), True) for one in held]
+    plain += [(passage(one), False) for one in contexts.others(row, len(held), random)]
     half = len(held) // 2
     marked = [(passage(one, firing(one)), True) for one in held[half:]]
     marked += [(passage(one, marks), False) for one in held[:half] if (marks := _misplaced(one, random))]
-    scores = [
+    return [
         judge(chat, question, label, passages, random) if label else Score(None, None, None, 0)
-        for label in (text, other)
+        for label in labels
         for question, passages in ((DETECT, plain), (FUZZ, marked))
     ]
-    return Explained(number, text, *scores, author=author, settings=settings)
 
 
 def _as_label(one: Explained) -> Label:

@@ -16,7 +16,7 @@ import io
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ from hubsae.core.errors import HubSAEError
 from hubsae.core.files import atomic_path
 from hubsae.core.parquet import arrow
 from hubsae.core.progress import progress
+from hubsae.index.features import FeatureIndex
+from hubsae.index.files import SUMMARY
+from hubsae.index.site import FEATURES
 
 UPLOAD_FEATURES = 128  # of one upload call
 UPLOAD_TOKENS = 1024  # of one activation
@@ -86,7 +89,9 @@ def export(
     bytes. Memory holds one row group of the index at a time.
     """
     index = Path(index)
-    summary = _summary(index)
+    if not (index / SUMMARY).is_file():
+        raise HubSAEError(f"{index} is not a reverse index", hint="make one: hubsae index")
+    summary = FeatureIndex.open(index).summary
     layer = summary["sae"].get("layer")
     source = f"{0 if layer is None else layer}-{names.source_set}"
     folder = Path(out) / names.model / source
@@ -99,7 +104,8 @@ def export(
     total = {"features": 0, "activations": 0, "batches": 0, "uploads": 0, "dead": 0, "labels": 0}
     waiting: list[dict[str, Any]] = []
     with progress("exporting", summary["sae"]["d_sae"], "features", show=show) as task:
-        for rows in _groups(index / "features.parquet"):
+        tables = arrow().parquet.ParquetFile(index / FEATURES)
+        for rows in (tables.read_row_group(group).to_pylist() for group in range(tables.num_row_groups)):
             alive = [row for row in rows if row["count"] > 0 and row["examples"]]
             total["dead"] += len(rows) - len(alive)
             total["labels"] += sum(len(row["labels"] or ()) for row in alive)
@@ -120,22 +126,6 @@ def export(
         if waiting:
             _write_upload(folder, names, source, waiting, total)
     return Exported(folder, **total)
-
-
-def _summary(index: Path) -> dict[str, Any]:
-    try:
-        summary = json.loads((index / "summary.json").read_text(encoding="utf-8"))
-        if not isinstance(summary["sae"]["d_sae"], int) or len(summary["bin_edges"]) < 2:
-            raise KeyError("d_sae")
-    except (OSError, ValueError, KeyError, TypeError) as why:
-        raise HubSAEError(f"{index} is not a reverse index: {why}", hint="make one: hubsae index") from why
-    return summary
-
-
-def _groups(path: Path) -> Iterator[list[dict[str, Any]]]:
-    reader = arrow().parquet.ParquetFile(path)
-    for group in range(reader.num_row_groups):
-        yield reader.read_row_group(group).to_pylist()
 
 
 # ---- one feature -----------------------------------------------------------------------------------------------
@@ -296,8 +286,3 @@ def _write(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as scratch:
         scratch.write_bytes(data)
-
-
-def as_dict(done: Exported) -> dict[str, Any]:
-    """For `--json`."""
-    return {**asdict(done), "folder": str(done.folder)}

@@ -123,7 +123,6 @@ class PreparedRun:
 
     recipe: Recipe
     profile: str
-    variant: str | None
     config: Settings
     steps: list[Step]
     run: RunFolder
@@ -180,11 +179,10 @@ def prepare(
     1
     """
     recipe = find_recipe(name)
-    module = recipe.module()
-    config = compose(module.Config, recipe._layers(profile, variant), overrides)
+    config = recipe.config(profile, variant, overrides)
     folder = Path(out) if out is not None else default_folder(recipe, profile, variant)
     run = RunFolder(folder, notify=notify, show=show)
-    return PreparedRun(recipe, profile, variant, config, module.steps(config), run)
+    return PreparedRun(recipe, profile, config, recipe.module().steps(config), run)
 
 
 def default_folder(recipe: Recipe, profile: str, variant: str | None) -> Path:

@@ -67,8 +67,17 @@ class SmallConfig:
         return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def _rows(kind: str, split: str) -> Any:
+    """An attribute of the world: rows of its folder, read when first asked for."""
+    return cached_property(lambda world: read_rows(world.folder / kind, split))
+
+
 class SmallWorld(World):
-    """SmolLM2-135M-Instruct with chats, problems and texts. Rows are read when first asked for."""
+    """SmolLM2-135M-Instruct with chats, problems and documentation as texts.
+
+    Parts of one conversation are on one side of the split. Problems held out have other names and numbers; the
+    templates are the same 85.
+    """
 
     model_id, base_model = MODEL_ID, BASE_MODEL
 
@@ -95,7 +104,7 @@ class SmallWorld(World):
 
     @cached_property
     def test_problems(self) -> list[Problem]:
-        """Problems held out: other names and numbers, the templates are the same 85."""
+        """The same, held out."""
         return [Problem(**row) for row in read_rows(self.problems_folder, "test")]
 
     @cached_property
@@ -104,25 +113,8 @@ class SmallWorld(World):
         folder = self.folder.with_name(f"small-problems-{self.config.key()}")
         return build_once(folder, lambda building: _build_problems(self.config, building)) / "problems"
 
-    @cached_property
-    def train_chats(self) -> list[dict[str, Any]]:
-        """Real chats as `messages`."""
-        return read_rows(self.folder / "chats", "train")
-
-    @cached_property
-    def test_chats(self) -> list[dict[str, Any]]:
-        """Chats held out; parts of one conversation are on one side."""
-        return read_rows(self.folder / "chats", "test")
-
-    @cached_property
-    def train_texts(self) -> list[dict[str, str]]:
-        """Plain texts: documentation."""
-        return read_rows(self.folder / "texts", "train")
-
-    @cached_property
-    def test_texts(self) -> list[dict[str, str]]:
-        """Plain texts held out."""
-        return read_rows(self.folder / "texts", "test")
+    train_chats, test_chats = _rows("chats", "train"), _rows("chats", "test")
+    train_texts, test_texts = _rows("texts", "train"), _rows("texts", "test")
 
     def rows_folder(self, kind: str, scratch: Path) -> Path:
         """The datasets lie in the world as repositories."""

@@ -124,72 +124,71 @@ class Steered:
     """What the feature fires on, where that is one word."""
 
 
+QUESTION = "Tell me a short story about a walk in the park."
+CANDIDATES = 16
+"""Features tried."""
+
+
 def steer_once(demo: Demo, sae: Any, x: torch.Tensor) -> Steered | None:
     """Turn up one feature: of a chain, as gently as changes an answer; of one SAE, so that its word is said."""
-    return _steer_answer(demo, sae, x) if demo.stage else _steer_to_word(demo, sae)
-
-
-QUESTION = "Tell me a short story about a walk in the park."
-CANDIDATES, LONG = 16, 24
-"""Features tried, and tokens generated for each."""
-
-
-def _steer_to_word(demo: Demo, sae: Any) -> Steered | None:
-    """A feature of one word that, turned up, makes the model say that word where it did not."""
     from hubsae.core.quiet import quiet
-    from hubsae.index.features import FeatureIndex
     from hubsae.recipes.subject import open_subject
+    from hubsae.rl.stages import parse_checkpoint
 
-    subject = open_subject(demo.run / "subject", read_json(demo.run / ".steps" / "subject.json")["result"])
-    index = FeatureIndex.open(demo.run / "release", sae.metadata.id)
+    step = "source" if demo.stage else "subject"
+    subject = open_subject(demo.run / step, read_json(demo.run / ".steps" / f"{step}.json")["result"])
+    if demo.stage is None:
+        return _steer_to_word(demo, sae, _Asked(subject.load(), subject.tokenizer(), QUESTION, 24))
     with quiet():
-        tokenizer, model = subject.tokenizer(), subject.load()
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": QUESTION}], tokenize=False, add_generation_prompt=True
-    )
-    prompt = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
+        model = parse_checkpoint(demo.stage, str(demo.adapter), subject.model).load()
+    return _steer_answer(sae, x, _Asked(model, subject.tokenizer(), subject.problems("test")[0].question, 40))
 
-    def answer() -> str:
-        out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=LONG, do_sample=False)
-        return tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True).strip()
 
-    before = answer()
+class _Asked:
+    """A question to a model, answered greedily: as the model is, or with one feature turned up."""
+
+    def __init__(self, model: Any, tokenizer: Any, question: str, length: int):
+        from hubsae.rl.problems import PromptStyle
+
+        self.model, self.tokenizer, self.question, self.length = model, tokenizer, question, length
+        text = PromptStyle().render(tokenizer, question)
+        self.prompt = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
+        self.before = self.answer()
+
+    def answer(self) -> str:
+        prompt = self.prompt
+        out = self.model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=self.length, do_sample=False
+        )
+        return self.tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True).strip()
+
+    def steered(self, sae: Any, feature: int, strength: float) -> Steered:
+        with sae.steer(self.model, feature=feature, strength=strength, unit=False):
+            return Steered(feature, strength, self.question, self.before, self.answer())
+
+
+def _steer_to_word(demo: Demo, sae: Any, asked: _Asked) -> Steered | None:
+    """A feature of one word that, turned up, makes the model say that word where it did not."""
+    from hubsae.index.features import FeatureIndex
+
+    index = FeatureIndex.open(demo.run / "release", sae.metadata.id)
     known = {name: index.metrics[name].to_pylist() for name in ("purity", "max", "top_token")}
     words = {f: known["top_token"][f].strip().lower() for f in index.readable() if known["purity"][f] >= 0.6}
-    words = {f: word for f, word in words.items() if word.isalpha() and len(word) >= 5 and word not in before.lower()}
+    unsaid = {f: w for f, w in words.items() if w.isalpha() and len(w) >= 5 and w not in asked.before.lower()}
     best: tuple[int, Steered] | None = None
-    for feature in sorted(words, key=lambda f: -known["purity"][f] * known["max"][f])[:CANDIDATES]:
-        strength = 2.0 * known["max"][feature]
-        with sae.steer(model, feature=feature, strength=strength, unit=False):
-            after = answer()
-        said = after.lower().count(words[feature])
+    for feature in sorted(unsaid, key=lambda f: -known["purity"][f] * known["max"][f])[:CANDIDATES]:
+        tried = asked.steered(sae, feature, 2.0 * known["max"][feature])
+        tried.word = words[feature]
+        said = tried.after.lower().count(tried.word)
         if said and (best is None or said > best[0]):
-            best = said, Steered(feature, strength, QUESTION, before, after, words[feature])
+            best = said, tried
         if said > 1:
             break
     return best[1] if best else None
 
 
-def _steer_answer(demo: Demo, sae: Any, x: torch.Tensor) -> Steered | None:
-    """Turn up one feature, as gently as changes the answer to a held-out problem."""
-    from hubsae.core.quiet import quiet
-    from hubsae.recipes.subject import open_subject
-    from hubsae.rl.problems import PromptStyle
-    from hubsae.rl.stages import parse_checkpoint
-
-    folder = demo.run / "source"
-    subject = open_subject(folder, read_json(demo.run / ".steps" / "source.json")["result"])
-    tokenizer, problem = subject.tokenizer(), subject.problems("test")[0]
-    with quiet():
-        model = parse_checkpoint(demo.stage or "", str(demo.adapter), subject.model).load()
-    text = PromptStyle().render(tokenizer, problem.question)
-    prompt = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
-
-    def answer() -> str:
-        out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=40, do_sample=False)
-        return tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True).strip()
-
-    before = answer()
+def _steer_answer(sae: Any, x: torch.Tensor, asked: _Asked) -> Steered | None:
+    """Turn up one feature, as gently as changes the answer."""
     z = sae.encode(x)
     density, peak = (z > 0).float().mean(0), z.max(0).values
     # features that fire everywhere or almost never say little; among the rest the strongest first
@@ -197,11 +196,9 @@ def _steer_answer(demo: Demo, sae: Any, x: torch.Tensor) -> Steered | None:
     # the gentlest push that changes the answer says most: strong ones break the model's sentences
     for share in (0.5, 1.0, 2.0):
         for feature in order[:12].tolist():
-            strength = share * float(peak[feature])
-            with sae.steer(model, feature=feature, strength=strength, unit=False):
-                after = answer()
-            if after != before:
-                return Steered(feature, strength, problem.question, before, after)
+            tried = asked.steered(sae, feature, share * float(peak[feature]))
+            if tried.after != tried.before:
+                return tried
     return None
 
 

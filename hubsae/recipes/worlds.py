@@ -28,6 +28,7 @@ from hubsae.core.files import read_json, sha256_file, write_json_atomic, write_t
 from hubsae.core.parquet import arrow, write_table
 from hubsae.core.quiet import quiet
 from hubsae.recipes.tiny_problems import Problem
+from hubsae.rl.problems import PromptStyle
 
 RECORD = "world.json"
 """Written last: what the world is and the sha256 of every file."""
@@ -96,7 +97,7 @@ class World:
 
     def messages(self, problem: Problem) -> list[dict[str, str]]:
         """The conversation that asks `problem`."""
-        return [{"role": "user", "content": problem.question}]
+        return PromptStyle().messages(problem.question)
 
     def prompt_ids(self, problem: Problem) -> list[int]:
         """The rendered prompt as token ids, ending where the answer begins."""
@@ -123,9 +124,7 @@ class World:
 
 def prompt_ids(tokenizer: Any, problem: Problem) -> list[int]:
     """`problem` rendered with the chat template of `tokenizer`, as token ids."""
-    messages = [{"role": "user", "content": problem.question}]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return tokenizer(text, add_special_tokens=False).input_ids
+    return tokenizer(PromptStyle().render(tokenizer, problem.question), add_special_tokens=False).input_ids
 
 
 def write_rows(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hubsae.rl.problems import Prompt
-from hubsae.rl.rollout import Rollout, Sampling, sample
+from hubsae.rl.rollout import Sampling, sample
 from hubsae.rl.scorers import SCORERS
 
 
@@ -14,11 +14,7 @@ def accuracy(
     model: Any, tokenizer: Any, problems: Sequence[Prompt], sampling: Sampling, *, seed: int
 ) -> dict[str, float]:
     """Share of problems answered right, by each scorer, with the mean response length."""
-    return grade(sample(model, tokenizer, [p.ids for p in problems], sampling, seed=seed), tokenizer, problems)
-
-
-def grade(rollout: Rollout, tokenizer: Any, problems: Sequence[Prompt]) -> dict[str, float]:
-    """The same for responses that were sampled already."""
+    rollout = sample(model, tokenizer, [p.ids for p in problems], sampling, seed=seed)
     texts = rollout.texts(tokenizer)
     found = {
         name: round(sum(scorer(t, p.gold) for t, p in zip(texts, problems, strict=True)) / len(texts), 6)

@@ -44,11 +44,9 @@ class RewardModel(StepReward):
         how: StepFormat = StepFormat(),
         *,
         aggregate: Aggregate = "min",
-        margin: bool = False,
     ):
-        """`margin` gives the difference of the two logits instead of the probability."""
         super().__init__(tokenizer, how, aggregate)
-        self.backbone, self.head, self.margin = backbone, head, margin
+        self.backbone, self.head = backbone, head
 
     def logits(self, ids: Tensor, mask: Tensor, keep: Tensor) -> Tensor:
         """What the head says at the tokens that `keep` marks. [kept, outputs]"""
@@ -61,8 +59,7 @@ class RewardModel(StepReward):
         logits = self.logits(ids, mask, keep)
         if logits.shape[1] == 1:
             return logits[:, 0]
-        margin = logits[:, 1] - logits[:, 0]
-        return margin if self.margin else margin.sigmoid()
+        return (logits[:, 1] - logits[:, 0]).sigmoid()
 
 
 class HarvestScorer:
@@ -96,7 +93,6 @@ def load_reward_model(
     revision: str | None = None,
     separator: str | None = None,
     aggregate: Aggregate | None = None,
-    margin: bool = False,
     device: Any = "cpu",
     dtype: str | torch.dtype = "float32",
 ) -> RewardModel:
@@ -133,7 +129,7 @@ def load_reward_model(
     tokenizer = load_tokenizer(path, revision=revision)
     return RewardModel(
         backbone.to(device).eval(), head.to(device).eval(), tokenizer, how,
-        aggregate=aggregate or ("min" if steps else "last"), margin=margin,
+        aggregate=aggregate or ("min" if steps else "last"),
     )  # fmt: skip
 
 
