@@ -90,6 +90,11 @@ def test_a_file_says_what_it_is_for(path):
     assert (ast.get_docstring(ast.parse(path.read_text())) or "").strip(), f"{path} has no first line"
 
 
+@pytest.mark.parametrize("path", [p for p in RECIPES if p.name == "recipe.py"], ids=lambda p: p.parent.name)
+def test_a_recipe_is_read_at_one_sitting(path):
+    assert len(path.read_text().splitlines()) <= 250, f"{path}: what is a unit of its own gets a file beside it"
+
+
 def run(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 

@@ -2,8 +2,10 @@
 
 Activations    what a harvest left, opened by layer, stage and split
 Shelf          SAEs in a folder by id, written whole or not at all
+Measures       what was measured of SAEs
 package        a release from SAEs, their numbers, tables and plots
-publish        its push, and that of the activations
+add_pages      features in the open: what they fire on, and the pages that show it
+publishing     the step that pushes a release, and the activations
 """
 
 from __future__ import annotations
@@ -12,25 +14,31 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hubsae.activations import ActivationDataset
-from hubsae.core.files import read_csv, write_text_atomic
+from hubsae.core.files import atomic_path, read_csv, read_json, write_csv_atomic, write_json_atomic, write_text_atomic
 from hubsae.core.metadata import Metric
 from hubsae.core.quiet import quiet
 from hubsae.core.sae import SAE
 from hubsae.core.settings import Settings
 from hubsae.formats import Release, native
 from hubsae.hub.sae import HubSAE
-from hubsae.index import page
+from hubsae.index import build, page
 from hubsae.index.files import FOLDER
+from hubsae.recipes.steps import Estimate, Step, StepContext
 from hubsae.recipes.subject import Subject
 from hubsae.train.parallel import pick_device as pick_device
+
+WEIGHTS_AT_ONCE = 4 << 30
+"""Bytes of SAEs held at a time by `in_parts`."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,63 @@ class Shelf:
         return HubSAE.from_pretrained(self.where(name), device=device)
 
 
+def in_parts(saes: Mapping[str, Callable[[], SAE]]) -> Iterator[dict[str, SAE]]:
+    """SAEs, given as functions that load them, as many at a time as fit into WEIGHTS_AT_ONCE."""
+    held: dict[str, SAE] = {}
+    size = 0
+    for name, load in saes.items():
+        sae = load()
+        mine = sum(t.numel() * t.element_size() for t in sae.tensors().values())
+        if held and size + mine > WEIGHTS_AT_ONCE:
+            yield held
+            held, size = {}, 0
+        held[name] = sae
+        size += mine
+    if held:
+        yield held
+
+
+@dataclass
+class Measures:
+    """What was measured of SAEs: one step writes it, that of the release reads it.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> error = Metric(name="mse", value=0.5, definition="mean", n_tokens=9, scope="all", source="hubsae")
+    >>> Measures({"topk/layer1": [error]}).write(folder)
+    >>> Measures.read(folder).metrics["topk/layer1"][0].value
+    0.5
+    """
+
+    metrics: dict[str, list[Metric]] = field(default_factory=dict)
+    """By SAE, for its record."""
+    density: dict[str, Tensor] = field(default_factory=dict)
+    """By SAE, where it is known: log10 of how often each latent fires [d_sae]."""
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """By name; each becomes a CSV, which `tables_in` finds."""
+
+    def write(self, folder: Path) -> None:
+        """Write all of it."""
+        for name, rows in self.tables.items():
+            write_csv_atomic(folder / f"{name}.csv", rows)
+        lists = {name: [metric.model_dump(mode="json") for metric in found] for name, found in self.metrics.items()}
+        write_json_atomic(folder / "metrics.json", lists)
+        if self.density:
+            with atomic_path(folder / "density.safetensors") as scratch:
+                save_file({name: tensor.contiguous() for name, tensor in self.density.items()}, scratch)
+
+    @staticmethod
+    def read(*folders: Path) -> Measures:
+        """Metrics and densities of all the folders."""
+        out = Measures()
+        for folder in folders:
+            for name, found in read_json(folder / "metrics.json").items():
+                out.metrics[name] = [Metric.model_validate(metric) for metric in found]
+            if (path := folder / "density.safetensors").is_file():
+                out.density |= load_file(path)
+        return out
+
+
 class PublishSettings(Settings):
     """Repos to push to at the end; nothing is pushed where none is named."""
 
@@ -94,8 +159,7 @@ def package(
     license: str | None = "apache-2.0",
     datasets: Sequence[str] = (),
     description: str | None = None,
-    metrics: Mapping[str, Sequence[Metric]] | None = None,
-    sparsity: Mapping[str, Tensor] | None = None,
+    measures: Measures | None = None,
     tables: Mapping[str, Sequence[dict[str, Any]]] | None = None,
     plots: Sequence[Path] = (),
     also: Sequence[str] = (),
@@ -118,10 +182,9 @@ def package(
         if progress is not None:
             progress(number, len(saes), sae_id)
         sae = load()
-        if metrics is not None:
-            sae.metadata.set_metrics(list(metrics[sae_id]))
-        if sparsity is not None:
-            sae.sparsity = sparsity[sae_id]
+        if measures is not None:
+            sae.metadata.set_metrics(measures.metrics[sae_id])
+            sae.sparsity = measures.density.get(sae_id, sae.sparsity)
         made.add(sae, sae_id, also=also)
     if subject is not None:
         tokenizer = subject.tokenizer()
@@ -137,11 +200,24 @@ def package(
     return made
 
 
-def add_pages(folder: Path, indexes: Path, title: str) -> Release:
+def index_features(
+    folder: Path, saes: Mapping[str, SAE], rows: ActivationDataset, subject: Subject, *, top: int = 10, window: int = 8
+) -> list[Path]:
+    """What every feature fires on and promotes: an index of each SAE, below `folder`."""
+    return build.index_activations(
+        saes, rows, folder, build.Settings(top=top, window=window), tokenizer=subject.tokenizer(),
+        tokenizer_id=subject.label, model=subject.load(), show=False,
+    )  # fmt: skip
+
+
+def add_pages(folder: Path, indexes: Path, name: str) -> Release:
     """Put indexes and the pages that show them into a release; its card shows features once there are some to show."""
     shutil.copytree(indexes, folder / FOLDER, dirs_exist_ok=True)
-    page.build(folder, title=title)
-    return Release.open(folder).refresh()
+    page.build(folder, title=name)
+    made = Release.open(folder).refresh()
+    made.verify()
+    write_card(folder, name)
+    return made
 
 
 def write_card(folder: Path, name: str) -> None:
@@ -151,17 +227,28 @@ def write_card(folder: Path, name: str) -> None:
     write_text_atomic(folder / "README.md", render_card(card_of_release(folder, f"you/{name}")).text)
 
 
-def publish(settings: PublishSettings, release: Path, activations: Path | None = None) -> dict[str, Any]:
-    """Push what the settings name; the pages it can be seen at."""
+def publishing(settings: PublishSettings, activations: str = "") -> list[Step]:
+    """The step that pushes what the settings name, behind `release`; none where they name nothing.
+
+    `activations` is the step that took them, in recipes that can push them.
+    """
+    repos = [repo for repo in (settings.release, settings.activations if activations else None) if repo]
+    needs = tuple(filter(None, ("release", activations)))
+    estimate = Estimate(f"push to {', '.join(repos)}")
+    return [Step("publish", partial(_publish, activations), settings, needs, estimate=estimate)] if repos else []
+
+
+def _publish(activations: str, ctx: StepContext) -> dict[str, Any]:
+    """The pages at which it can be seen."""
     from hubsae.hub.datasets import push_activations
     from hubsae.hub.push import push
 
-    done: dict[str, Any] = {}
+    settings, done = ctx.settings, {}
     options: dict[str, Any] = {"private": True} if settings.private else {}
     if settings.release:
-        done["release"] = push(release, settings.release, **options).url
-    if settings.activations and activations is not None:
-        done["activations"] = push_activations(activations, settings.activations, **options).url
+        done["release"] = push(ctx.path("release"), settings.release, **options).url
+    if settings.activations and activations:
+        done["activations"] = push_activations(ctx.path(activations), settings.activations, **options).url
     return done
 
 

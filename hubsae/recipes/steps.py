@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -69,6 +69,15 @@ class Step:
     def plain_settings(self) -> Any:
         """The settings as JSON values."""
         return plain(self.settings)
+
+
+def priced(steps: Iterable[Step], estimates: Mapping[str, Estimate]) -> list[Step]:
+    """Steps with what each will need, by name.
+
+    >>> [step.estimate.what for step in priced([Step("sae", print)], {"sae": Estimate("one SAE")})]
+    ['one SAE']
+    """
+    return [replace(step, estimate=estimates.get(step.name, step.estimate)) for step in steps]
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from hubsae.evals import reconstruction
 from hubsae.evals.definitions import to_metrics
 from hubsae.evals.results import SAEReconstruction
 from hubsae.evals.splice import SpliceResult, splice_many
-from hubsae.recipes.standard import pick_device
+from hubsae.recipes.standard import Measures, in_parts, pick_device
 from hubsae.train import TrainConfig, train_many
 from hubsae.train.gsnr import gsnr
 
@@ -28,7 +26,6 @@ from . import matched
 from .cells import Cell, train_configs
 from .settings import LABELS, Config
 
-WEIGHTS_AT_ONCE = 4 << 30
 TOKENS = {
     "st": "st",
     "st_no0": "st & not position_0",
@@ -42,25 +39,15 @@ NOTED = ("mse", "fvu", "mse_per_sequence", "l0", "l0_per_sequence", "dead_fracti
 """Metrics that go onto the record of an SAE, in the scopes above."""
 
 
-@dataclass
-class Measured:
-    """Everything measured of a run."""
-
-    tables: dict[str, list[dict[str, Any]]]
-    """cells, groups, advantage, splice, gsnr"""
-    chosen: list[str]
-    """Of each method, kind and expansion the SAE nearest to the middle level of L0."""
-    metrics: dict[str, list[Metric]]
-    """By SAE, for its record."""
-    density: dict[str, torch.Tensor]
-    """By SAE: log10 of how often each latent fires [d_sae]."""
-
-
 def measure_all(
     config: Config, saes: Mapping[str, Callable[[], SAE]], held: Any, kept: Mapping[str, Path], model: Any,
     tokenizer: Any, texts: Sequence[Any], progress: Any,
-) -> Measured:  # fmt: skip
-    """Measure every SAE; `kept` are, by method, rows of its training stream, on which gradients are taken."""
+) -> tuple[Measures, list[str]]:  # fmt: skip
+    """Measure every SAE; `kept` are, by method, rows of its training stream, on which gradients are taken.
+
+    The tables are cells, groups, advantage, splice, gsnr. Returned with them: of each method, kind and expansion the
+    SAE nearest to the middle level of L0.
+    """
     how, t = config.measure, config.train
     columns = token_columns(held.columns(LABELLED), special_ids(tokenizer, config.data.special))
     rows, groups, metrics, density = errors(saes, held, columns, progress)
@@ -89,7 +76,7 @@ def measure_all(
         "cells": rows, "groups": groups, "advantage": matched.advantage(whole, t.published, how.levels),
         "splice": [_loss(name, result) for name, result in spliced.items()], "gsnr": gradients,
     }  # fmt: skip
-    return Measured(tables, chosen, metrics, density)
+    return Measures(metrics, density, tables), chosen
 
 
 def special_ids(tokenizer: Any, names: Sequence[str]) -> dict[str, list[int]]:
@@ -133,22 +120,6 @@ def token_columns(labels: Mapping[str, np.ndarray], special: Mapping[str, Sequen
     return {"st": st, "group": group}
 
 
-def parts(saes: Mapping[str, Callable[[], SAE]]) -> Iterator[dict[str, SAE]]:
-    """SAEs loaded as many at a time as fit into WEIGHTS_AT_ONCE."""
-    held: dict[str, SAE] = {}
-    size = 0
-    for name, load in saes.items():
-        sae = load()
-        mine = sum(t.numel() * t.element_size() for t in sae.tensors().values())
-        if held and size + mine > WEIGHTS_AT_ONCE:
-            yield held
-            held, size = {}, 0
-            gc.collect()
-        held[name], size = sae, size + mine
-    if held:
-        yield held
-
-
 def errors(
     saes: Mapping[str, Callable[[], SAE]], held: Any, columns: Mapping[str, np.ndarray], progress: Any
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, list[Metric]], dict[str, torch.Tensor]]:
@@ -156,7 +127,7 @@ def errors(
     scopes = [*TOKENS.values(), *(f"group={name}" for name in GROUPS)]
     rows, groups, metrics, density = [], [], {}, {}
     wanted = {parse(scope).name for scope in TOKENS.values()}
-    for part in parts(saes):
+    for part in in_parts(saes):
         found = reconstruction(part, held, scopes=scopes, columns=columns)
         for name in part:
             one = found[name]

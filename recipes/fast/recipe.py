@@ -20,19 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from hubsae.activations import harvest
-from hubsae.core.files import atomic_path, read_json, write_csv_atomic, write_json_atomic
-from hubsae.core.hooks import HookPoint
-from hubsae.core.metadata import Metric
+from hubsae.core.files import atomic_path, write_csv_atomic
 from hubsae.evals.plots import house_style
-from hubsae.index.build import Settings as IndexSettings
-from hubsae.index.build import index_activations
-from hubsae.recipes.standard import Activations, add_pages, package, pick_device, publish, write_card
-from hubsae.recipes.steps import Step, StepContext
+from hubsae.recipes.one_layer import OneLayer
+from hubsae.recipes.standard import Measures, add_pages, index_features, package, pick_device, publishing
+from hubsae.recipes.steps import Step, StepContext, priced
 from hubsae.recipes.subject import subject_of
-from hubsae.recipes.sweep import cells_in, outcomes, train_cells
+from hubsae.recipes.sweep import train_cells, trained
 from hubsae.train.live import LiveActivations
 
 from . import corpus, interpret, matched, plots, report, steer
@@ -44,40 +41,35 @@ from .settings import Config
 
 def steps(config: Config) -> list[Step]:
     """The steps, each with what it depends on."""
-    c, run, cost = config, _Fast(config), estimates(config)
+    c, run = config, _Fast(config)
     about = {"seed": c.seed, "model": c.model, "layer": c.data.layer}
-    trained = tuple(f"train/{method}" for method in c.train.methods)
     texts = {**about, "data": c.data}
-    found = [Step("corpus", run.corpus, texts, estimate=cost["corpus"])]
-    for method in c.train.methods:
-        found.append(
-            Step(f"train/{method}", partial(run.train, method), {**texts, "train": c.train}, ("corpus",), resumes=True,
-                 estimate=cost[f"train/{method}"])
-        )  # fmt: skip
     held = {**about, "max_length": c.data.max_length, "tokens": c.measure.tokens}
-    of_all = ("corpus", *trained, "heldout")
-    found += [
-        Step("heldout", run.heldout, held, ("corpus",), resumes=True, estimate=cost["heldout"]),
-        Step("measure", run.measure, {"measure": c.measure, "special": c.data.special, "published": c.train.published},
-             of_all, estimate=cost["measure"]),
-        Step("interpret", run.interpret, c.interpret, (*of_all, "measure"), resumes=True, estimate=cost["interpret"]),
-        Step("steer", run.steer, {"steer": c.steer, "judge": c.interpret.judge}, (*of_all, "measure"),
-             estimate=cost["steer"]),
-        Step("release", run.package, {"name": c.name, "license": c.license}, (*of_all, "measure", "interpret", "steer"),
-             estimate=cost["release"]),
-        Step("report", run.report, needs=(*of_all, "measure", "interpret", "steer")),
-    ]  # fmt: skip
-    if c.publish.release:
-        found.append(Step("publish", run.publish, c.publish, ("release",)))
-    return found
+    measured = {"measure": c.measure, "special": c.data.special, "published": c.train.published}
+    training = [
+        Step(f"train/{m}", partial(run.train, m), {**texts, "train": c.train}, ("corpus",), resumes=True)
+        for m in c.train.methods
+    ]
+    made = ("corpus", *(step.name for step in training), "heldout")
+    read = (*made, "measure")
+    plan = [
+        Step("corpus", run.corpus, texts),
+        *training,
+        Step("heldout", run.heldout, held, ("corpus",), resumes=True),
+        Step("measure", run.measure, measured, made),
+        Step("interpret", run.interpret, c.interpret, read, resumes=True),
+        Step("steer", run.steer, {"steer": c.steer, "judge": c.interpret.judge}, read),
+        Step("release", run.package, {"name": c.name, "license": c.license}, (*read, "interpret", "steer")),
+        Step("report", run.report, needs=(*read, "interpret", "steer")),
+        *publishing(c.publish),
+    ]
+    return priced(plan, estimates(config))
 
 
-class _Fast:
+class _Fast(OneLayer):
     """The steps' code; holds the config and nothing else."""
 
-    def __init__(self, config: Config):
-        self.config = config
-        self.hook = HookPoint.parse(config.data.layer).name
+    config: Config
 
     def corpus(self, ctx: StepContext) -> dict[str, Any]:
         """Model and texts: made, opened or downloaded, without repeats, and fixed."""
@@ -86,7 +78,7 @@ class _Fast:
     def train(self, method: str, ctx: StepContext) -> dict[str, Any]:
         """Every SAE of a method, from one stream of activations."""
         c, subject = self.config, subject_of(ctx, "corpus")
-        model = subject.load(pick_device(), c.model.dtype)
+        model = self.load_model(subject)
         stream, texts = corpus.streams(subject, ctx.path("corpus"), c, method, model, self.hook)
         about = ctx.result("corpus")
         dataset = about["text_dataset"] if method == "bt-p" else about["dataset"]
@@ -98,7 +90,9 @@ class _Fast:
         with atomic_path(ctx.folder / "rows.safetensors") as scratch:
             position = torch.from_numpy(rows.reserve.labels["position"]).long()
             save_file({"x": rows.reserve.x.float().contiguous(), "position": position}, scratch)
-        configs = train_configs(c, method, self._place(method, subject, model, dataset))
+        place = self.place(subject, model, c.data.max_length if method == "fast" else c.data.block)
+        place["activations"] = {"text_dataset": dataset, "tokens": c.train.tokens}
+        configs = train_configs(c, method, place)
         ended = train_cells(configs, rows, ctx.folder, progress=ctx.progress)
         return {"failed": {o.id: o.reason for o in ended if not o.ok}, "done": sum(o.ok for o in ended)}
 
@@ -106,43 +100,36 @@ class _Fast:
         """Activations of chats that no SAE saw."""
         c, subject = self.config, subject_of(ctx, "corpus")
         harvest(
-            subject.load(pick_device(), c.model.dtype), subject.test, [self.hook], out=ctx.folder,
-            tokenizer=subject.tokenizer(), mode="prompt+response", max_length=c.data.max_length,
-            max_tokens=c.measure.tokens, progress=False,
+            self.load_model(subject), subject.test, [self.hook], out=ctx.folder, tokenizer=subject.tokenizer(),
+            mode="prompt+response", max_length=c.data.max_length, max_tokens=c.measure.tokens, progress=False,
             source={"model": subject.label, "text_dataset": subject.dataset},
         )  # fmt: skip
-        return {"tokens": len(self._held(ctx.folder))}
+        return {"tokens": len(self.rows(ctx.folder))}
 
     def measure(self, ctx: StepContext) -> dict[str, Any]:
         """Errors by group of tokens, gradients, and the model's loss; then the methods at equal L0."""
         c, subject, saes = self.config, subject_of(ctx, "corpus"), self._saes(ctx)
         kept = {method: ctx.path(f"train/{method}") / "rows.safetensors" for method in c.train.methods}
-        found = measure_all(
-            c, saes, self._held(ctx.path("heldout")), kept, subject.load(pick_device(), c.model.dtype),
-            subject.tokenizer(), subject.test, ctx.progress,
+        found, chosen = measure_all(
+            c, saes, self.rows(ctx.path("heldout")), kept, self.load_model(subject), subject.tokenizer(),
+            subject.test, ctx.progress,
         )  # fmt: skip
-        for name, lines in found.tables.items():
-            write_csv_atomic(ctx.folder / f"{name}.csv", lines)
-        lists = {name: [m.model_dump(mode="json") for m in ms] for name, ms in found.metrics.items()}
-        write_json_atomic(ctx.folder / "metrics.json", lists)
-        with atomic_path(ctx.folder / "density.safetensors") as scratch:
-            save_file({name: t.contiguous() for name, t in found.density.items()}, scratch)
+        found.write(ctx.folder)
         with house_style():
             drawn = [
                 plots.fronts(ctx.folder / f"error_against_l0_x{x:g}.png", matched.whole(found.tables["cells"]), x)
                 for x in c.train.expansions
             ]
-            drawn.append(plots.by_group(ctx.folder / "error_by_group.png", found.tables["groups"], found.chosen))
-        return {"chosen": found.chosen, **found.tables, "plots": [path.name for path in drawn]}
+            drawn.append(plots.by_group(ctx.folder / "error_by_group.png", found.tables["groups"], chosen))
+        return {"chosen": chosen, **found.tables, "plots": [path.name for path in drawn]}
 
     def interpret(self, ctx: StepContext) -> dict[str, Any]:
         """An index of one SAE per method and kind, and what a judge says of its features."""
         how, subject, saes = self.config.interpret, subject_of(ctx, "corpus"), self._saes(ctx)
         chosen = [name for name in ctx.result("measure")["chosen"] if _kind(name) in how.kinds]
-        folders = index_activations(
-            {name: saes[name]() for name in chosen}, self._held(ctx.path("heldout")), ctx.folder / "indexes",
-            IndexSettings(top=max(10, how.shown)), tokenizer=subject.tokenizer(), tokenizer_id=subject.label,
-            model=subject.load(), show=False,
+        folders = index_features(
+            ctx.folder / "indexes", {name: saes[name]() for name in chosen}, self.rows(ctx.path("heldout")), subject,
+            top=max(10, how.shown),
         )  # fmt: skip
         ratings, scores = interpret.read_features(
             dict(zip(chosen, folders, strict=True)), how.judge, features=how.features, shown=how.shown,
@@ -157,13 +144,13 @@ class _Fast:
         if not fitting:
             return {"special_features": [], "rows": [], "plots": []}
         sae, tokenizer = self._saes(ctx)[fitting[0]](), subject.tokenizer()
-        special, held = special_ids(tokenizer, self.config.data.special), self._held(ctx.path("heldout"))
+        special, held = special_ids(tokenizer, self.config.data.special), self.rows(ctx.path("heldout"))
         features = steer.strongest(sae, held, places_of(held.columns(("token_id", "sample_id")), special))
         ids = [ids[0] for ids in special.values() if len(ids) == 1]
         judge = self.config.interpret.judge
         chat = None if judge.model in ("rule", "none") else interpret.open_judge(judge)[0]
         rows, texts = steer.steered(
-            subject.load(pick_device(), self.config.model.dtype), tokenizer, sae, features, ids,
+            self.load_model(subject), tokenizer, sae, features, ids,
             strengths=how.strengths, questions=how.questions, controls=how.controls, new_tokens=how.new_tokens,
             chat=chat, seed=self.config.seed,
         )  # fmt: skip
@@ -174,21 +161,16 @@ class _Fast:
 
     def package(self, ctx: StepContext) -> dict[str, Any]:
         """A release of every SAE, with tables, pictures, index, pages and the card over all of it."""
-        c, about, found, measured = self.config, ctx.result("corpus"), ctx.result("measure"), ctx.path("measure")
+        c, about, found = self.config, ctx.result("corpus"), ctx.result("measure")
         tables = self._tables(ctx)
         public = [s.id for s in (*c.data.chats, c.data.texts)] if "world" not in about else []
-        metrics = read_json(measured / "metrics.json")
-        made = package(
+        package(
             ctx.folder, self._saes(ctx), name=c.name, base_model=about["label"], license=c.license, datasets=public,
             description=" ".join([self._words(about), *report.findings(found["advantage"])]),
-            metrics={name: [Metric.model_validate(m) for m in lines] for name, lines in metrics.items()},
-            sparsity=load_file(measured / "density.safetensors"),
-            tables={name: rows for name, rows in tables.items() if rows}, plots=self._plots(ctx), card="instruct",
-            subject=subject_of(ctx, "corpus"), progress=ctx.progress,
+            measures=Measures.read(ctx.path("measure")), tables={name: rows for name, rows in tables.items() if rows},
+            plots=self._plots(ctx), card="instruct", subject=subject_of(ctx, "corpus"), progress=ctx.progress,
         )  # fmt: skip
-        add_pages(ctx.folder, ctx.path("interpret") / "indexes", c.name).verify()
-        write_card(ctx.folder, c.name)
-        return {"ids": made.ids}
+        return {"ids": add_pages(ctx.folder, ctx.path("interpret") / "indexes", c.name).ids}
 
     def report(self, ctx: StepContext) -> dict[str, Any]:
         """The report, and its lines for the terminal."""
@@ -199,10 +181,6 @@ class _Fast:
         }
         path = report.write(ctx.folder, self.config, about, self._tables(ctx), self._plots(ctx))
         return {"report": path.name, "lines": report.findings(ctx.result("measure")["advantage"])}
-
-    def publish(self, ctx: StepContext) -> dict[str, Any]:
-        """Push the release."""
-        return publish(self.config.publish, ctx.path("release"))
 
     def _tables(self, ctx: StepContext) -> dict[str, list[dict[str, Any]]]:
         found, read, steered = ctx.result("measure"), ctx.result("interpret"), ctx.result("steer")
@@ -221,24 +199,10 @@ class _Fast:
         """Every SAE that was trained, as functions that load them, by `method/cell`."""
         names = [cell.id for cell in cells(self.config.train)]
         return {
-            f"{method}/{o.id}": partial(cells_in(folder).get, o.id, pick_device())
+            f"{method}/{name}": load
             for method in self.config.train.methods
-            for folder in [ctx.path(f"train/{method}")]
-            for o in outcomes(folder, names) if o.ok
-        }  # fmt: skip
-
-    def _held(self, folder: Path) -> Any:
-        return Activations(folder).open(self.hook, "train")
-
-    def _place(self, method: str, subject: Any, model: Any, dataset: str) -> dict[str, Any]:
-        point, data = HookPoint.parse(self.hook), self.config.data
-        return {
-            "base_model": {"id": subject.label, "revision": subject.revision, "dtype": self.config.model.dtype},
-            "hook": {"layer": point.layer, "kind": point.kind, "module_path": point.module_path(model),
-                     "transformer_lens": point.transformer_lens,
-                     "context_size": data.max_length if method == "fast" else data.block},
-            "activations": {"text_dataset": dataset, "tokens": self.config.train.tokens},
-        }  # fmt: skip
+            for name, load in trained(ctx.path(f"train/{method}"), names, pick_device()).items()
+        }
 
     def _words(self, about: dict[str, Any]) -> str:
         return (

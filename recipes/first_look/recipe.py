@@ -16,20 +16,17 @@ from typing import Any
 
 from pydantic import Field
 
-from hubsae.core.files import read_csv, read_json, write_csv_atomic, write_json_atomic
-from hubsae.core.metadata import Metric
+from hubsae.core.files import read_csv
 from hubsae.core.settings import Settings
 from hubsae.evals import reconstruction
 from hubsae.evals.groups import error_by_group
 from hubsae.evals.splice import splice
-from hubsae.index.build import Settings as IndexSettings
-from hubsae.index.build import index_activations
 from hubsae.index.features import FeatureIndex
 from hubsae.index.files import mark
 from hubsae.recipes.cost import sae_bytes
 from hubsae.recipes.one_layer import LayerData, OneLayer, items
 from hubsae.recipes.report import Report
-from hubsae.recipes.standard import Shelf, add_pages, package, write_card
+from hubsae.recipes.standard import Measures, Shelf, add_pages, index_features, package, tables_in
 from hubsae.recipes.steps import Estimate, Step, StepContext
 from hubsae.recipes.subject import ModelSettings, subject_of
 from hubsae.train import TrainConfig, train
@@ -80,7 +77,7 @@ def steps(config: Config) -> list[Step]:
              estimate=Estimate(f"layer {c.data.layer}, {tokens:,} tokens", disk=2 * d * tokens)),
         Step("sae", look.train, {"seed": c.seed, "sae": c.sae}, ("activations",), resumes=True,
              estimate=Estimate(f"{d * c.sae.expansion:,} latents on {seen:,} tokens", weights, 3 * weights)),
-        Step("measure", look.measure, c.measure, ("subject", "activations", "sae")),
+        Step("measure", look.measure, c.measure, ("subject", "activations", "sae"), version=2),
         Step("index", look.index, {"top": c.top}, ("subject", "activations", "sae"), resumes=True),
         Step("release", look.package, {"name": c.name}, ("subject", "activations", "sae", "measure", "index")),
         Step("report", look.report, {"name": c.name}, ("activations", "sae", "measure", "index")),
@@ -90,14 +87,12 @@ def steps(config: Config) -> list[Step]:
 class _Look(OneLayer):
     """The steps' code; holds the config and nothing else."""
 
-    def __init__(self, config: Config):
-        super().__init__(config.seed, config.model, config.data)
-        self.config = config
+    config: Config
 
     def train(self, ctx: StepContext) -> dict[str, Any]:
         """Train the SAE; where its data come from it reads off them."""
         s, folder = self.config.sae, ctx.path("activations")
-        rows, held = self.rows(folder, "train"), self.rows(folder, "validation")
+        rows, held = self.rows(folder), self.rows(folder, "validation")
         config = TrainConfig(
             name=self.id, architecture="topk", d_sae=rows.d * s.expansion, k=s.k, lr=s.lr, seed=self.config.seed,
             epochs=s.epochs, batch_size=s.batch_size, exclude=s.exclude, dead=DeadConfig(tokens=s.dead_tokens),
@@ -117,35 +112,27 @@ class _Look(OneLayer):
         texts = items(subject.test)[: how.texts]
         inside = splice(model, tokenizer, sae, None, texts, name=self.id, max_length=how.text_length)
         metrics = [*rebuilt[self.id].metrics(), *inside.metrics()]
-        write_json_atomic(ctx.folder / "metrics.json", [m.model_dump(mode="json") for m in metrics])
-        write_csv_atomic(ctx.folder / "metrics.csv", [*rebuilt.rows(), *inside.rows()])
-        write_csv_atomic(ctx.folder / "error_by_group.csv", groups)
+        tables = {"metrics": [*rebuilt.rows(), *inside.rows()], "error_by_group": groups}
+        Measures({self.id: metrics}, tables=tables).write(ctx.folder)
         own = {m.name: m.value for m in metrics if m.scope == sae.metadata.own_scope}
         return {"scope": sae.metadata.own_scope, **own}
 
     def index(self, ctx: StepContext) -> dict[str, Any]:
         """Find what every feature fires on, and what it promotes."""
         subject, sae = subject_of(ctx), Shelf(ctx.path("sae")).get(self.id)
-        (folder,) = index_activations(
-            {self.id: sae}, self.rows(ctx.path("activations"), "train"), ctx.folder,
-            IndexSettings(top=self.config.top),
-            tokenizer=subject.tokenizer(), tokenizer_id=subject.label, model=subject.load(), show=False,
-        )  # fmt: skip
+        rows = self.rows(ctx.path("activations"))
+        (folder,) = index_features(ctx.folder, {self.id: sae}, rows, subject, top=self.config.top)
         index = FeatureIndex.open(folder)
         return {"folder": folder.name, "features": len(index), "alive": index.summary["n_active"]}
 
     def package(self, ctx: StepContext) -> dict[str, Any]:
         """The release: the SAE with its record and numbers, the index, the pages, the card over all of it."""
         about, shelf, measured = ctx.result("activations"), Shelf(ctx.path("sae")), ctx.path("measure")
-        metrics = [Metric.model_validate(m) for m in read_json(measured / "metrics.json")]
-        made = package(
+        package(
             ctx.folder, {self.id: lambda: shelf.get(self.id)}, name=self.config.name, base_model=about["model"],
-            metrics={self.id: metrics}, subject=subject_of(ctx),
-            tables={name: read_csv(measured / f"{name}.csv") for name in ("metrics", "error_by_group")},
+            measures=Measures.read(measured), tables=tables_in(measured), subject=subject_of(ctx),
         )  # fmt: skip
-        add_pages(ctx.folder, ctx.path("index"), self.config.name).verify()
-        write_card(ctx.folder, self.config.name)
-        return {"ids": made.ids}
+        return {"ids": add_pages(ctx.folder, ctx.path("index"), self.config.name).ids}
 
     def report(self, ctx: StepContext) -> dict[str, Any]:
         """Numbers with their scope, and features in context."""

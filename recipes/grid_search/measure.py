@@ -7,30 +7,26 @@ squared error by group of whole prompts, added loss by text.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from hubsae.core.files import atomic_path
-from hubsae.core.metadata import Metric
 from hubsae.core.sae import SAE
 from hubsae.evals import reconstruction
 from hubsae.evals.accumulate import NOT_FIRST
 from hubsae.evals.definitions import Measure, to_metrics
 from hubsae.evals.splice import splice_many
+from hubsae.recipes.standard import Measures, in_parts
 
 from .analysis import FailedCell
 from .cells import Cell, parse_id
 from .paired import Units
 from .table import BOTH_WAYS, FULL, WITH_FIRST, WITHOUT_FIRST, GridRow, Number
-
-WEIGHTS_AT_ONCE = 4 << 30
-"""Bytes of SAEs held at a time; the data is read once for each such part."""
 
 
 @dataclass
@@ -39,11 +35,7 @@ class Measured:
 
     rows: list[GridRow] = field(default_factory=list)
     units: dict[str, dict[Cell, Units]] = field(default_factory=lambda: {"mse": {}, "delta_ce": {}})
-    metrics: dict[str, list[Metric]] = field(default_factory=dict)
-    """By id, for metadata.json."""
-    sparsity: dict[str, Tensor] = field(default_factory=dict)
-    """By id: log10 of how often each latent fires [d_sae]."""
-    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    measures: Measures = field(default_factory=Measures)
     failed: list[FailedCell] = field(default_factory=list)
 
 
@@ -63,8 +55,12 @@ def measure(
     An SAE with weights that are not finite is reported in `failed` and measured no further.
     """
     out = Measured()
-    finished = 0
-    for part in _parts(saes, out):
+    for part in in_parts(saes):
+        broken = [name for name, sae in part.items() if not _is_finite(sae)]
+        out.failed += [FailedCell(name, "its weights are not finite") for name in broken]
+        part = {name: sae for name, sae in part.items() if name not in broken}
+        if not part:
+            continue
         found = reconstruction(part, activations)
         spliced = splice_many(
             model, tokenizer, {name: (sae, hook) for name, sae in part.items()}, texts, max_length=max_length
@@ -77,40 +73,24 @@ def measure(
             out.units["delta_ce"][cell] = Units(added, np.array([row["n"] for row in texts_]))
             chosen = _chosen(ours.measures, ours.own_scope) | _chosen(loss.measures, ours.own_scope)
             out.rows.append(GridRow(cell, {k: _number(m) for k, m in chosen.items() if m.value is not None}))
-            out.metrics[name] = to_metrics(list(chosen.values()))
-            out.sparsity[name] = ours.features.log10_density()
-            finished += 1
+            out.measures.metrics[name] = to_metrics(list(chosen.values()))
+            out.measures.density[name] = ours.features.log10_density()
             if done is not None:
-                done(finished, name)
+                done(len(out.rows), name)
         for title, rows in (
             ("reconstruction", found.rows()),
             ("norm_deciles", found.decile_rows()),
             ("density_histogram", found.histogram_rows()),
             ("splice", [row for result in spliced.values() for row in result.rows()]),
         ):
-            out.tables.setdefault(title, []).extend(rows)
+            out.measures.tables.setdefault(title, []).extend(rows)
         del part, found, spliced
         gc.collect()
     return out
 
 
-def _parts(saes: Mapping[str, Callable[[], SAE]], out: Measured) -> Iterator[dict[str, SAE]]:
-    """Load as many as fit at a time, leaving out what is not finite."""
-    held: dict[str, SAE] = {}
-    size = 0
-    for name, load in saes.items():
-        sae = load()
-        if not all(bool(torch.isfinite(t).all()) for t in sae.tensors().values()):
-            out.failed.append(FailedCell(name, "its weights are not finite"))
-            continue
-        mine = sum(t.numel() * t.element_size() for t in sae.tensors().values())
-        if held and size + mine > WEIGHTS_AT_ONCE:
-            yield held
-            held, size = {}, 0
-        held[name] = sae
-        size += mine
-    if held:
-        yield held
+def _is_finite(sae: SAE) -> bool:
+    return all(bool(torch.isfinite(t).all()) for t in sae.tensors().values())
 
 
 def _chosen(measures: Sequence[Measure], own: str) -> dict[str, Measure]:

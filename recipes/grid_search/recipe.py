@@ -19,21 +19,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
-
-from hubsae.activations import harvest
 from hubsae.core.errors import TrainingError
-from hubsae.core.files import atomic_path, read_csv, read_json, write_csv_atomic, write_json_atomic, write_text_atomic
-from hubsae.core.hooks import HookPoint
-from hubsae.core.metadata import Metric
+from hubsae.core.files import read_csv, write_csv_atomic, write_text_atomic
 from hubsae.core.scopes import excluding
 from hubsae.evals.plots import house_style
+from hubsae.recipes.one_layer import OneLayer
 from hubsae.recipes.report import Report
 from hubsae.recipes.run import follows
-from hubsae.recipes.standard import Activations, package, pick_device
-from hubsae.recipes.steps import Step, StepContext
-from hubsae.recipes.subject import fetch_subject, subject_of
-from hubsae.recipes.sweep import cells_in, outcomes, train_cells
+from hubsae.recipes.standard import Measures, package, pick_device
+from hubsae.recipes.steps import Step, StepContext, priced
+from hubsae.recipes.subject import Subject, subject_of
+from hubsae.recipes.sweep import cells_in, train_cells, trained
 
 from . import findings, plots
 from .analysis import Analysis, FailedCell, analyse
@@ -54,63 +50,37 @@ NOT_RECOVERED = (
 
 def steps(config: Config) -> list[Step]:
     """The steps, each with what it depends on."""
-    c, cost = config, estimates(config)
-    grid = _Grid(config)
+    c, grid = config, _Grid(config)
     texts = {"seed": c.seed, "model": c.model, "data": c.data}
-    trained = {"seed": c.seed, "sweep": c.sweep, "train": c.train}
+    training = {"seed": c.seed, "sweep": c.sweep, "train": c.train}
     known = {"seed": c.seed, "synthetic": c.synthetic, "jumprelu": c.train.jumprelu}
     about = {"release": c.release, "data": c.data, "train": c.train}
-    return [
-        Step("subject", grid.subject, texts, estimate=cost["subject"]),
-        Step("harvest", grid.harvest, texts, ("subject",), resumes=True, estimate=cost["harvest"]),
-        Step("train", grid.train, trained, ("harvest",), resumes=True, spreads=True, estimate=cost["train"]),
-        Step("measure", grid.measure, texts, ("subject", "harvest", "train"), estimate=cost["measure"]),
-        Step("synthetic", grid.synthetic, known, resumes=True, spreads=True, estimate=cost["synthetic"]),
+    plan = [
+        Step("subject", grid.subject, texts),
+        Step("harvest", grid.activations, texts, ("subject",), resumes=True, version=2),
+        Step("train", grid.train, training, ("harvest",), resumes=True, spreads=True),
+        Step("measure", grid.measure, texts, ("subject", "harvest", "train")),
+        Step("synthetic", grid.synthetic, known, resumes=True, spreads=True),
         Step("analysis", grid.analyse, needs=("train", "measure", "synthetic")),
-        Step("release", grid.package, about,
-             ("subject", "harvest", "train", "measure", "synthetic", "analysis"), estimate=cost["release"]),
+        Step("release", grid.package, about, ("subject", "harvest", "train", "measure", "synthetic", "analysis")),
         Step("report", grid.report, about, ("harvest", "measure", "synthetic", "analysis")),
-    ]  # fmt: skip
+    ]
+    return priced(plan, estimates(config))
 
 
-class _Grid:
+class _Grid(OneLayer):
     """The steps' code; holds the config and nothing else."""
 
-    def __init__(self, config: Config):
-        self.config = config
-        self.hook = HookPoint.parse(config.data.layer).name
+    config: Config
 
-    def subject(self, ctx: StepContext) -> dict[str, Any]:
-        """Model and texts: made, opened or downloaded, and fixed."""
-        return fetch_subject(ctx.folder, self.config.model, self.config.data, self.config.seed, ctx.progress)
-
-    def harvest(self, ctx: StepContext) -> dict[str, Any]:
-        """Write the activations of one layer; some prompts are put aside whole."""
-        data, subject = self.config.data, subject_of(ctx)
-        model = subject.load(pick_device(), self.config.model.dtype)
-        texts = [data.item(row) for row in subject.train[: data.prompts]]
-        harvest(
-            model, texts, [self.hook], out=ctx.folder, tokenizer=subject.tokenizer(), mode=data.mode(texts),
-            max_length=data.max_length, validation_fraction=data.validation_fraction, split_by="sample",
-            split_seed=self.config.seed, rank=0, world_size=1, progress=False,
-            source={"model": subject.label, "text_dataset": subject.dataset},
-        )  # fmt: skip
-        parts = {split: Activations(ctx.folder).open(self.hook, split) for split in ("train", "validation")}
-        return {
-            "model": subject.label,
-            "revision": subject.revision,
-            "dataset": subject.dataset,
-            "module_path": HookPoint.parse(self.hook).module_path(model),
-            "transformer_lens": HookPoint.parse(self.hook).transformer_lens,
-            "d_in": parts["train"].d,
-            "prompts": len(texts),
-            "tokens": {split: len(part) for split, part in parts.items()},
-        }
+    def training_texts(self, subject: Subject) -> list[Any]:
+        """The prompts of the harvest; some of them are put aside whole."""
+        return self.config.data.items(subject.train[: self.config.data.prompts])
 
     def train(self, ctx: StepContext) -> dict[str, Any]:
         """Train every cell; ranks of a torchrun launch share them out."""
         config, settings = self.config, self.config.train
-        rows = Activations(ctx.path("harvest")).open(self.hook, "train")
+        rows = self.rows(ctx.path("harvest"))
         record = self._record(ctx.result("harvest"))
         configs = train_configs(config.sweep.cells(), settings, rows, seed=config.seed, record=record)
         ended = train_cells(configs, rows, ctx.folder, memory=settings.memory_bytes, progress=ctx.progress)
@@ -125,26 +95,17 @@ class _Grid:
 
     def measure(self, ctx: StepContext) -> dict[str, Any]:
         """Measure the trained cells on held-out prompts and on test texts; write results.csv and results_full.csv."""
-        data, subject, shelf = self.config.data, subject_of(ctx), cells_in(ctx.path("train"))
-        held = Activations(ctx.path("harvest")).open(self.hook, "validation")
-        ids = [cell.id for cell in self.config.sweep.cells()]
-        ended = [outcome.id for outcome in outcomes(ctx.path("train"), ids) if outcome.ok]
-        texts = [data.item(row) for row in subject.test[: data.texts]]
-        device = pick_device()
+        data, subject, device = self.config.data, subject_of(ctx), pick_device()
+        held, texts = self.rows(ctx.path("harvest"), "validation"), data.items(subject.test[: data.texts])
+        saes = trained(ctx.path("train"), [cell.id for cell in self.config.sweep.cells()], device)
         found = measure(
-            {name: partial(shelf.get, name, device) for name in ended}, held,
-            subject.load(device, self.config.model.dtype), subject.tokenizer(), texts, self.hook,
+            saes, held, self.load_model(subject), subject.tokenizer(), texts, self.hook,
             max_length=data.text_length or data.max_length,
-            done=lambda number, name: ctx.progress(number, len(ended), name),
+            done=lambda number, name: ctx.progress(number, len(saes), name),
         )  # fmt: skip
         write_results(ctx.folder, found.rows)
-        for name, rows in found.tables.items():
-            write_csv_atomic(ctx.folder / f"{name}.csv", rows)
         save_units(ctx.folder / "units.npz", found.units)
-        metrics = {name: [m.model_dump(mode="json") for m in ms] for name, ms in found.metrics.items()}
-        write_json_atomic(ctx.folder / "metrics.json", metrics)
-        with atomic_path(ctx.folder / "sparsity.safetensors") as scratch:
-            save_file({name: t.contiguous() for name, t in found.sparsity.items()}, scratch)
+        found.measures.write(ctx.folder)
         failed = {f.id: f.reason for f in found.failed}
         return {"cells": len(found.rows), "held_out_tokens": len(held), "texts": len(texts), "failed": failed}
 
@@ -181,14 +142,12 @@ class _Grid:
         tables: dict[str, Any] = {"results": [compact_row(row) for row in rows]}
         for name, step in (("results_full", "measure"), ("comparisons", "analysis"), ("recovered", "synthetic")):
             tables[name] = read_csv(ctx.path(step) / f"{name}.csv")
-        metrics = read_json(measured / "metrics.json")
         public = "/" in about["dataset"] and not Path(about["dataset"]).exists()
         made = package(
             ctx.folder, {row.id: partial(shelf.get, row.id) for row in rows},
             name=self.config.release.name, base_model=about["model"], license=self.config.release.license,
             datasets=[about["dataset"]] if public else [], description="\n\n".join(description),
-            metrics={row.id: [Metric.model_validate(m) for m in metrics[row.id]] for row in rows},
-            sparsity=load_file(measured / "sparsity.safetensors"), tables=tables, subject=subject_of(ctx),
+            measures=Measures.read(measured), tables=tables, subject=subject_of(ctx),
             plots=[ctx.path("analysis") / "plots" / name for name in found["plots"]], progress=ctx.progress,
         )  # fmt: skip
         return {"ids": made.ids, "size": sum(f.size for f in made.manifest.all_files)}
@@ -222,22 +181,9 @@ class _Grid:
     def _record(self, about: dict[str, Any]) -> dict[str, Any]:
         """What every SAE's metadata says of where it comes from."""
         data = self.config.data
-        return {
-            "base_model": {"id": about["model"], "revision": about["revision"], "dtype": self.config.model.dtype},
-            "hook": {
-                "layer": data.layer,
-                "kind": "resid_post",
-                "module_path": about["module_path"],
-                "transformer_lens": about["transformer_lens"],
-                "context_size": data.max_length,
-            },
-            "activations": {
-                "text_dataset": about["dataset"], "mode": data.described, "tokens": about["tokens"]["train"]
-            },
-            "training": {
-                "split": f"{data.validation_fraction:g} of the prompts held out, chosen by a hash of their number"
-            },
-        }  # fmt: skip
+        split = f"{data.validation_fraction:g} of the prompts held out, chosen by a hash of their number"
+        of = {"text_dataset": about["dataset"], "mode": data.described, "tokens": about["tokens"]["train"]}
+        return {**about["place"], "activations": of, "training": {"split": split}}
 
     def _intro(self, about: dict[str, Any], measured: dict[str, Any]) -> str:
         tokens = about["tokens"]

@@ -7,39 +7,31 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from hubsae.core.settings import Settings
-from hubsae.core.text import MESSAGE_KEYS, TEXT_KEYS
-from hubsae.recipes.subject import DataSettings, ModelSettings
+from hubsae.recipes.one_layer import LayerData, items
+from hubsae.recipes.subject import ModelSettings
 
 from .cells import Cell, Kind
 
 
-class GridData(DataSettings):
+class GridData(LayerData):
     """The texts and the place where activations are read."""
 
     chat: bool = Field(
         default=False,
         description="Question and answer in the chat template; otherwise the bare question, as published.",
     )
-    layer: int = Field(ge=0, description="0-based block whose output is read.")
     prompts: int | None = Field(default=None, ge=2, description="Training prompts used; default: all.")
+    max_tokens: int | None = Field(default=None, ge=1000, description="Activations harvested; default: all.")
     max_length: int | None = 512
-    validation_fraction: float = Field(default=0.1, gt=0, lt=1, description="Share of prompts kept from training.")
     texts: int = Field(default=200, ge=2, description="Test texts on which the loss is measured.")
     text_length: int | None = Field(default=None, description="Tokens kept of each test text; default: max_length.")
 
-    def item(self, row: dict[str, Any]) -> Any:
-        """A row as `harvest` and `splice` take it: a conversation, or bare text."""
-        if "question" in row:
-            if not self.chat:
-                return row["question"]
-            turns = (("user", row["question"]), ("assistant", row["answer"]))
-            return {"messages": [{"role": role, "content": content} for role, content in turns]}
-        key = next(key for key in row if key in (*MESSAGE_KEYS, *TEXT_KEYS))
-        return {"messages": row[key]} if key in MESSAGE_KEYS else row[key]
-
-    def mode(self, items: list[Any]) -> Any:
-        """Which mode of `harvest` the items want."""
-        return "prompt+response" if isinstance(items[0], dict) else "text"
+    def items(self, rows: list[dict[str, Any]]) -> list[Any]:
+        """Rows as `harvest` and `splice` take them: conversations, or bare texts."""
+        if not (self.chat and rows and "question" in rows[0]):
+            return items(rows)
+        turns = (("user", "question"), ("assistant", "answer"))
+        return [{"messages": [{"role": role, "content": row[key]} for role, key in turns]} for row in rows]
 
     @property
     def described(self) -> str:

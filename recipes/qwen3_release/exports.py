@@ -19,6 +19,9 @@ from hubsae.core.extras import require
 from hubsae.core.files import write_json_atomic
 from hubsae.core.sae import SAE
 from hubsae.formats import Release, read
+from hubsae.recipes.steps import StepContext
+from hubsae.train import TrainConfig
+from hubsae.train.kept import Kept
 from hubsae.version import __version__
 
 PLACES = {"bundle": "", "pt": "model.pt", "onnx": "model.onnx", "raw": "raw"}
@@ -70,3 +73,14 @@ def write_inventory(release: Release, lineage: dict[str, Any]) -> Path:
     path = write_json_atomic(release.path / INVENTORY, about)
     release.list_others()
     return path
+
+
+def lineage(ctx: StepContext, hook: str, training: TrainConfig, kept: Kept) -> dict[str, Any]:
+    """Where the weights of a checkpoint come from."""
+    about, subject = ctx.result("activations"), ctx.result("subject")
+    return {
+        "base_model": {"id": about["model"], "revision": subject.get("revision")}, "hook_point": hook,
+        "texts": {"id": about["dataset"], "revision": subject.get("data_revision")},
+        "activations": about["tokens"], "checkpoint": {"step": kept.step, "why": kept.why},
+        "training": training.model_dump(mode="json"),
+    }  # fmt: skip

@@ -16,7 +16,7 @@ from hubsae.index import labels
 from hubsae.index.build import Settings, index_activations
 from hubsae.index.features import FeatureIndex
 from hubsae.index.files import mark
-from hubsae.recipes.standard import add_pages, package, write_card
+from hubsae.recipes.standard import add_pages, package
 from hubsae.recipes.subject import Subject
 from hubsae.rl.ppo import PPO
 from hubsae.rl.problems import PromptStyle, make_prompts
@@ -87,6 +87,4 @@ def release(
     for (of, layer), (_, probe) in saes.items():
         about = {"sae": ids[of, layer], "model": models[of], "score_of": models["reward"], "layer": layer}
         Probe(probe.weights, probe.bias, probe.record | about).save(made.folder(ids[of, layer]))
-    add_pages(folder, indexes, name).verify()
-    write_card(folder, name)
-    return {"ids": made.ids}
+    return {"ids": add_pages(folder, indexes, name).ids}

@@ -14,11 +14,9 @@ release      SAEs with probes, index and pages; report: the slides' takeaways ju
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from typing import Any
 
-import numpy as np
 import torch
 
 from hubsae.activations import harvest
@@ -30,112 +28,69 @@ from hubsae.core.quiet import quiet
 from hubsae.evals import reconstruction
 from hubsae.evals.probes import Probe
 from hubsae.hub.sae import HubSAE
-from hubsae.recipes.standard import Activations, Shelf, pick_device
-from hubsae.recipes.steps import Step, StepContext
-from hubsae.recipes.subject import Subject, fetch_subject, subject_of
-from hubsae.rl.problems import PromptStyle
-from hubsae.rl.reward_models import RewardModel, load_reward_model
+from hubsae.recipes.standard import Activations, Shelf
+from hubsae.recipes.steps import Step, StepContext, priced
+from hubsae.recipes.subject import subject_of
 from hubsae.rl.truncated import TruncatedReward
 from hubsae.train import TrainConfig, train_many
 from hubsae.train.config import DeadConfig
 
-from . import base, data, estimates, finish, prm, table, truncate
-from .errors import RIGHT, Solution, solutions
+from . import base, data, estimates, finish, table, truncate
+from .errors import RIGHT
 from .report import write_report
+from .scored import Scored
 from .settings import Config
 
-HELD_OUT = 1_000_000
-"""Problems held out are numbered from here on"""
 MOST_ROWS = 4096
 """Ends of steps that the features of two models are compared on"""
 
 
 def steps(config: Config) -> list[Step]:
     """The steps, each with what it depends on."""
-    c, run, cost = config, _Run(config), estimates.of(config)
+    c, run = config, _Run(config)
     texts: dict[str, Any] = {"seed": c.seed, "model": c.model, "data": c.data}
     plan = [
-        Step("subject", run.subject, texts, estimate=cost["subject"]),
-        Step("prm", run.prm, {"prm": c.prm, **texts}, ("subject",), estimate=cost["prm"]),
-        Step("scores", run.scores, texts, ("subject", "prm"), estimate=cost["scores"]),
+        Step("subject", run.subject, texts),
+        Step("prm", run.prm, {"prm": c.prm, **texts}, ("subject",)),
+        Step("scores", run.scores, texts, ("subject", "prm")),
     ]
-    probes = {"probe": c.probe, "seed": c.seed}
+    made = ("subject", "prm", "scores")
     for of, layers in run.layers.items():
-        plan.append(Step(f"harvest/{of}", run.harvest, {"of": of, "layers": layers, **texts},
-                         ("subject", "prm", "scores"), resumes=True, estimate=cost[f"harvest/{of}"]))  # fmt: skip
-        plan.append(Step(f"saes/{of}", run.saes, {"of": of, "sae": c.sae, "seed": c.seed}, (f"harvest/{of}",),
-                         resumes=True, estimate=cost[f"saes/{of}"]))  # fmt: skip
-        plan.append(Step(f"probes/{of}", run.probes, {"of": of, **probes}, (f"harvest/{of}", f"saes/{of}"),
-                         estimate=cost[f"probes/{of}"]))  # fmt: skip
-    every = tuple(f"{step}/{of}" for step in ("harvest", "saes", "probes") for of in run.layers)
-    made = ("subject", "prm", "scores", "saes/reward", "probes/reward")
-    plan.append(Step("truncation", run.truncation, {"problems": c.truncation}, made, estimate=cost["truncation"]))
+        probed = {"of": of, "probe": c.probe, "seed": c.seed}
+        plan += [
+            Step(f"harvest/{of}", run.harvest, {"of": of, "layers": layers, **texts}, made, resumes=True),
+            Step(f"saes/{of}", run.saes, {"of": of, "sae": c.sae, "seed": c.seed}, (f"harvest/{of}",), resumes=True),
+            Step(f"probes/{of}", run.probes, probed, (f"harvest/{of}", f"saes/{of}")),
+        ]
+    every = tuple(step.name for step in plan[len(made) :])
+    probes = (*made, "saes/reward", "probes/reward")
+    later = [Step("truncation", run.truncation, {"problems": c.truncation}, probes)]
     if c.base_layers:
-        plan.append(Step("base", run.base, {"steer": c.steer, "seed": c.seed}, ("subject", "prm", "scores", *every),
-                         estimate=cost["base"]))  # fmt: skip
+        later.append(Step("base", run.base, {"steer": c.steer, "seed": c.seed}, (*made, *every)))
     if c.rl is not None:
-        plan.append(Step("rl", run.rl, {"rl": c.rl, "layer": c.rl_layer, "seed": c.seed}, made, resumes=True,
-                         estimate=cost["rl"]))  # fmt: skip
-    later = tuple(step.name for step in plan if step.name in ("truncation", "base", "rl"))
-    plan.append(Step("index", run.index, {"top": c.top}, ("prm", *every), estimate=cost["index"]))
-    plan.append(Step("release", run.release, {"name": c.name}, ("subject", "prm", "index", *every, *later)))
-    plan.append(Step("report", run.report, {"name": c.name}, ("subject", "prm", "scores", "index", *every, *later)))
-    return plan
+        later.append(Step("rl", run.rl, {"rl": c.rl, "layer": c.rl_layer, "seed": c.seed}, probes, resumes=True))
+    after = tuple(step.name for step in later)
+    plan += [
+        *later,
+        Step("index", run.index, {"top": c.top}, ("prm", *every)),
+        Step("release", run.release, {"name": c.name}, ("subject", "prm", "index", *every, *after)),
+        Step("report", run.report, {"name": c.name}, (*made, "index", *every, *after)),
+    ]
+    return priced(plan, estimates.of(config))
 
 
-class _Run:
-    """The steps' code; holds the config and nothing else."""
+class _Run(Scored):
+    """The steps behind the scores."""
 
     def __init__(self, config: Config):
-        self.config, self.device = config, pick_device(config.device)
+        super().__init__(config)
         of = {"reward": config.layers, "base": config.base_layers, "untrained": config.untrained_layers}
         self.layers = {name: layers for name, layers in of.items() if layers}
-
-    def subject(self, ctx: StepContext) -> dict[str, Any]:
-        """Base model and problems: made, opened or downloaded, and fixed."""
-        return fetch_subject(ctx.folder, self.config.model, self.config.data, self.config.seed, ctx.progress)
-
-    def prm(self, ctx: StepContext) -> dict[str, Any]:
-        """A reward model that exists, or one made here; how well it tells wrong steps from right ones."""
-        c, subject = self.config, subject_of(ctx)
-        if c.prm.id is not None:
-            return {"model": c.prm.id, "label": c.prm.id, "next": 0}
-        chosen = self._solutions(subject, subject.train, most=c.data.prm, wrong=(0.5,) * c.prm.versions, seed=c.seed)
-        losses = prm.train_prm(
-            c.prm, ctx.folder, subject.model, subject.tokenizer(), chosen, c.data.formats()[0], seed=c.seed,
-            device=self.device, revision=subject.revision, progress=ctx.progress,
-        )  # fmt: skip
-        held = self._solutions(subject, subject.test, most=c.data.test, first=HELD_OUT, seed=c.seed + 1)
-        rows = prm.step_auc(load_reward_model(ctx.folder / "model", device=self.device), held)
-        write_csv_atomic(ctx.folder / "auc.csv", rows)
-        loss = float(np.mean([row["loss"] for row in losses[-20:]]))
-        return {"model": "model", "label": f"{subject.label}-prm", "next": chosen[-1].problem + 1,
-                "solutions": len(chosen), "loss": loss, "auc": rows[0]}  # fmt: skip
-
-    def scores(self, ctx: StepContext) -> dict[str, Any]:
-        """Solutions to problems that the reward model did not learn from, with the score of every step."""
-        c, subject, reward, first = self.config, subject_of(ctx), self._reward(ctx), ctx.result("prm")["next"]
-        candidates = (0.0, *[1.0] * (c.data.candidates - 1))
-        parts = {
-            "train": self._solutions(subject, subject.train[first:], most=c.data.train, first=first, seed=c.seed),
-            "test": self._solutions(subject, subject.test, most=c.data.test, first=HELD_OUT, seed=c.seed,
-                                    wrong=candidates),
-        }  # fmt: skip
-        counts = {}
-        for name, found in parts.items():
-            ctx.progress(0, None, f"{name}: {len(found)} solutions")
-            scored = [dataclasses.replace(s, scores=tuple(v.tolist()))
-                      for s, v in zip(found, reward.score([s.text for s in found]), strict=True)]  # fmt: skip
-            data.write(ctx.folder / f"{name}.jsonl", scored)
-            counts[name] = {"solutions": len(scored), "problems": len({s.problem for s in scored}),
-                            "steps": sum(len(s.steps) for s in scored),
-                            "wrong": sum(s.kind != RIGHT for s in scored)}  # fmt: skip
-        return counts
 
     def harvest(self, ctx: StepContext) -> dict[str, Any]:
         """Activations of one of the models on every solution, with the steps' scores as columns."""
         c, subject, of = self.config, subject_of(ctx), ctx.settings["of"]
-        reward = self._reward(ctx)
+        reward = self.reward(ctx)
         how = c.data.formats()[of == "base"]
         tokenizer = subject.tokenizer() if of == "base" else reward.tokenizer
         model = reward.backbone
@@ -205,7 +160,7 @@ class _Run:
             layer: (self._sae(ctx, "reward", layer), self._probe(ctx, layer, "sae"), self._probe(ctx, layer, "raw"))
             for layer in self.config.layers
         }
-        reward, chosen = self._reward(ctx), [s for s in found if s.problem in set(some)]
+        reward, chosen = self.reward(ctx), [s for s in found if s.problem in set(some)]
         rows = truncate.truncated(reward, probes, chosen, reward.backbone.config.num_hidden_layers)
         write_csv_atomic(ctx.folder / "truncation.csv", rows)
         return rows
@@ -233,14 +188,14 @@ class _Run:
             asked = [s.prompt for s in data.read(ctx.path("scores") / "test.jsonl") if s.kind == RIGHT]
             steered = base.steer(
                 subject.load(self.device, c.model.dtype), subject.tokenizer(), theirs, layer, best.partner, there,
-                asked[: c.steer.prompts], self._reward(ctx), c.steer, c.seed,
+                asked[: c.steer.prompts], self.reward(ctx), c.steer, c.seed,
             )  # fmt: skip
             write_csv_atomic(ctx.folder / "steering.csv", steered)
         return {"matched": base.summary(found, random), "layer": layer, "steered": len(steered)}
 
     def rl(self, ctx: StepContext) -> dict[str, Any]:
         """PPO of the base model against the probe; accuracies by rule stand beside the reward that it is given."""
-        c, subject, reward = self.config, subject_of(ctx), self._reward(ctx)
+        c, subject, reward = self.config, subject_of(ctx), self.reward(ctx)
         layer = c.two_thirds() if c.rl_layer is None else c.rl_layer
         probe = TruncatedReward(
             reward.backbone, reward.tokenizer, self._probe(ctx, layer, "sae"), sae=self._sae(ctx, "reward", layer),
@@ -251,7 +206,7 @@ class _Run:
     def index(self, ctx: StepContext) -> dict[str, str]:
         """What the features of the reward model fire on; those that carry the score say so in their label."""
         carriers, found = read_csv(ctx.path("probes/reward") / "carriers.csv"), {}
-        tokenizer = load_tokenizer(self._model(ctx), revision=self.config.prm.revision)
+        tokenizer = load_tokenizer(self.model(ctx), revision=self.config.prm.revision)
         for layer in self.config.layers:
             rows = self._acts(ctx, "reward", "train").open(layer, "train", "reward")
             own = [row for row in carriers if int(row["layer"]) == layer]
@@ -268,7 +223,7 @@ class _Run:
                 for of in ("reward", "base") for layer in self.layers.get(of, ())}  # fmt: skip
         models = {of: ctx.result(f"harvest/{of}")["label"] for of in self.layers}
         subject = subject_of(ctx)
-        loaders = {"reward": lambda: self._reward(ctx).backbone, "base": lambda: subject.load(self.device)}
+        loaders = {"reward": lambda: self.reward(ctx).backbone, "base": lambda: subject.load(self.device)}
         loaders = {of: load for of, load in loaders.items() if self.layers.get(of)}
         return finish.release(ctx.folder, self.config.name, saes, tables, models, ctx.path("index"), subject, loaders)
 
@@ -276,22 +231,6 @@ class _Run:
         """The tables, and the takeaways judged by them."""
         shown = finish.contexts(ctx.path("index"), ctx.result("index"), ctx.path("probes/reward"))
         return write_report(self.config, ctx, self.layers, shown)
-
-    def _solutions(self, subject: Subject, rows: Any, **options: Any) -> list[Solution]:
-        d, tokenizer = self.config.data, subject.tokenizer()
-        style = PromptStyle(d.system)
-        render = (lambda q: style.render(tokenizer, q)) if d.chat else (lambda q: f"{q}\n")
-        return solutions(rows, render, longest=d.longest, **options)
-
-    def _model(self, ctx: StepContext) -> str:
-        """Where the reward model is: made here, or named."""
-        made = ctx.path("prm") / "model"
-        return str(made) if made.is_dir() else ctx.result("prm")["model"]
-
-    def _reward(self, ctx: StepContext) -> RewardModel:
-        p = self.config.prm
-        return load_reward_model(self._model(ctx), revision=p.revision, separator=self.config.data.separator,
-                                 device=self.device, dtype=p.dtype)  # fmt: skip
 
     def _acts(self, ctx: StepContext, of: str, split: str) -> Activations:
         return Activations(ctx.path(f"harvest/{of}") / split)

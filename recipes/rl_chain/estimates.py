@@ -10,7 +10,7 @@ from hubsae.recipes.steps import Estimate
 from hubsae.rl.config import RLConfig
 from hubsae.rl.warmup import WarmUp
 
-from .settings import ChainConfig, ChainSettings, Mode
+from .settings import ChainConfig, ChainSettings, Mode, harvest_step
 
 VOCABULARY = 151_936
 """Of Qwen2.5; logits are the largest tensor of a forward."""
@@ -19,21 +19,30 @@ LONGER = {"question": 1.0, "prompt": 1.6, "prompt+response": 3.5, "own": 4.5}
 """Tokens of a text in a mode, as a multiple of the question's."""
 
 
-def simple(config: ChainConfig) -> dict[str, Estimate]:
-    """The steps whose size is that of the model, or of all SAEs, by name."""
+def by_step(config: ChainConfig) -> dict[str, Estimate]:
+    """Every step, by name."""
     model, stages = config.model.parameters * 4, len(config.stage_names())
     sae, each = sae_bytes(config), len(config.members())
     texts = f"{each} SAEs: held-out activations, and {config.evaluation.splice_texts} texts with the SAE in the model"
     about = f"{config.model.label} ({config.model.parameters / 1e6:,.0f} M parameters), {config.data.id}"
-    return {
+    graded = Estimate(f"{config.evaluation.accuracy_problems:,} held-out problems", memory=model)
+    evaluated = Estimate(texts, memory=model + each * sae)
+    found = {
         "source": Estimate(about, disk=model, memory=model),
-        "accuracy": Estimate(f"{config.evaluation.accuracy_problems:,} held-out problems", memory=model),
         "merge": Estimate(f"{stages - 1} stages against the base", memory=4 * model),
-        "evaluation": Estimate(texts, memory=model + each * sae),
         "drift": Estimate(f"{stages} x {stages} SAEs and stages per layer", memory=2 * stages * sae),
         "release": Estimate(f"{stages * each} SAEs with metrics, tables, plots and card", disk=stages * each * sae,
                             memory=model),
+        "report": Estimate("results beside the published numbers, figures"),
     }  # fmt: skip
+    if config.warmup is not None:
+        found["warmup"] = warmup(config, config.warmup)
+    if config.rl is not None:
+        found["rl"] = reinforcement(config, config.rl)
+    found |= {f"accuracy/{stage}": graded for stage in config.harvested_stages()}
+    found |= {harvest_step(mode): activations(config, mode) for mode in config.harvest.modes}
+    found |= {member.step: chain(config, member.chain) for member in config.members()}
+    return found | {f"evaluation/{stage}": evaluated for stage in config.stage_names()}
 
 
 def warmup(config: ChainConfig, settings: WarmUp) -> Estimate:

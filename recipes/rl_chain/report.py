@@ -9,11 +9,12 @@ from typing import Any
 
 from hubsae.core.files import read_csv
 from hubsae.core.text import stage_step
-from hubsae.recipes.report import Band, Report, compare, summary_of
+from hubsae.recipes.report import Report
 from hubsae.rl.config import METHOD
 
 from .conclusions import conclusions
 from .settings import ChainConfig
+from .verdicts import Band, compare, summary_of
 
 Rows = list[dict[str, Any]]
 

@@ -20,6 +20,7 @@ from hubsae.core.files import read_csv
 from hubsae.core.settings import read_yaml
 from hubsae.formats.release import Release
 from hubsae.localhub import running
+from hubsae.recipes import standard
 from hubsae.recipes.registry import copy_recipe, find_recipe, prepare
 from hubsae.recipes.tiny import TinyWorld
 
@@ -203,7 +204,7 @@ def test_measuring_in_parts_changes_nothing_and_a_broken_sae_is_left_out(
     model, tokenizer = quick_world.model, quick_world.tokenizer
     whole = room.measure({**loaders, IDS[3]: broken}, held, model, tokenizer, texts, "layers.1")
     assert [(f.id, f.reason) for f in whole.failed] == [(IDS[3], "its weights are not finite")]
-    monkeypatch.setattr(room, "WEIGHTS_AT_ONCE", 1)
+    monkeypatch.setattr(standard, "WEIGHTS_AT_ONCE", 1)
     apart = room.measure(loaders, held, model, tokenizer, texts, "layers.1")
     assert apart.rows == whole.rows and len(apart.rows) == 3
     for metric, units in whole.units.items():

@@ -5,7 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from hubsae.core.files import read_csv
-from hubsae.recipes.report import Band, Report, compare, markdown_table, summary_of
+from hubsae.recipes.registry import find_recipe
+from hubsae.recipes.report import Report, markdown_table
+
+verdicts = find_recipe("rl_chain").module("verdicts")
+Band, compare, summary_of = verdicts.Band, verdicts.compare, verdicts.summary_of
 
 PUBLISHED = [
     {"layer": "6", "stage": "base", "mse": "0.0238", "n_dead": "43"},
