@@ -32,9 +32,8 @@ from hubsae.train.state import Cell
 _STEP = re.compile(r"step_(\d{8})")
 
 
-def save(run: Path, cells: list[Cell], step: int, state: dict[str, Any], *, suffix: str = "", keep: int = 2) -> Path:
-    """Write the state of `step`; afterwards the newest `keep` states are left."""
-    folder = run / f"state{suffix}"
+def save(folder: Path, cells: list[Cell], step: int, state: dict[str, Any], *, keep: int = 2) -> Path:
+    """Write the state of `step` into a folder of states; afterwards the newest `keep` are left."""
     target = folder / f"step_{step:08d}"
     tensors = {cell: {name: t.contiguous().cpu() for name, t in cell.tensors().items()} for cell in cells}
     need = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
@@ -92,25 +91,24 @@ def states(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if _STEP.fullmatch(p.name))
 
 
-def latest(run: Path, *, suffix: str = "") -> Path | None:
-    """The newest state of a run; leavings of a kill are cleared."""
-    folder = run / f"state{suffix}"
+def latest(folder: Path) -> Path | None:
+    """The newest state in a folder; leavings of a kill are cleared."""
     if folder.is_dir():
         remove(list(folder.glob(".writing_*")))
     return next(reversed(states(folder)), None)
 
 
 def newest_whole(
-    run: Path, check: Callable[[dict[str, Any]], None], *, suffix: str = "", at_most: int | None = None
+    folder: Path, check: Callable[[dict[str, Any]], None], *, at_most: int | None = None
 ) -> tuple[Path, dict[str, Any]] | None:
     """The newest state that is as it was written, and its state.json; None where there is no state at all.
 
     `check` looks at what a state names outside its folder, and raises a `FormatError` where that was damaged. A damaged
     state is named, and the one before it is taken; where none is left the error is raised.
     """
-    latest(run, suffix=suffix)
+    latest(folder)
     damage: FormatError | None = None
-    for path in reversed(states(run / f"state{suffix}")):
+    for path in reversed(states(folder)):
         if at_most is not None and path.name > f"step_{at_most:08d}":
             continue
         try:

@@ -230,12 +230,8 @@ def spaces(config: TrainConfig, source: Any, selection: TokenSelection) -> tuple
     """
     if config.normalize == "none":
         return None, None
-    stats = getattr(source, "stats", None)
-    if stats is not None and hasattr(stats, "mean") and hasattr(stats, "std") and not selection.exclude:
-        mean, std = (torch.as_tensor(t, dtype=torch.float64) for t in (stats.mean, stats.std))
-        second = float((std.square() + mean.square()).sum())
-        mean_norm = float(getattr(stats, "mean_norm", second**0.5))
-        return normalizer(config, mean, std, mean_norm, int(getattr(stats, "count", source.n_rows))), None
+    if not selection.exclude and (stats := getattr(source, "stats", None)) is not None:
+        return normalizer(config, stats.mean.double(), stats.std.double(), stats.mean_norm, stats.count), None
     rows = sample(source, 1 << 20, 0, selection)
     return _of_rows(config, rows.x), None if rows.target is None else _of_rows(config, rows.target)
 

@@ -55,23 +55,21 @@ def kept_checkpoints(
     [(8, 8, True)]
     """
     folder = Path(folder)
-    if checkpoint.latest(folder) is None:
+    if checkpoint.latest(folder / "state") is None:
         raise NotFoundError(f"{folder} holds no checkpoint", hint="the run was stopped before it kept its first one")
     run = Run([config], activations, out=folder, val=val, quiet=True)
-    cell, best = run.cells[0], {entry["step"]: entry for entry in run.cells[0].best.kept}
-    halted = None if run.finished else run.step
-    ranks = {entry["step"]: place for place, entry in enumerate(cell.best.kept, 1)}
+    cell, halted = run.cells[0], None if run.finished else run.step
+    best = {entry["step"]: (rank, entry) for rank, entry in enumerate(cell.best.kept, 1)}
 
     def kept(step: int) -> Kept:
-        entry = best.get(step)
+        rank, entry = best.get(step, (None, {}))
 
         def load() -> SAE:
-            sae = run.standing(cell) if entry is None else run.exporter.sae(cell, cell.best.load(entry), entry)
+            sae = run.exporter.sae(cell, cell.best.load(entry), entry) if entry else run.standing(cell)
             sae.metadata.training.selection = one.why
             return sae
 
-        metric, value = (None, None) if entry is None else (entry["metric"], entry["value"])
-        one = Kept(step, run.total, halted, ranks.get(step), metric, value, step == run.step, load)
+        one = Kept(step, run.total, halted, rank, entry.get("metric"), entry.get("value"), step == run.step, load)
         return one
 
     return [kept(step) for step in sorted({*best, run.step})]

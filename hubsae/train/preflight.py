@@ -49,10 +49,10 @@ def check_data(configs: Sequence[TrainConfig], source: Any, val: Any) -> None:
                 )
 
 
-def check_folder(out: Path, settings: dict[str, Any], *, suffix: str = "") -> None:
+def check_folder(out: Path, settings: dict[str, Any], states: Path | None = None) -> None:
     """Raise where a run folder holds a state of other settings."""
     file = out / "config.json"
-    if not file.exists() or checkpoint.latest(out, suffix=suffix) is None:
+    if not file.exists() or checkpoint.latest(states or out / "state") is None:
         return
     try:
         before = read_json(file)

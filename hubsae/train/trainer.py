@@ -73,11 +73,12 @@ class Run:
         preflight.check_data(configs, self.source, self.val)
         self.steps_per_epoch, self.total = first.steps(self.source.n_rows)
         self.local_batch = first.batch_size // ranks
-        self.suffix = f".rank{self.comm.rank}" if self.comm.splits_latents else ""
+        self.states: Path | None = None
         if out is not None:
+            self.states = out / (f"state.rank{self.comm.rank}" if self.comm.splits_latents else "state")
             settings = preflight.settings_of(configs, self.source)
             if resume:
-                preflight.check_folder(out, settings, suffix=self.suffix)
+                preflight.check_folder(out, settings, self.states)
             if self.comm.rank == 0:
                 write_json_atomic(out / "config.json", {**settings, "sha256": checkpoint.digest(settings)})
         self.bank = Bank(configs, d, d_out=self.d_out, device=self.device, shares=shares(configs, d, self.comm))
@@ -127,13 +128,13 @@ class Run:
 
     def _whole_state(self) -> tuple[Path, dict[str, Any]] | None:
         """The newest state that is as it was written, the same on all ranks."""
-        assert self.out is not None
-        found = checkpoint.newest_whole(self.out, self._check_state, suffix=self.suffix)
+        assert self.states is not None
+        found = checkpoint.newest_whole(self.states, self._check_state)
         step = int(self.comm.lowest(torch.tensor(-1 if found is None else found[1]["step"])))
         if step < 0:
             return None
         if found is None or found[1]["step"] != step:
-            found = checkpoint.newest_whole(self.out, self._check_state, suffix=self.suffix, at_most=step)
+            found = checkpoint.newest_whole(self.states, self._check_state, at_most=step)
         self.comm.barrier()
         if found is not None and (self.comm.rank == 0 or self.comm.splits_latents):
             checkpoint.remove(state for state in checkpoint.states(found[0].parent) if state > found[0])
@@ -248,7 +249,7 @@ class Run:
         return step >= self.total or any(step % every == 0 for every in marks)
 
     def _with_last_good(self, error: HubSAEError) -> HubSAEError:
-        good = checkpoint.latest(self.out, suffix=self.suffix) if self.out is not None else None
+        good = checkpoint.latest(self.states) if self.states is not None else None
         where = f"the last good state is {good}" if good else "no checkpoint was written before"
         return type(error)(error.message, hint=f"{error.hint}; {where}")
 
@@ -361,7 +362,7 @@ class Run:
     def _save(self) -> None:
         if self.comm.rank == 0:
             self.log.add("checkpoint", self.step, "")
-        if self.out is not None and (self.comm.rank == 0 or self.comm.splits_latents):
+        if self.states is not None and (self.comm.rank == 0 or self.comm.splits_latents):
             at_end_of_epoch = self.step % self.steps_per_epoch == 0
             state = {
                 "epoch": self.epoch + (1 if at_end_of_epoch else 0),
@@ -375,15 +376,15 @@ class Run:
             }
             # behind the end nothing goes on from the state before
             keep = 1 if self.finished else 2
-            checkpoint.save(self.out, self.cells, self.step, state, suffix=self.suffix, keep=keep)
+            checkpoint.save(self.states, self.cells, self.step, state, keep=keep)
             if self.comm.rank == 0:
                 self._prune()
         self.comm.barrier()
 
     def _prune(self) -> None:
         """Remove best checkpoints that no state names."""
-        assert self.out is not None
-        folders = checkpoint.states(self.out / f"state{self.suffix}")[:-1]
+        assert self.states is not None
+        folders = checkpoint.states(self.states)[:-1]
         before = [read_json(folder / "state.json")["cells"] for folder in folders]
         for cell in self.cells:
             kept = [*cell.best.kept, *(entry for cells in before for entry in cells[cell.index]["best"])]
@@ -416,8 +417,8 @@ class Run:
             for cell in self.bank.live:
                 self.log.add("done", self.step, cell.config.name, tokens=cell.tokens)
             self._save()
-        elif self.out is not None and self.comm.rank == 0:
-            checkpoint.remove(checkpoint.states(self.out / f"state{self.suffix}")[:-1])  # it was killed at its end
+        elif self.states is not None and self.comm.rank == 0:
+            checkpoint.remove(checkpoint.states(self.states)[:-1])  # it was killed at its end
             self._prune()
         self.log.close()
         return results

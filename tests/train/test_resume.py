@@ -118,7 +118,7 @@ def test_a_state_cut_short_while_it_was_written_is_not_taken_for_one(tmp_path, w
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ".writing_abc").mkdir()
     (folder / ".writing_abc" / "cell0.safetensors").write_bytes(b"half")
-    assert checkpoint.latest(tmp_path) is None and not (folder / ".writing_abc").exists()
+    assert checkpoint.latest(tmp_path / "state") is None and not (folder / ".writing_abc").exists()
     assert run.step == 0
 
 
@@ -159,7 +159,7 @@ def test_ctrl_c_saves_and_tells_how_to_go_on(tmp_path, whole, monkeypatch):
         with pytest.raises(Exception, match="interrupted after step 20 of 84") as caught:
             train(CONFIG, tokens(), out=tmp_path)
     assert "start the same command again" in str(caught.value)
-    state = checkpoint.latest(tmp_path)
+    state = checkpoint.latest(tmp_path / "state")
     assert state is not None and state.name == "step_00000020"
     train(CONFIG, tokens(), out=tmp_path)
     final = [name for name in bytes_of(whole) if name.startswith(("sae/", "best/"))]
@@ -248,7 +248,7 @@ def test_sigterm_saves_like_ctrl_c(tmp_path, whole):
     process.terminate()
     _, errors = process.communicate(timeout=60)
     if b"interrupted" in errors:  # else it was done before
-        state = checkpoint.latest(tmp_path)
+        state = checkpoint.latest(tmp_path / "state")
         assert state is not None and f"after step {int(state.name[5:])} of 84".encode() in errors
     train(CONFIG, tokens(), out=tmp_path)
     assert bytes_of(tmp_path) == bytes_of(whole)

@@ -375,7 +375,7 @@ def test_nan_in_the_data_names_the_row_and_the_last_good_state(tokens, tmp_path)
     c = config(init=InitConfig(bias="zeros", rows=16), checkpoint_every=1)
     with pytest.raises(DataError, match=r"row \d+ of the batch holds NaN") as caught:
         train(c, bad, out=tmp_path)
-    state = checkpoint.latest(tmp_path)
+    state = checkpoint.latest(tmp_path / "state")
     if state is not None:
         assert state.name in str(caught.value)
     with pytest.raises(DataError, match="hold NaN or infinity"):
@@ -386,7 +386,7 @@ def test_an_exploding_loss_stops_with_the_last_good_checkpoint(tokens, tmp_path)
     c = config(lr=1e12, unit_norm=False, checkpoint_every=1)
     with pytest.raises(TrainingError, match="the loss became") as caught:
         train(c, tokens, out=tmp_path)
-    state = checkpoint.latest(tmp_path)
+    state = checkpoint.latest(tmp_path / "state")
     assert state is not None and state.name in str(caught.value)
 
 
