@@ -47,14 +47,13 @@ class Fingerprint:
     """hook, text, model and dtype, as far as known."""
 
     @staticmethod
-    def take(model: nn.Module, tokenizer: Any, hook: HookPoint | str | int, *, text: str = TEXT) -> Fingerprint:
-        """The activations of `text` at a hook point of a transformers model; `tokenizer` may be the token ids."""
-        ids = tokenizer if isinstance(tokenizer, Tensor) else torch.tensor(tokenizer(text)["input_ids"])
-        point = HookPoint.parse(hook)
+    def take(model: nn.Module, tokenizer: Any, hook: HookPoint | str | int) -> Fingerprint:
+        """The activations of a short text at a hook point of a transformers model."""
+        ids, point = torch.tensor(tokenizer(TEXT)["input_ids"]), HookPoint.parse(hook)
         found = _activations(model, ids, [point])[point]
         positions = torch.linspace(0, len(ids) - 1, min(ROWS, len(ids))).round().long()
-        about = {"hook": point.name, "dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
-        about |= {"text": text} if not isinstance(tokenizer, Tensor) else {}
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        about = {"hook": point.name, "dtype": dtype, "text": TEXT}
         if name := getattr(getattr(model, "config", None), "_name_or_path", ""):
             about["model"] = str(name).rsplit("/", 1)[-1]
         return Fingerprint(ids.int(), positions, found[positions].half().float(), about)

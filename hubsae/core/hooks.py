@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from hubsae.core.errors import HookError
 
-HookKind = str
 KINDS: dict[str, str] = {
     "resid_post": "blocks.{}.hook_resid_post",
     "resid_pre": "blocks.{}.hook_resid_pre",
@@ -98,7 +97,7 @@ class HookPoint:
     """
 
     layer: int
-    kind: HookKind = "resid_post"
+    kind: str = "resid_post"
     said: str = field(default="", compare=False, repr=False)
     """The part of the block that was named for it; refused where the family adds something else to the residual."""
 

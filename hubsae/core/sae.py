@@ -194,9 +194,8 @@ class SAE(nn.Module):
             scale = scale / self.d_in**0.5
         return flat / scale, mean, scale
 
-    def _pre(self, flat: Tensor, bias: Tensor | None = None) -> Tensor:
-        if bias is None:
-            bias = self.b_gate if self.config.architecture == "gated" else self.b_enc
+    def _pre(self, flat: Tensor) -> Tensor:
+        bias = self.b_gate if self.config.architecture == "gated" else self.b_enc
         centred = flat - self.b_dec if self.config.apply_b_dec_to_input else flat
         return inference.encode_linear(centred, self.W_enc, bias)
 

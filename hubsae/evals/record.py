@@ -6,12 +6,12 @@ import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from hubsae.activations import ActivationDataset, PairedActivations
 from hubsae.core.errors import NotFoundError
 from hubsae.core.files import read_csv
-from hubsae.core.hooks import KINDS, HookKind, HookPoint
+from hubsae.core.hooks import KINDS, HookPoint
 from hubsae.core.metadata import Metric
 from hubsae.core.sae import SAE
 from hubsae.evals.comparison import Comparison
@@ -87,7 +87,7 @@ def activation_reader(
     opened: dict[tuple[str | None, str], ActivationDataset] = {}
 
     def read(stage: str | None, layer: int | None, kind: str = "resid_post") -> ActivationDataset:
-        hook = None if layer is None else HookPoint(layer, cast(HookKind, kind)).name
+        hook = None if layer is None else HookPoint(layer, kind).name
         names = [config] if config else [f"{stage}.{hook}" if stage and hook else None, hook, None]
         problem: NotFoundError | None = None
         for name in dict.fromkeys(names):

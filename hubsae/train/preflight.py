@@ -12,7 +12,7 @@ from hubsae.core.progress import say
 from hubsae.train import checkpoint
 from hubsae.train.config import TrainConfig
 from hubsae.train.data import TokenSelection
-from hubsae.train.provenance import joined
+from hubsae.train.export import joined
 
 
 def check_settings(configs: Sequence[TrainConfig], d: int, rows: int, *, ranks: int = 1) -> None:
