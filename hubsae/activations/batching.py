@@ -7,14 +7,14 @@ ranks, or one that was killed and resumed, computes exactly the same batches as 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
 
 from hubsae.activations.samples import Sample
 
-T = TypeVar("T")
+MOST = 512
+"""Samples of a batch."""
 
 
-def token_budget_batches(lengths: Sequence[int], budget: int, *, most: int = 512) -> list[list[int]]:
+def token_budget_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Indices of samples by batch: longest first, padded size (count x longest) within `budget` tokens.
 
     >>> token_budget_batches([5, 1, 4, 1], budget=10)
@@ -27,7 +27,7 @@ def token_budget_batches(lengths: Sequence[int], budget: int, *, most: int = 512
         longest = lengths[current[0]] if current else lengths[index]
         # a batch is also cut where the samples have become half as long: padding would cost more than it saves
         too_short = bool(current) and 2 * lengths[index] < longest and len(current) * longest > budget // 4
-        if current and ((len(current) + 1) * longest > budget or len(current) >= most or too_short):
+        if current and ((len(current) + 1) * longest > budget or len(current) >= MOST or too_short):
             batches.append(current)
             current = []
         current.append(index)

@@ -123,7 +123,7 @@ def _convert_one(
             ) as writer:
                 for start in range(first, last, ROWS):
                     n = min(ROWS, last - start)
-                    x, labels = data.rows(start, n, columns=data.label_names, dtype=_computing_type(data))
+                    x, labels = data.rows(start, n, columns=data.label_names)
                     writer.write(x, **labels)
         if progress is not None:
             progress(last - first)
@@ -180,10 +180,6 @@ def _sample_start(data: ActivationDataset, row: int) -> int:
             return start + int(begins[0])
         before = ids[-1:]
     return data.n_rows
-
-
-def _computing_type(data: ActivationDataset) -> torch.dtype:
-    return torch.float16 if data.stored_dtype == torch.float16 and data.scale == 1 else torch.float32
 
 
 def _largest_scale(data: ActivationDataset) -> float:

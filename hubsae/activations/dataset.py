@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hubsae.activations.opening import REPO, Found, find_activations, verify_source
+from hubsae.activations.opening import REPO, Found, find_activations
 from hubsae.activations.order import Order, plan_order
 from hubsae.activations.shards import Shards
 from hubsae.activations.sources import Source, TensorSource
@@ -105,15 +105,15 @@ class ActivationDataset:
         `stream=True` read by ranges.
         """
         if Path(path_or_repo).exists():
-            return cls(*find_activations(Path(path_or_repo), config, split, verify=verify, vector=vector))
-        if not REPO.fullmatch(str(path_or_repo)):
+            found = find_activations(Path(path_or_repo), config, split, vector=vector)
+        elif REPO.fullmatch(repo := str(path_or_repo)):
+            found = pass_on(factory.user_class(cls)._find_in_repo, locals())
+        else:
             raise NotFoundError(
                 f"{path_or_repo} does not exist", hint="give a folder, a file, or a dataset repo as owner/name"
             )
-        where = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        found = factory.user_class(cls)._find_in_repo(
-            str(path_or_repo), config, split, revision=revision, stream=stream, verify=verify, vector=vector, **where
-        )
+        for source in found.sources:
+            source.verify = verify
         return cls(*found)
 
     @classmethod
@@ -355,4 +355,4 @@ class ActivationDataset:
 
     def verify(self) -> int:
         """Check header and checksum of every page; returns the number of pages checked."""
-        return sum(verify_source(source) for source in self.sources)
+        return sum(source.check() for source in self.sources)

@@ -48,16 +48,7 @@ def generate_responses(
     return [answered.get(sample.id, sample) for sample in samples]
 
 
-def generate(
-    model: Any,
-    ids: Tensor,
-    mask: Tensor,
-    ends: Sequence[int],
-    pad: int,
-    *,
-    processors: Sequence[Any] = (),
-    **settings: Any,
-) -> Tensor:
+def generate(model: Any, ids: Tensor, mask: Tensor, ends: Sequence[int], pad: int, **settings: Any) -> Tensor:
     """What the model writes behind prompts that are padded on the left. [prompts, new tokens]
 
     The settings are said whole: `generate` would fill what is unset from the checkpoint's own defaults, and those of
@@ -75,10 +66,7 @@ def generate(
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     own, base.generation_config = base.generation_config, transformers.GenerationConfig(**common)
     try:
-        out = model.generate(
-            input_ids=ids, attention_mask=mask, generation_config=wanted,
-            logits_processor=transformers.LogitsProcessorList(processors),
-        )  # fmt: skip
+        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=wanted)
     finally:
         base.generation_config = own
     return out[:, ids.shape[1] :]

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -178,10 +177,20 @@ def harvest(
     }
     probe = stream.probe(head)
     scales = _scales(stream, probe, Path(out), stage, scale, dtype)
-    open_writers = partial(
-        _open_writers, stream, Path(out), stage, record, probe, scales, rule, dtype, shard_bytes,
-        None if parts else shard_seconds, parts,
-    )  # fmt: skip
+
+    def open_writers(rank: int) -> dict[str, ActivationWriter]:
+        writers = {}
+        for hook in stream.hooks:
+            where = {"hook_point": hook.module_path(stream.model), "transformer_lens": hook.transformer_lens}
+            where |= {"layer": hook.layer, "kind": hook.kind}
+            writers[hook.name] = ActivationWriter(
+                out, d=probe[hook.name].d, dtype=dtype, config=config_name(hook.name, stage), columns=stream.columns,
+                scale=scales[hook.name], split=rule if rule.fraction else "train", source={**record, **where},
+                rank=rank, shard_bytes=shard_bytes, shard_seconds=None if parts else shard_seconds, finalize=False,
+                anew=parts,
+            )  # fmt: skip
+        return writers
+
     files: _Files
     if parts:
         asked = {**record, "dtype": dtype, "scale": scales, "columns": stream.columns, "items": n_items}
@@ -230,27 +239,6 @@ def _scales(
     if len(found) == len(names) or next(stream.model.parameters()).dtype == torch.float16:
         return {name: found.get(name, 1.0) for name in names}
     return {name: found.get(name, scale_for(look.largest)) for name, look in probe.items()}
-
-
-def _open_writers(
-    stream: Stream, out: Path, stage: str | None, record: dict[str, Any], probe: Mapping[str, Probe],
-    scales: Mapping[str, float], rule: SplitRule, dtype: str, shard_bytes: int, shard_seconds: float | None,
-    anew: bool, rank: int,
-) -> dict[str, ActivationWriter]:  # fmt: skip
-    writers = {}
-    for hook in stream.hooks:
-        where = {
-            "hook_point": hook.module_path(stream.model),
-            "transformer_lens": hook.transformer_lens,
-            "layer": hook.layer,
-            "kind": hook.kind,
-        }
-        writers[hook.name] = ActivationWriter(
-            out, d=probe[hook.name].d, dtype=dtype, config=config_name(hook.name, stage), columns=stream.columns,
-            scale=scales[hook.name], split=rule if rule.fraction else "train", source={**record, **where},
-            rank=rank, shard_bytes=shard_bytes, shard_seconds=shard_seconds, finalize=False, anew=anew,
-        )  # fmt: skip
-    return writers
 
 
 class _Files:

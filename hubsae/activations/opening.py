@@ -12,14 +12,7 @@ import torch
 
 from hubsae.activations.layout import VECTOR, config_name, configs_in, shards_in
 from hubsae.activations.parquet_source import ParquetSource
-from hubsae.activations.sources import (
-    ArrowSource,
-    ByteFile,
-    LocalFile,
-    RawSource,
-    Source,
-    TensorSource,
-)
+from hubsae.activations.sources import ArrowSource, ByteFile, LocalFile, RawSource, Source, TensorSource
 from hubsae.core.errors import DataError, FormatError, HookError, NotFoundError, nearest
 from hubsae.core.files import read_json, safetensors_header
 from hubsae.core.hooks import HookPoint
@@ -71,23 +64,14 @@ def choose_config(path: str, have: Sequence[str], wanted: str | int | None) -> s
 
 
 def parquet_shards(
-    files: Sequence[ByteFile],
-    path: str,
-    config: str,
-    split: str,
-    configs: Sequence[str],
-    *,
-    verify: bool,
-    vector: str | None,
+    files: Sequence[ByteFile], path: str, config: str, split: str, configs: Sequence[str], vector: str | None = None
 ) -> Found:
     """The shards of a split, without empty ones."""
-    sources: list[Source] = [ParquetSource(file, vector=vector or VECTOR, verify=verify) for file in files]
+    sources: list[Source] = [ParquetSource(file, vector=vector or VECTOR) for file in files]
     return Found([s for s in sources if s.n_rows] or sources[:1], config, split, path, list(configs))
 
 
-def find_activations(
-    path: Path, config: str | int | None, split: str, *, verify: bool = False, vector: str | None = None
-) -> Found:
+def find_activations(path: Path, config: str | int | None, split: str, *, vector: str | None = None) -> Found:
     """What lies at a local path."""
     if path.is_dir() and (configs := configs_in(path)):
         name = choose_config(str(path), configs, config)
@@ -95,9 +79,9 @@ def find_activations(
         if split not in shards:
             raise no_split(str(path), name, split, sorted(shards))
         files = [LocalFile(p) for p in shards[split]]
-        return parquet_shards(files, str(path), name, split, configs, verify=verify, vector=vector)
+        return parquet_shards(files, str(path), name, split, configs, vector)
     if path.is_dir() and shards_in(path):  # the folder of one config
-        return find_activations(path.parent, path.name, split, verify=verify, vector=vector)
+        return find_activations(path.parent, path.name, split, vector=vector)
     if path.is_dir() and (path / "state.json").is_file():
         return _open_saelens(path, config)
     pile = find_pile(path)
@@ -114,7 +98,7 @@ def find_activations(
         raise no_split(str(path), name, split, sorted(splits))
     sources: list[Source] = []
     for file in splits[split]:
-        sources += open_file(file, verify=verify, vector=vector)
+        sources += open_file(file, vector)
     return Found(sources, name, split, str(path), list(pile))
 
 
@@ -138,10 +122,10 @@ def find_pile(path: Path) -> dict[str, dict[str, list[Path]]]:
     return found
 
 
-def open_file(path: Path, *, verify: bool = False, vector: str | None = None) -> list[Source]:
+def open_file(path: Path, vector: str | None = None) -> list[Source]:
     """The matrices in one file."""
     if path.suffix == ".parquet":
-        return [ParquetSource(LocalFile(path), vector=vector or VECTOR, verify=verify)]
+        return [ParquetSource(LocalFile(path), vector=vector or VECTOR)]
     if path.suffix == ".npy":
         return [_open_npy(path)]
     if path.suffix == ".safetensors":
@@ -222,7 +206,8 @@ def _open_saelens(path: Path, config: str | int | None) -> Found:
             by_name[HookPoint.parse(hook).name] = hook
         except HookError:
             by_name[hook] = hook
-    name = choose_config(str(path), list(by_name), by_name_key(by_name, config))
+    wanted = next((name for name, hook in by_name.items() if hook == config), config)  # the original name will do
+    name = choose_config(str(path), list(by_name), wanted)
     sources: list[Source] = []
     samples = 0
     for entry in state.get("_data_files", []):
@@ -230,22 +215,3 @@ def _open_saelens(path: Path, config: str | int | None) -> Found:
         samples += source.n_samples
         sources.append(source)
     return Found(sources, name, "train", str(path), list(by_name))
-
-
-def by_name_key(by_name: Mapping[str, str], config: str | int | None) -> str | int | None:
-    """Accept the original hook name as a config, too."""
-    return next((name for name, hook in by_name.items() if hook == config), config)
-
-
-def verify_source(source: Source) -> int:
-    """Check every page of a Parquet source against its header and checksum; other formats have none."""
-    if not isinstance(source, ParquetSource):
-        return 0
-    checked = ParquetSource(source.file, vector=source.vector, verify=True)
-    out = torch.empty(max((n for _, n in checked.blocks), default=0), checked.d, dtype=checked.dtype)
-    for first, rows in checked.blocks:
-        checked.read(first, first + rows, out[:rows])
-    for number in range(len(checked.footer.row_groups)):
-        first, last = checked.group_starts[number], checked.group_starts[number + 1]
-        checked.labels(checked.label_names, first, last)
-    return len(checked.blocks)

@@ -123,6 +123,8 @@ class Source:
     remote = False
     whole_blocks = False
     """Whether reading part of a block costs as much as all of it."""
+    verify = False
+    """Compare every page with its checksum, where there are any, when it is read first."""
 
     def read(self, start: int, stop: int, out: Tensor) -> None:
         """Fill `out` [stop - start, d], of `dtype`, with stored values."""
@@ -131,6 +133,10 @@ class Source:
     def labels(self, names: Sequence[str], start: int, stop: int) -> dict[str, np.ndarray]:
         """Label columns of rows start to stop; bare vectors have none."""
         return {}
+
+    def check(self) -> int:
+        """Compare every page with its header and checksum, and say how many there are: none but in Parquet."""
+        return 0
 
 
 def _even_blocks(rows: int) -> list[tuple[int, int]]:

@@ -213,10 +213,7 @@ class ActivationStats:
         out: dict[str, Any] = {"d": self.d}
         out["groups"] = {name: [g.count, g.total, g.high] for name, g in sorted(self.groups.items())}
         out["tops"] = [[token, norm] for token, norm in self.tops.items()]
-        for name, moments, norms in (
-            ("rest", self.rest, self.rest_norms),
-            ("first", self.first, self.first_norms),
-        ):
+        for name, moments, norms in (("rest", self.rest, self.rest_norms), ("first", self.first, self.first_norms)):
             filled = np.flatnonzero(norms.bins)
             out[name] = {
                 "count": moments.count,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from hubsae.core.errors import DataError, NotFoundError, nearest
@@ -91,20 +90,11 @@ def make_groups(chain: Any) -> list[Group]:
 def activations_for(activations: Any, link: Link) -> Any:
     """The activations of a stage and layer out of whatever holds them."""
     if isinstance(activations, Mapping) and not any(key in activations for key in ("x", "activations", "acts")):
-        keys = ((link.stage, link.layer), link.stage, link.layer, (link.step, link.layer), link.step)
-        for key in keys:
-            if key is not None and key in activations:
-                found = activations[key]
-                return activations_for(found, link) if _nested(found) else found
+        for key in ((link.stage, link.layer), link.stage, link.layer):
+            if key in activations:
+                return activations[key]
         raise NotFoundError(
             f"no activations for stage {link.stage!r}, layer {link.layer}",
             hint="given: " + nearest(str((link.stage, link.layer)), map(str, activations)),
         )
-    if inspect.isfunction(activations) or inspect.ismethod(activations):
-        get: Callable[..., Any] = activations
-        return get(link.stage, link.layer)
-    return activations
-
-
-def _nested(found: Any) -> bool:
-    return isinstance(found, Mapping) and not any(key in found for key in ("x", "activations", "acts"))
+    return activations(link.stage, link.layer) if callable(activations) else activations

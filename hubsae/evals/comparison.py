@@ -57,11 +57,7 @@ def compare(a: DriftReport, b: DriftReport) -> Comparison:
                 continue
             items.append(
                 Compared(
-                    group.layer,
-                    group.k,
-                    *key,
-                    rate_ratio(one, two, matched=False),
-                    rate_ratio(one, two, matched=True),
+                    group.layer, group.k, *key, rate_ratio(one, two, matched=False), rate_ratio(one, two, matched=True)
                 )
             )
     left_out += [f"{g.name}: only in {b.name}" for g in others.values()]

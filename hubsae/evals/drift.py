@@ -148,7 +148,6 @@ def drift(
     control_activations: Any = None,
     name: str = "chain",
     match: Matching = "auto",
-    batch_size: int | None = None,
     on_pass: Callable[[str], None] | None = None,
 ) -> DriftReport:
     """Analyse a chain of SAEs.
@@ -167,22 +166,12 @@ def drift(
     """
     groups = make_groups(chain)
     _one_width_each(groups, activations)
-    report = DriftReport(
-        name=name,
-        groups=[_group_drift(g, activations, match, batch_size, on_pass) for g in groups],
-    )
+    report = DriftReport(name=name, groups=[_group_drift(g, activations, match, on_pass) for g in groups])
     if control is not None:
         held = control_activations
         if held is None and activations is not None:
             held = _base_only(activations, {group.layer: group.links[0] for group in groups})
-        report.control = drift(
-            control,
-            held,
-            name=f"{name} control",
-            match=match,
-            batch_size=batch_size,
-            on_pass=on_pass,
-        )
+        report.control = drift(control, held, name=f"{name} control", match=match, on_pass=on_pass)
     return report
 
 
@@ -205,20 +194,12 @@ def _base_only(activations: Any, base: dict[int | None, Link]) -> Callable[[str,
     return get
 
 
-def _group_drift(
-    group: Group,
-    activations: Any,
-    match: Matching,
-    batch_size: int | None,
-    on_pass: Callable[[str], None] | None,
-) -> GroupDrift:
+def _group_drift(group: Group, activations: Any, match: Matching, on_pass: Callable[[str], None] | None) -> GroupDrift:
     links = group.links
     saes = {link.stage: link.sae for link in links}
     results: dict[str, ReconstructionResult] = {}
     for link in links if activations is not None else []:
-        results[link.stage] = reconstruction(
-            saes, activations_for(activations, link), batch_size=batch_size, force=True
-        )
+        results[link.stage] = reconstruction(saes, activations_for(activations, link), force=True)
         if on_pass is not None:
             on_pass(f"{group.name} {link.stage}")
     cosines: dict[str, Movement] = {}
@@ -268,9 +249,7 @@ def _move_row(against: str, before: Link, now: Link, moved: Movement) -> MoveRow
 
 
 def _stage_rows(
-    links: list[Link],
-    results: dict[str, ReconstructionResult],
-    cosines: dict[str, Movement],
+    links: list[Link], results: dict[str, ReconstructionResult], cosines: dict[str, Movement]
 ) -> list[StageRow]:
     rows = []
     alive_before: Tensor | None = None

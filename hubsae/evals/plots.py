@@ -77,16 +77,17 @@ def label_of(group: GroupDrift) -> str:
 def drift_plots(report: DriftReport, folder: Path) -> list[Path]:
     """Every plot of a report, as PNG files in a folder."""
     with house_style():
-        written = []
-        if any(group.moves for group in report.groups):
-            written.append(plot_cosines(report, folder / "drift_cosines.png"))
-        if any(group.series for group in report.groups):
-            written.append(plot_nmse(report, folder / "drift_nmse.png"))
-        if any(group.densities for group in report.groups):
-            written.append(plot_cross(report, folder / "drift_cross.png"))
-            written.append(plot_lifecycle(report, folder / "drift_births_deaths.png"))
-            written.append(plot_densities(report, folder / "drift_density.png"))
-    return written
+        return [
+            draw(report, folder / f"drift_{name}.png")
+            for name, draw, of in (
+                ("cosines", plot_cosines, "moves"),
+                ("nmse", plot_nmse, "series"),
+                ("cross", plot_cross, "densities"),
+                ("births_deaths", plot_lifecycle, "densities"),
+                ("density", plot_densities, "densities"),
+            )
+            if any(getattr(group, of) for group in report.groups)
+        ]
 
 
 def _grid(count: int) -> tuple[int, int]:

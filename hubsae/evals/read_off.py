@@ -15,16 +15,7 @@ from torch import Tensor
 from hubsae.activations.stats import MASSIVE, bin_edge
 from hubsae.core.errors import DataError
 from hubsae.evals import bootstrap
-from hubsae.evals.accumulate import (
-    ALL,
-    BY_SEQUENCE,
-    FIRST,
-    GROUPS,
-    NOT_FIRST,
-    ROW_STATS,
-    RUN_ROWS,
-    Sums,
-)
+from hubsae.evals.accumulate import ALL, BY_SEQUENCE, FIRST, GROUPS, NOT_FIRST, ROW_STATS, RUN_ROWS, Sums
 from hubsae.evals.definitions import INTERVAL, Measure
 from hubsae.evals.passes import rows_at_once
 from hubsae.evals.results import (

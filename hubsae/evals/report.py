@@ -74,11 +74,7 @@ def summary(report: DriftReport) -> dict[str, Any]:
                 "nmse_pooled": {"first": first.nmse_after, "last": last.nmse_after},
                 "nmse_pooled_change": None
                 if to_end is None
-                else {
-                    "delta": to_end.delta,
-                    "interval": to_end.interval,
-                    "per_step": to_end.per_step,
-                },
+                else {"delta": to_end.delta, "interval": to_end.interval, "per_step": to_end.per_step},
                 "effective_features": {"first": first.effective_features, "last": last.effective_features},
                 "dead_fraction": {"first": first.dead_fraction, "last": last.dead_fraction},
                 "births": sum(row.births or 0 for row in group.stages),

@@ -90,10 +90,7 @@ class Runner:
             end = min(start + self.chunk, length)
             move(start, end)
             answer = self.model(
-                input_ids=ids[:, start:end],
-                attention_mask=mask[:, :end],
-                past_key_values=cache,
-                use_cache=True,
+                input_ids=ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True
             )
             cache = answer.past_key_values
             out.append(answer.logits)

@@ -292,8 +292,6 @@ def _scope_measures(scope: str, table: dict[str, np.ndarray], seed: int) -> list
     for run in ("mean", "zero"):
         ablated = f"ce_{run}"
         put(
-            f"frac_recovered_{run}",
-            lambda s, a=ablated: (s[a] - s["ce_sae"]) / (s[a] - s["ce_clean"]),
-            against=ablated,
+            f"frac_recovered_{run}", lambda s, a=ablated: (s[a] - s["ce_sae"]) / (s[a] - s["ce_clean"]), against=ablated
         )
     return out

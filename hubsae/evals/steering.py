@@ -91,7 +91,6 @@ def dose_response(
     strengths: Sequence[float],
     *,
     max_new_tokens: int = 32,
-    temperature: float = 0.0,
     judge: Judge | None = None,
     rows_at_once: int = 64,
     seed: int = bootstrap.SEED,
@@ -99,9 +98,8 @@ def dose_response(
 ) -> SteeringResult:
     """Let the model continue every prompt under every direction at every strength, and measure what it wrote.
 
-    Prompts are strings, token ids, or chat messages. `temperature` 0 is greedy; otherwise every prompt has its own
-    noise, the same under every direction and strength, so that what differs is the steering's. `judge` takes the place
-    of looking for the direction's tokens.
+    Prompts are strings, token ids, or chat messages; continuations are greedy, so that what differs is the steering's.
+    `judge` takes the place of looking for the direction's tokens; `seed` is of the bootstrap.
     """
     if not prompts or not directions or not any(strengths):
         raise DataError("nothing to steer", hint="give prompts, directions, and strengths other than 0")
@@ -111,7 +109,7 @@ def dose_response(
     if not all(ids):
         raise DataError("a prompt has no token")
     asked = sorted({float(s) for s in strengths if s})
-    writer = _Writer(model, tokenizer, ids, max_new_tokens, temperature, seed)
+    writer = _Writer(model, tokenizer, ids, max_new_tokens)
     hooks: dict[HookPoint, list[_Job]] = {}
     for prompt in range(len(ids)):
         for direction in directions:
@@ -149,8 +147,6 @@ class _Writer:
     tokenizer: Any
     prompts: list[list[int]]
     longest: int
-    temperature: float
-    seed: int
     ends: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -189,9 +185,8 @@ class _Writer:
 
     def _generate(self, which: list[int]) -> list[_Written]:
         ids, mask = padded([self.prompts[i] for i in which], left=True, pad=self.pad)
-        noise = [_Noise(which, self.temperature, self.seed)] if self.temperature else []
         written = generate(
-            self.model, ids.to(self.device), mask.to(self.device).long(), self.ends, self.pad, processors=noise,
+            self.model, ids.to(self.device), mask.to(self.device).long(), self.ends, self.pad,
             max_new_tokens=self.longest, do_sample=False,
         )  # fmt: skip
         return [_Written(row) for row in answers(written, self.ends)]
@@ -207,20 +202,6 @@ class _Writer:
             logits_to_keep=more.shape[1] + 1,
         )  # fmt: skip
         return out.logits[:, :-1]
-
-
-class _Noise:
-    """Gumbel noise on the logits: the largest is then a sample, and a prompt's noise is its own."""
-
-    def __init__(self, which: list[int], temperature: float, seed: int):
-        self.temperature = temperature
-        self.generators = {prompt: np.random.default_rng([seed, prompt]) for prompt in which}
-        self.which = which
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        drawn = {prompt: g.gumbel(size=scores.shape[1]) for prompt, g in self.generators.items()}
-        noise = torch.from_numpy(np.stack([drawn[prompt] for prompt in self.which]))
-        return scores.float() / self.temperature + noise.to(scores.device, torch.float32)
 
 
 def _result(

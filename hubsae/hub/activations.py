@@ -50,7 +50,6 @@ class ActivationDataset(local.ActivationDataset):
         token: str | bool | None,
         cache_dir: str | Path | None,
         local_files_only: bool,
-        verify: bool,
         vector: str | None,
     ) -> Found:
         name, pinned = split_repo(repo, revision)
@@ -59,13 +58,13 @@ class ActivationDataset(local.ActivationDataset):
                 name, lambda have: choose_config(repo, have, config),
                 revision=pinned, token=token, cache_dir=cache_dir, local_files_only=local_files_only,
             )  # fmt: skip
-            return find_activations(folder, chosen, split, verify=verify, vector=vector)._replace(path=repo)
+            return find_activations(folder, chosen, split, vector=vector)._replace(path=repo)
         listing = open_remote(name, revision=pinned, token=token)
         chosen = choose_config(repo, listing.configs, config)
         files = listing.files(chosen, split)
         if not files:
             raise no_split(repo, chosen, split, listing.splits(chosen))
-        return parquet_shards(files, repo, chosen, split, listing.configs, verify=verify, vector=vector)
+        return parquet_shards(files, repo, chosen, split, listing.configs, vector)
 
     def push_to_hub(
         self,
@@ -100,11 +99,9 @@ def describe(repo: str, *, revision: str | None = None, token: str | bool | None
     for config in listing.configs:
         have = listing.splits(config)
         data = [
-            ActivationDataset(*parquet_shards(
-                listing.files(config, split), repo, config, split, listing.configs, verify=False, vector=None
-            ))
+            ActivationDataset(*parquet_shards(listing.files(config, split), repo, config, split, listing.configs))
             for split in have
-        ]  # fmt: skip
+        ]
         splits[config] = {part.split: part.n_rows for part in data}
         opened.append(data[have.index("train") if "train" in have else 0])
     return described(repo, opened, splits, manifest)

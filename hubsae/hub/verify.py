@@ -120,7 +120,6 @@ def _folder(root: Path, out: Verified, show: bool | None) -> None:
 def _shards(root: Path) -> list[tuple[Path, Callable[[], object]]]:
     """A check of every page of every shard; and of the hash where the writer noted one."""
     from hubsae.activations.layout import configs_in, shards_in
-    from hubsae.activations.opening import verify_source
     from hubsae.activations.parquet_source import ParquetSource
     from hubsae.activations.sources import LocalFile
 
@@ -134,7 +133,7 @@ def _shards(root: Path) -> list[tuple[Path, Callable[[], object]]]:
             def check(path: Path = path, sha256: str | None = noted.get(path.name)) -> None:
                 if sha256 is not None:
                     _same(path, sha256_file(path), sha256)
-                verify_source(ParquetSource(LocalFile(path)))
+                ParquetSource(LocalFile(path)).check()
 
             checks.append((path, check))
     return checks
