@@ -302,6 +302,14 @@ def with_b_dec(sae: SAE, subtracted: bool) -> dict[str, Tensor]:
     return t | fold(now, apply_b_dec_to_input=subtracted)[0]
 
 
+def statistic(path: Path, name: str, value: Any, width: int) -> Tensor:
+    """A mean or deviation per dimension, from `width` numbers or one for all, in float64."""
+    tensor = torch.as_tensor(value, dtype=torch.float64).flatten()
+    if tensor.numel() not in (1, width):
+        raise FormatError(path, f"{name} of width {width} or one", str(tensor.numel()))
+    return tensor.expand(width)
+
+
 def linear_pair(path: Path, encoder: Tensor, decoder: Tensor, d_in: int) -> tuple[Tensor, Tensor]:
     """`nn.Linear` weights (encoder [d_sae, d_in], decoder [d_in, d_sae]) as canonical views."""
     if encoder.ndim != 2 or decoder.ndim != 2:

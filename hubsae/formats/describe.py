@@ -19,7 +19,7 @@ from hubsae.core.text import format_bytes
 from hubsae.formats import tensors as io
 from hubsae.formats.base import Probe
 from hubsae.formats.detection import choose, probe_of, readable, readings_of
-from hubsae.formats.manifest import MANIFEST_NAME, Manifest
+from hubsae.formats.manifest import Manifest
 from hubsae.formats.planning import plan
 from hubsae.formats.registry import read
 from hubsae.formats.release import Release
@@ -79,7 +79,7 @@ def describe(path: str | Path, format: str | None = None, **overrides: Any) -> D
     """
     path = Path(path)
     probe = probe_of(path)
-    if probe.is_dir and Manifest.is_manifest(probe.json(MANIFEST_NAME)) and format is None:
+    if format is None and Manifest.lies_in(probe.path):
         return _release(path)
     readings = readings_of(probe)
     out = Description(str(path), "sae", [str(r) for r in readings])
@@ -87,19 +87,16 @@ def describe(path: str | Path, format: str | None = None, **overrides: Any) -> D
         readable(format)
     if not readings and format is None:
         return _many(path, out) if probe.is_dir else _unknown_file(probe, out)
-    out.tensors = list(_tensors(probe, readings[0].format if readings else ""))
+    out.tensors = list(_tensors(probe))
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             sae = read(path, format, **overrides)
         out.notes += [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
-    except AmbiguousFormatError as error:
-        out.notes.append(str(error))
-        out.unknown.append("which of the readings is right")
-        return out
     except HubSAEError as error:
+        several = isinstance(error, AmbiguousFormatError)
         out.notes.append(str(error))
-        out.unknown.append("part of what is needed to run it")
+        out.unknown.append("which of the readings is right" if several else "part of what is needed to run it")
         return out
     out.format = format or readings[0].format
     _fill(out, sae)
@@ -153,7 +150,7 @@ def _spread(values: Tensor) -> str:
     return f"{low:.4g} / {mid:.4g} / {high:.4g}"
 
 
-def _tensors(probe: Probe, format: str) -> list[TensorInfo]:
+def _tensors(probe: Probe) -> list[TensorInfo]:
     """Tensors of the weights file, without reading them."""
     if not probe.is_dir:
         if header := probe.header():
@@ -164,10 +161,10 @@ def _tensors(probe: Probe, format: str) -> list[TensorInfo]:
         return [
             TensorInfo(name, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in io.walk_tensors(value)
         ][:64]
-    files = [p for p in sorted(probe.path.glob("*.safetensors")) if p.name not in ("normalizer.safetensors",)]
     return [
         TensorInfo(f"{file.name}: {name}", shape, dtype)
-        for file in files
+        for file in sorted(probe.path.glob("*.safetensors"))
+        if file.name != "normalizer.safetensors"
         for name, (dtype, shape) in io.safetensors_header(file).items()
     ]
 
@@ -209,7 +206,7 @@ def _many(path: Path, out: Description) -> Description:
 
 def _unknown_file(probe: Probe, out: Description) -> Description:
     out.kind = "unknown"
-    out.tensors = _tensors(probe, "")
+    out.tensors = _tensors(probe)
     out.unknown = ["its format"]
     if not out.tensors:
         choose(probe)  # raises, and says what it looks like

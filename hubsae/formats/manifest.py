@@ -13,12 +13,12 @@ import warnings
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from hubsae.core.errors import FormatError, MetadataError
-from hubsae.core.files import read_json, safe_join, sha256_file, write_text_atomic
+from hubsae.core.files import json_text, read_json, safe_join, sha256_file, write_text_atomic
 from hubsae.core.metadata import Metadata, describe_validation
 from hubsae.core.text import printable
 from hubsae.formats.select import FILTERS
@@ -34,6 +34,27 @@ class ManifestWarning(UserWarning):
     """A manifest holds something this version does not know; it is kept as it is."""
 
 
+# Ordinary relative paths, told by one match: a manifest of hundreds of SAEs is checked in no time.
+_ORDINARY = re.compile(r"(?!.*\.\.)[\w+=@,.-]+(?:/[\w+=@,.-]+)*")
+
+
+def _checked_path(value: str) -> str:
+    if _ORDINARY.fullmatch(value):
+        return value
+    if printable(value) != value:
+        raise ValueError(f"control or invisible characters in {printable(value, 80)}; ids and paths are plain text")
+    if not value:
+        raise ValueError('a path must not be empty; "." is the root of the release')
+    try:
+        safe_join("release", value)
+    except FormatError as error:
+        raise ValueError(str(error)) from error
+    return value
+
+
+PathInside = Annotated[str, AfterValidator(_checked_path)]
+
+
 class _Part(BaseModel):
     # keys a newer version added are kept and written back; `Manifest.read` warns about them once
     model_config = ConfigDict(extra="allow")
@@ -46,14 +67,9 @@ class FileEntry(_Part):
     'results/eval.csv'
     """
 
-    path: str = Field(description="Path from the root of the release, with forward slashes.")
+    path: PathInside = Field(description="Path from the root of the release, with forward slashes.")
     size: int = Field(ge=0, description="Bytes.")
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="Hash of the bytes, in hex.")
-
-    @field_validator("path")
-    @classmethod
-    def _inside(cls, value: str) -> str:
-        return _checked_path(value)
 
     @staticmethod
     def of(root: str | PathLike[str], path: str) -> FileEntry:
@@ -65,8 +81,8 @@ class FileEntry(_Part):
 class SAEEntry(_Part):
     """One SAE of a release: what a person chooses by, and its files."""
 
-    id: str = Field(description="Name by which this SAE is asked for; the path of its folder unless given.")
-    path: str = Field(description='Its folder, from the root of the release; "." when it lies at the root.')
+    id: PathInside = Field(description="Name by which this SAE is asked for; the path of its folder unless given.")
+    path: PathInside = Field(description='Its folder, from the root of the release; "." when it lies at the root.')
     layer: int | None = Field(default=None, ge=0, description="Index of the block, from 0.")
     stage: str | None = Field(default=None, description="Checkpoint of the base model, such as ppo_step116.")
     architecture: str = Field(description="Selection rule: relu, topk, batch_topk, jumprelu or gated.")
@@ -81,11 +97,6 @@ class SAEEntry(_Part):
         default_factory=dict, description="Metrics by name; those of a scope that is not all tokens as name@scope."
     )
     files: list[FileEntry] = Field(default_factory=list)
-
-    @field_validator("id", "path")
-    @classmethod
-    def _inside(cls, value: str) -> str:
-        return _checked_path(value)
 
     @staticmethod
     def known_from(record: Metadata) -> dict[str, Any]:
@@ -158,8 +169,7 @@ class Manifest(_Part):
 
     def to_json(self) -> str:
         """The text of `config.json`."""
-        value = self.model_dump(mode="json", exclude_none=True)
-        return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        return json_text(self.model_dump(mode="json", exclude_none=True))
 
     def write(self, root: str | PathLike[str]) -> Path:
         """Write `config.json` into `root`, whole or not at all."""
@@ -169,6 +179,12 @@ class Manifest(_Part):
     def is_manifest(value: Any) -> bool:
         """Whether parsed JSON is meant to be a release manifest."""
         return isinstance(value, dict) and value.get("kind") == KIND
+
+    @staticmethod
+    def lies_in(folder: Path) -> bool:
+        """Whether a folder is a release."""
+        file = folder / MANIFEST_NAME
+        return file.is_file() and Manifest.is_manifest(read_json(file))
 
     @staticmethod
     def read(path: str | PathLike[str]) -> Manifest:
@@ -231,21 +247,3 @@ def unknown_keys(part: BaseModel, prefix: str = "") -> set[str]:
 def manifest_schema() -> dict[str, Any]:
     """JSON schema of the manifest."""
     return json.loads(json.dumps(Manifest.model_json_schema()))
-
-
-# Ordinary relative paths, told by one match: a manifest of hundreds of SAEs is checked in no time.
-_ORDINARY = re.compile(r"(?!.*\.\.)[\w+=@,.-]+(?:/[\w+=@,.-]+)*")
-
-
-def _checked_path(value: str) -> str:
-    if _ORDINARY.fullmatch(value):
-        return value
-    if printable(value) != value:
-        raise ValueError(f"control or invisible characters in {printable(value, 80)}; ids and paths are plain text")
-    if not value:
-        raise ValueError('a path must not be empty; "." is the root of the release')
-    try:
-        safe_join("release", value)
-    except FormatError as error:
-        raise ValueError(str(error)) from error
-    return value

@@ -28,6 +28,12 @@ from hubsae.version import __version__
 __all__ = ["PackagePlan", "PackageWarning", "PlannedSAE", "load_planned", "package", "plan", "weight_files"]
 
 
+ASK = (
+    "give base_model='org/model' and hook='model.layers.{layer}' (command line: --base-model, --hook), or write "
+    f"both into {SPEC_NAME} beside the files"
+)
+
+
 def package(
     source: str | os.PathLike[str] | PackagePlan,
     out: str | os.PathLike[str],
@@ -121,14 +127,9 @@ def package(
 def load_planned(todo: PackagePlan, item: PlannedSAE) -> SAE:
     """Read one planned SAE with everything its name, hubsae.yaml and the caller say about it."""
     choices = dict(item.choices)
-    for name in ("layer", "stage"):
-        value = getattr(item.info, name)
-        if value is not None and item.format != "native":
-            choices.setdefault(name, value)
-    if item.format not in ("native",) and todo.spec.pattern:
-        for name in ("k", "architecture"):
-            if (value := getattr(item.info, name)) is not None:
-                choices.setdefault(name, value)
+    if item.format != "native":
+        said = ("layer", "stage", "k", "architecture") if todo.spec.pattern else ("layer", "stage")
+        choices = {name: value for name, value in item.info.known().items() if name in said} | choices
     reader = FORMATS[item.format].read
     assert reader is not None
     wanted = Overrides.of(choices)
@@ -150,9 +151,7 @@ def _complete(todo: PackagePlan, item: PlannedSAE, sae: SAE) -> None:
     if hook is not None:
         layer = record.hook.layer if record.hook.layer is not None else item.info.layer
         if "{layer}" in hook and layer is None:
-            raise ConfigError(
-                f"{item.source}: hook {hook!r} needs the layer, which its name does not say", hint=_ask(item)
-            )
+            raise ConfigError(f"{item.source}: hook {hook!r} needs the layer, which its name does not say", hint=ASK)
         named = hook.replace("{layer}", str(layer))
         named = f"{layer}.{named}" if layer is not None and named in KINDS else named
         for key, value in hook_record(named, layer, record.base_model.id).items():
@@ -166,9 +165,7 @@ def _complete(todo: PackagePlan, item: PlannedSAE, sae: SAE) -> None:
         ("the hook point", record.hook.module_path or record.hook.transformer_lens),
     ) if value is None]  # fmt: skip
     if missing:
-        raise ConfigError(
-            f"{item.source}: {' and '.join(missing)} cannot be known from the file or its name", hint=_ask(item)
-        )
+        raise ConfigError(f"{item.source}: {' and '.join(missing)} cannot be known from the file or its name", hint=ASK)
     for section, values in (("training", spec.training), ("activations", spec.activations), ("hook", spec.hook_record)):
         for key, value in values.items():
             setattr(getattr(record, section), key, value)
@@ -179,13 +176,6 @@ def _complete(todo: PackagePlan, item: PlannedSAE, sae: SAE) -> None:
         record.provenance.source_sha256 = item.sha256
     record.provenance.source_format = record.provenance.source_format or item.format
     record.provenance.converter = f"hubsae {__version__}"
-
-
-def _ask(item: PlannedSAE) -> str:
-    return (
-        "give base_model='org/model' and hook='model.layers.{layer}' (command line: --base-model, --hook), or write "
-        f"both into {SPEC_NAME} beside the files"
-    )
 
 
 def _relative(todo: PackagePlan, item: PlannedSAE) -> str:

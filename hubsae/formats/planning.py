@@ -14,7 +14,7 @@ from hubsae.core.errors import ConfigError, FormatError
 from hubsae.core.text import natural_key
 from hubsae.formats.base import Probe
 from hubsae.formats.detection import MAPPED, choose, looks_like, may_hold_weights, readings_of
-from hubsae.formats.manifest import MANIFEST_NAME, Manifest
+from hubsae.formats.manifest import Manifest
 from hubsae.formats.names import NameInfo, NamePattern, parse_name, parse_path, stem_of
 from hubsae.formats.spec import SPEC_NAME, PackageSpec
 
@@ -72,7 +72,7 @@ def plan(
     if not source.exists():
         raise FormatError(source, "a folder of SAE files", "nothing at that path")
     root = source if source.is_dir() else source.parent
-    if Manifest.is_manifest(Probe(root).json(MANIFEST_NAME)) and source.is_dir():
+    if source.is_dir() and Manifest.lies_in(root):
         raise FormatError(
             source, "a folder of SAE files", "a release", hint="it is packaged already: `hubsae push` publishes it"
         )
@@ -162,7 +162,8 @@ def _one(path: Path, root: Path, out: PackagePlan, pattern: NamePattern | None) 
     if path.is_dir():
         _check_links(path, root)
     why = next((r.why for r in readings if r.format == chosen.name), "chosen by the caller")
-    return PlannedSAE(path, chosen.name, why, rule.id or "", _with(info, rule), choices, _size(path))
+    info = NameInfo(layer=rule.layer, stage=rule.stage).or_else(info)
+    return PlannedSAE(path, chosen.name, why, rule.id or "", info, choices, _size(path))
 
 
 def _check_links(folder: Path, root: Path) -> None:
@@ -175,10 +176,6 @@ def _check_links(folder: Path, root: Path) -> None:
                 f"a link to {file.resolve()}",
                 hint="copy the file to its place: what lies outside of the folder is never published",
             )
-
-
-def _with(info: NameInfo, rule: Any) -> NameInfo:
-    return NameInfo(layer=rule.layer, stage=rule.stage).or_else(info)
 
 
 def _not_an_sae(path: Path, probe: Probe, out: PackagePlan) -> None:

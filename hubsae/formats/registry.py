@@ -93,8 +93,8 @@ def write(sae: SAE, path: str | os.PathLike[str], format: str = "native") -> Pat
         )
     target = Path(path)
     if found.suffix is not None:
-        if target.is_dir() or target.suffix != found.suffix:
-            target = target / f"sae{found.suffix}" if target.is_dir() or not target.suffix else target
+        if target.is_dir() or not target.suffix:
+            target = target / f"sae{found.suffix}"
         target.parent.mkdir(parents=True, exist_ok=True)
         return found.write(sae, target)
     return _write_folder(found, sae, target)
@@ -165,18 +165,14 @@ def convert(
     return sae
 
 
-def write_also(sae: SAE, folder: str | os.PathLike[str], formats: Iterable[str]) -> list[Path]:
-    """Write further formats beside an SAE's own files: sparsify, onnx, pt, raw, bundle. Returns the new files.
+def write_also(sae: SAE, folder: str | os.PathLike[str], formats: Iterable[str]) -> None:
+    """Write further formats beside an SAE's own files: sparsify, onnx, pt, raw, bundle.
 
     sparsify's keys are added to cfg.json, so that the one folder loads in SAELens and in sparsify.
     """
-    folder = Path(folder)
-    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
     for name in formats:
         write_one = FORMATS[name].write_beside if name in FORMATS else None
         if write_one is None:
             known = ", ".join(f.name for f in FORMATS.values() if f.write_beside)
             raise ConfigError(f"{name!r} cannot be written beside an SAE", hint=f"choose from {known}")
-        write_one(sae, folder)
-    after = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
-    return sorted(p for p, at in after.items() if before.get(p) != at)
+        write_one(sae, Path(folder))

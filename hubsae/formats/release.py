@@ -24,6 +24,7 @@ from hubsae.core.metadata import Metadata
 from hubsae.core.sae import SAE
 from hubsae.formats import native
 from hubsae.formats.manifest import MANIFEST_NAME, FileEntry, Manifest, SAEEntry
+from hubsae.formats.registry import write_also
 from hubsae.formats.select import Filters, pick, select
 
 RESULTS, PLOTS = "results", "plots"
@@ -161,8 +162,6 @@ class Release:
 
         `also` names further formats to write beside it: sparsify, onnx, pt, raw, bundle.
         """
-        from hubsae.formats.registry import write_also
-
         folder = safe_join(self.path, id)
         metadata = sae.metadata.model_copy(update={"id": id, "config": sae.config})
         stored = SAE.build(

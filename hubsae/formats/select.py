@@ -33,27 +33,19 @@ def chosen_by(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Selectable(Protocol):
-    """One SAE of a list."""
+    """One SAE of a list: its id, its folder or file, and what is known of it, by the names of `FILTERS`.
+
+    Where that is `certain`, what it lacks is known not to be so; of a bare file it is only unknown.
+    """
 
     @property
-    def id(self) -> str:
-        """Name by which it is asked for."""
-        ...
-
+    def id(self) -> str: ...
     @property
-    def path(self) -> str:
-        """Its folder or file."""
-        ...
-
+    def path(self) -> str: ...
     @property
-    def facts(self) -> Mapping[str, Any]:
-        """What is known of it, by the names of `FILTERS`."""
-        ...
-
+    def facts(self) -> Mapping[str, Any]: ...
     @property
-    def certain(self) -> bool:
-        """Whether what `facts` lack is known not to be so; of a bare file it is only unknown."""
-        ...
+    def certain(self) -> bool: ...
 
 
 E = TypeVar("E", bound=Selectable)

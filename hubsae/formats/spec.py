@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from hubsae.core.errors import ConfigError, FormatError
 from hubsae.core.metadata import describe_validation
@@ -24,6 +24,17 @@ from hubsae.formats.tensors import read_small_yaml
 
 SPEC_NAME = "hubsae.yaml"
 MAX_BYTES = 1 << 20
+
+
+def _known_choices(value: dict[str, Any]) -> dict[str, Any]:
+    try:
+        Overrides.of(value)
+    except ConfigError as error:
+        raise ValueError(f"{error.message}; {error.hint}") from error
+    return value
+
+
+Choices = Annotated[dict[str, Any], AfterValidator(_known_choices)]
 
 
 class FileRule(BaseModel):
@@ -37,12 +48,7 @@ class FileRule(BaseModel):
     layer: int | None = None
     stage: str | None = None
     hook: str | None = None
-    choices: dict[str, Any] = Field(default_factory=dict)
-
-    @field_validator("choices")
-    @classmethod
-    def _known(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return _known_choices(value)
+    choices: Choices = Field(default_factory=dict)
 
 
 class PackageSpec(BaseModel):
@@ -63,17 +69,12 @@ class PackageSpec(BaseModel):
     description: str | None = None
     pattern: str | None = Field(default=None, description="Naming scheme, such as {stage}_L{layer}_k{k}.pt.")
     format: str | None = None
-    choices: dict[str, Any] = Field(default_factory=dict, description="Choices for every reader, such as k.")
+    choices: Choices = Field(default_factory=dict, description="Choices for every reader, such as k.")
     training: dict[str, Any] = Field(default_factory=dict)
     activations: dict[str, Any] = Field(default_factory=dict)
     hook_record: dict[str, Any] = Field(default_factory=dict, description="context_size, prepend_bos.")
     mixed_widths: bool = Field(default=False, description="Allow SAEs of different d_in in one release.")
     files: dict[str, FileRule] = Field(default_factory=dict, description="Rules by file pattern.")
-
-    @field_validator("choices")
-    @classmethod
-    def _known(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return _known_choices(value)
 
     @field_validator("datasets", mode="before")
     @classmethod
@@ -131,11 +132,3 @@ def _checked(data: dict[str, Any], where: str = "") -> PackageSpec:
     except ValidationError as error:
         fields = ", ".join(PackageSpec.model_fields)
         raise ConfigError(f"{where}{describe_validation(error)}", hint=f"fields: {fields}") from error
-
-
-def _known_choices(value: dict[str, Any]) -> dict[str, Any]:
-    try:
-        Overrides.of(value)
-    except ConfigError as error:
-        raise ValueError(f"{error.message}; {error.hint}") from error
-    return value

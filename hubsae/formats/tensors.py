@@ -102,11 +102,11 @@ def safetensors_header(path: Paths) -> dict[str, tuple[str, tuple[int, ...]]]:
     return {name: (tensor.dtype, tensor.shape) for name, tensor in header.tensors.items()}
 
 
-def read_safetensors(path: Paths, *, device: str = "cpu", names: tuple[str, ...] | None = None) -> dict[str, Tensor]:
+def read_safetensors(path: Paths, *, device: str = "cpu") -> dict[str, Tensor]:
     """Tensors of a safetensors file; on CPU they are mapped and cost no memory until they are read."""
     file = _few_tensors(path)
     with _readable(file, "a safetensors file"), safe_open(str(file), framework="pt", device=device) as opened:
-        return {name: opened.get_tensor(name) for name in names or opened.keys()}
+        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
 
 
 def read_rows(path: Paths, rows: list[int], row_axis: dict[str, int]) -> dict[str, Tensor]:

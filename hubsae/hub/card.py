@@ -94,7 +94,6 @@ class Card:
     examples: list[Example] = field(default_factory=list)
     citation: str | None = None
     limitations: Sequence[str] = ()
-    revision: str | None = None
 
     # -- derived facts -------------------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
 """What a repo or a local folder holds, looked up once: its commit, its SAEs, their files.
 
 With a manifest (`config.json` of a release) one request tells everything, and it is the request that the Hub counts
-as a download. Without one the repo's file list is grouped into SAEs by name (see `layouts`).
+as a download. Without one the repo's file list is grouped into SAEs by name: a listing costs one request, weights cost
+gigabytes. What a file really is, the readers in `formats` decide from its content once it is here.
 """
 
 from __future__ import annotations
@@ -9,27 +10,33 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from posixpath import normpath
 from typing import Any
 
 from hubsae.core.errors import HubSAEError, NotFoundError
 from hubsae.core.files import write_json_atomic
 from hubsae.core.metadata import FILE_NAME as METADATA_NAME
 from hubsae.core.metadata import Metadata
+from hubsae.core.text import natural_key, printable
 from hubsae.formats import native
+from hubsae.formats.detection import BESIDE, FOLDERS, SUFFIXES
 from hubsae.formats.manifest import MANIFEST_NAME, Manifest, SAEEntry
-from hubsae.formats.names import parse_path
+from hubsae.formats.names import parse_path, stem_of
 from hubsae.formats.select import FILTERS, pick, select, short_id
 from hubsae.hub import registered
 from hubsae.hub.client import HubClient, RemoteFile, split_repo
 from hubsae.hub.errors import RepoNotFoundError
-from hubsae.hub.layouts import units
 from hubsae.hub.registered import Registered
 from hubsae.hub.retry import status_of
 
 CACHE_NOTES = ".hubsae"
 READ_FILES = frozenset(native.SAE_FILES) - {native.CFG_NAME}
+_NEVER = ("optimizer", "scheduler", "training_args", "activations", "rng_state", "tokenizer", "sparsity", "normalizer")
+# files that the language model itself consists of, in case a repo holds both
+_MODEL = ("model-0", "pytorch_model", "adapter_model", "consolidated")
 
 
 @dataclass(frozen=True)
@@ -136,7 +143,7 @@ def local_catalog(path: Path) -> Catalog:
     if path.is_file():
         return Catalog(str(path), [_local_entry(path.parent, path.name, [path.name])], root=path.parent)
     if (path / MANIFEST_NAME).is_file():
-        content = _json_or_none(path / MANIFEST_NAME)
+        content = json_or_none(path / MANIFEST_NAME)
         if Manifest.is_manifest(content):
             manifest = Manifest.parse(content, path / MANIFEST_NAME)
             return Catalog(str(path), [_native(entry) for entry in manifest], manifest, root=path)
@@ -148,7 +155,7 @@ def _local_entry(root: Path, place: str, files: Iterable[str]) -> Entry:
     """An SAE on disk that no manifest lists; its record says more than its name."""
     entry = _by_name(place, [ExpectedFile(file, (root / file).stat().st_size) for file in files])
     record = root / place / METADATA_NAME
-    if record.is_file() and isinstance(content := _json_or_none(record), dict) and "hubsae_format" in content:
+    if record.is_file() and isinstance(content := json_or_none(record), dict) and "hubsae_format" in content:
         said = SAEEntry.known_from(Metadata.from_dict(content, where=record))
         facts = entry.facts | {name: said[name] for name in FILTERS if said[name] is not None}
         return replace(entry, facts=facts, metrics=said["metrics"], scope=said["scope"])
@@ -166,7 +173,7 @@ def remote_catalog(client: HubClient, repo_id: str, revision: str | None = None,
     source = f"{repo_id}@{revision}" if revision else repo_id
     sha, path = _manifest_file(client, repo_id, revision, force)
     if path is not None:
-        content = _json_or_none(path)
+        content = json_or_none(path)
         if Manifest.is_manifest(content):
             manifest = Manifest.parse(content, f"{source}/{MANIFEST_NAME}")
             return Catalog(source, [_native(entry) for entry in manifest], manifest, None, repo_id, sha, revision)
@@ -224,18 +231,17 @@ def _listing_file(client: HubClient, repo_id: str, sha: str) -> Path:
 def _listing(client: HubClient, repo_id: str, sha: str) -> dict[str, RemoteFile]:
     """The files of a commit, kept in the cache: a commit does not change."""
     file = _listing_file(client, repo_id, sha)
-    kept = _json_or_none(file) if file.is_file() else None
+    kept = json_or_none(file) if file.is_file() else None
     if isinstance(kept, list):
         return {item["path"]: RemoteFile(**item) for item in kept}
     tree = client.tree(repo_id, sha)
-    try:
+    with suppress(OSError):  # a cache that cannot be written costs a request next time
         write_json_atomic(file, [vars(item) for item in tree.values()])
-    except OSError:
-        pass  # a cache that cannot be written costs a request next time
     return tree
 
 
-def _json_or_none(path: Path) -> Any:
+def json_or_none(path: Path) -> Any:
+    """What a JSON file holds; None where it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):  # ValueError: bad text or JSON, integers of ten thousand digits
@@ -245,3 +251,44 @@ def _json_or_none(path: Path) -> Any:
 def _native(entry: SAEEntry) -> Entry:
     files = tuple(ExpectedFile(file.path, file.size, file.sha256) for file in entry.files)
     return Entry(entry.id, entry.path, files, entry.facts, dict(entry.metrics), entry.scope, native=True)
+
+
+# -- SAEs by the names of their files ----------------------------------------------------------------------------
+
+
+def units(paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """A repo's paths as SAEs: by what a reader is pointed at, a folder ("." is the root) or a file, the files of each.
+
+    >>> list(units(["saes/sae_base_layer6.pt", "README.md", "L6/cfg.json", "L6/sae_weights.safetensors"]))
+    ['L6', 'saes/sae_base_layer6.pt']
+    """
+    everything = {path for path in paths if printable(path) == path}  # others are no names: nothing is read from them
+    folders = {"."} | {str(parent) for path in everything for parent in PurePosixPath(path).parents}
+    found: dict[str, tuple[str, ...]] = {}
+    taken: set[str] = set()
+    for folder in sorted(folders):
+        for needed, optional in FOLDERS:
+            inside = [_join(folder, name) for name in needed]
+            if not everything.issuperset(inside):
+                continue
+            inside += [path for name in optional if (path := _join(folder, name)) in everything]
+            found[folder] = tuple(inside)
+            # other weights beside them (model.pt, model.onnx, raw tensors) are the same SAE again
+            taken.update(path for path in everything if str(PurePosixPath(path).parent) == folder)
+            taken.update(inside)
+            break
+    for path in sorted(everything - taken):
+        file = PurePosixPath(path).name.lower()
+        if file.endswith(SUFFIXES) and not file.startswith(_NEVER) and not file.startswith(_MODEL):
+            found[path] = (path, *_beside(path, everything))
+    return dict(sorted(found.items(), key=lambda unit: natural_key(unit[0])))
+
+
+def _join(folder: str, name: str) -> str:
+    return normpath(f"{folder}/{name}")
+
+
+def _beside(path: str, everything: set[str]) -> list[str]:
+    """Files that say more about a single-file SAE, from its folder or the one above."""
+    folder, stem = str(PurePosixPath(path).parent), stem_of(PurePosixPath(path).name)
+    return sorted(everything & {_join(folder, pattern.format(stem=stem)) for pattern in BESIDE})

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from hubsae.core.errors import HubSAEError
 from hubsae.core.text import printable
 from hubsae.hub.errors import AccessError, OfflineError
-from hubsae.hub.explain import explained
+from hubsae.hub.explain import explained, not_cached
 from hubsae.hub.retry import RetryPolicy, retrying, without_password
 from hubsae.version import __version__
 
@@ -231,10 +231,7 @@ class HubClient:
         with explained(self, repo_id, revision=revision, repo_type=repo_type):
             sha = kept.read_text(encoding="utf-8").strip() if kept.is_file() else ""
         if not _SHA.fullmatch(sha):
-            raise OfflineError(
-                f"{repo_id} is not in the cache ({self.cache_dir}) and the Hub is not asked (offline)",
-                hint=f"once with a network: hubsae pull {repo_id}; then HF_HUB_OFFLINE=1 works",
-            )
+            raise not_cached(self, repo_id)
         return sha
 
     def tree(self, repo_id: str, revision: str | None = None, *, repo_type: str = "model") -> dict[str, RemoteFile]:
@@ -293,14 +290,16 @@ class HubClient:
         folder = repo_folder_name(repo_id=repo_id, repo_type=repo_type)
         return Path(self.cache_dir) / folder / "snapshots" / sha
 
-    def safetensors_header(self, repo_id: str, path: str, *, revision: str | None = None) -> dict[str, dict[str, Any]]:
+    def safetensors_header(
+        self, repo_id: str, path: str, *, revision: str | None = None
+    ) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Type and shape of each tensor of a remote file, from its first bytes."""
         found = self.ask(
             f"reading {path}",
             lambda: self.api.parse_safetensors_file_metadata(repo_id, path, revision=revision),
             repo_id, revision=revision, path=path,
         )  # fmt: skip
-        return {name: {"dtype": info.dtype, "shape": list(info.shape)} for name, info in found.tensors.items()}
+        return {name: (info.dtype, tuple(info.shape)) for name, info in found.tensors.items()}
 
     # -- changing ----------------------------------------------------------------------------------------------
 
@@ -332,13 +331,18 @@ class HubClient:
             )  # fmt: skip
             existing = self.tags(repo_id).get(tag)
         if existing != sha:
-            raise HubSAEError(
-                f"{repo_id} has a tag {tag!r} already, on commit {str(existing)[:10]}; this release is {sha[:10]}",
-                hint=f"use another tag, or delete the old one: hf repo tag delete {repo_id} {tag}",
-            )
+            raise tag_is_taken(repo_id, tag, str(existing))
         return new
 
     def tags(self, repo_id: str) -> dict[str, str]:
         """Commit of each tag."""
         refs = self.ask(f"listing refs of {repo_id}", lambda: self.api.list_repo_refs(repo_id), repo_id)
         return {ref.name: ref.target_commit for ref in refs.tags}
+
+
+def tag_is_taken(repo_id: str, tag: str, commit: str) -> HubSAEError:
+    """The error for a tag that is there already and means something else."""
+    return HubSAEError(
+        f"{repo_id} has a tag {tag!r} already, on commit {commit[:10]}, and this release differs from it",
+        hint=f"use another tag, or delete the old one: hf repo tag delete {repo_id} {tag}",
+    )

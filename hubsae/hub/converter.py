@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +18,8 @@ from hubsae.hub.sae import HubSAE
 _OF_THE_HUB = ("revision", "token", "endpoint", "cache_dir", "local_files_only")
 
 
-class _OnHub(NamedTuple):
-    cfg: dict[str, Any]
-    state: dict[str, Tensor]
-    sparsity: Tensor | None
+_Parts = tuple[dict[str, Any], dict[str, Tensor], Tensor | None]
+"""Config, state dict and sparsity, as SAELens' loaders return them."""
 
 
 class saelens_converter:
@@ -70,10 +68,7 @@ class saelens_converter:
 
     def __call__(self, *args: Any, **named: Any) -> tuple[Any, ...]:
         """SAELens calls with names for the Hub (`repo_id, folder_name, ...`) and with the path first for a disk."""
-        if "repo_id" in named:
-            return tuple(self._from_hub(**named))
-        found = self._from_disk(*args, **named)
-        return found.cfg, found.state
+        return self._from_hub(**named) if "repo_id" in named else self._from_disk(*args, **named)[:2]
 
     def _from_hub(
         self,
@@ -82,7 +77,7 @@ class saelens_converter:
         device: str | None = None,
         force_download: bool = False,
         cfg_overrides: dict[str, Any] | None = None,
-    ) -> _OnHub:
+    ) -> _Parts:
         options = {**self.hub, **self.choices, "force_download": force_download}
         return _parts(HubSAE.from_pretrained(repo_id, folder_name or None, **options), device, cfg_overrides)
 
@@ -91,13 +86,13 @@ class saelens_converter:
         path: str | os.PathLike[str],
         device: str | None = None,
         cfg_overrides: dict[str, Any] | None = None,
-    ) -> _OnHub:
+    ) -> _Parts:
         from hubsae.formats.registry import read
 
         return _parts(read(path, **self.choices), device, cfg_overrides)
 
 
-def _parts(sae: SAE, device: str | None, overrides: dict[str, Any] | None) -> _OnHub:
+def _parts(sae: SAE, device: str | None, overrides: dict[str, Any] | None) -> _Parts:
     sae = saelens.with_constant_norm(sae)
     cfg = saelens.cfg_of(sae) | (overrides or {})
     if device is not None:
@@ -105,4 +100,4 @@ def _parts(sae: SAE, device: str | None, overrides: dict[str, Any] | None) -> _O
     dtype = getattr(torch, str(cfg["dtype"]).removeprefix("torch."))
     target = cfg.get("device") or "cpu"
     state = {name: t.to(device=target, dtype=dtype) for name, t in saelens.stored_tensors(sae).items()}
-    return _OnHub(cfg, state, sae.sparsity)
+    return cfg, state, sae.sparsity

@@ -17,7 +17,7 @@ from hubsae.activations.dataset import ActivationDataset
 from hubsae.activations.layout import MANIFEST, configs_in, parse_shard_name, shards_in
 from hubsae.activations.manifest import finalize
 from hubsae.core.errors import DataError
-from hubsae.core.files import read_json
+from hubsae.core.files import json_text, read_json
 from hubsae.core.text import natural_key
 from hubsae.hub.client import HubClient
 from hubsae.hub.contents import Contents, LocalFile, State
@@ -129,7 +129,7 @@ def push_activations(
             existing = local.read_text(encoding="utf-8") if local.is_file() else None
         card = update_card(existing, manifest, repo)
         files = [f for f in plan.files if f.path != MANIFEST]
-        files.append(LocalFile(MANIFEST, _json(manifest)))
+        files.append(LocalFile(MANIFEST, json_text(manifest).encode()))
         files.append(LocalFile("README.md", card.encode()))
         return Contents(files, frozenset(delete))
 
@@ -167,7 +167,3 @@ def _merged(client: HubClient, repo: str, plan: ActivationsPlan, state: State) -
 
 def _text(client: HubClient, repo: str, path: str, head: str) -> str:
     return client.download(repo, path, revision=head, repo_type=REPO_TYPE).read_text(encoding="utf-8")
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()

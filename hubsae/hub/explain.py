@@ -10,7 +10,7 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -125,7 +125,7 @@ def explain(
             return _no_hub(client)
         if isinstance(cause, Exception) and not isinstance(cause, hf.OfflineModeIsEnabled) and not client.offline:
             return explain(client, cause, repo_id, revision, path, repo_type, writing)
-        return _offline(client, where, path)
+        return not_cached(client, where, path)
     if isinstance(error, hf.EntryNotFoundError):
         return NotFoundError(f"{where} has no file {path!r}", hint=f"list its SAEs with: hubsae ls {where}")
     status = status_of(error)
@@ -214,7 +214,8 @@ def _revision_not_found(client: Asker, repo_id: str | None, revision: str | None
     return RevisionNotFoundError(f"{repo_id} has no revision {revision!r}", hint=hint)
 
 
-def _offline(client: Asker, where: str, path: str | None) -> HubSAEError:
+def not_cached(client: Asker, where: str, path: str | None = None) -> OfflineError:
+    """The error for a repo, or a file of it, that is needed while no Hub may be asked."""
     missing = f"{path} of {where}" if path else where
     return OfflineError(
         f"{missing} is not in the cache ({client.cache_dir}) and the Hub is not asked (offline)",
@@ -255,10 +256,8 @@ def _no_permission(client: Asker, error: OSError) -> HubSAEError:
 def _disk_full(client: Asker, error: BaseException) -> HubSAEError:
     folder = getattr(error, "filename", None) or client.cache_dir
     room = ""
-    try:
+    with suppress(OSError):
         room = f" ({format_bytes(shutil.disk_usage(client.cache_dir).free)} free in {client.cache_dir})"
-    except OSError:
-        pass
     return DiskFullError(
         f"the disk is full: {folder}{room}; the unfinished file was removed",
         "free some room (`hf cache ls`, `hf cache rm`), or move the cache: HF_HOME=/a/bigger/disk",

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from hubsae.core.errors import HubSAEError
-from hubsae.core.files import read_json, safe_join, safetensors_header
+from hubsae.core.files import read_json, safe_join
 from hubsae.core.metadata import Metadata
 from hubsae.core.options import named_options
 from hubsae.core.text import check_name
 from hubsae.formats import describe as formats_describe
 from hubsae.formats.describe import Description, TensorInfo, fill_record, release_facts
-from hubsae.formats.manifest import MANIFEST_NAME, Manifest
+from hubsae.formats.manifest import Manifest
 from hubsae.formats.select import chosen_by
 from hubsae.formats.table import SAETable
+from hubsae.formats.tensors import safetensors_header
 from hubsae.hub import registered
 from hubsae.hub.catalog import Catalog, Entry, open_catalog
 from hubsae.hub.client import HubClient
@@ -128,10 +129,7 @@ def _dataset(repo: str, revision: str | None, token: str | bool | None) -> Descr
 
 def _is_activations(folder: Path) -> bool:
     """Parquet shards, and no SAE or release beside them (whose index of features is Parquet too)."""
-    manifest = folder / MANIFEST_NAME
-    if manifest.is_file() and Manifest.is_manifest(read_json(manifest)):
-        return False
-    if any((folder / name).exists() for name in _SAE_FILES):
+    if Manifest.lies_in(folder) or any((folder / name).exists() for name in _SAE_FILES):
         return False
     return next(folder.rglob("*.parquet"), None) is not None
 
@@ -171,9 +169,7 @@ def _one(found: Description, client: HubClient, catalog: Catalog, entry: Entry) 
         name = file.path.rpartition("/")[2]
         if name.endswith(".safetensors"):
             header = _header(client, catalog, file.path)
-            found.tensors += [
-                TensorInfo(f"{name}: {tensor}", tuple(info["shape"]), info["dtype"]) for tensor, info in header.items()
-            ]
+            found.tensors += [TensorInfo(f"{name}: {n}", shape, dtype) for n, (dtype, shape) in header.items()]
         elif entry.native and name == "metadata.json":
             assert catalog.repo_id is not None
             place = client.download(catalog.repo_id, file.path, revision=catalog.sha)
@@ -181,10 +177,9 @@ def _one(found: Description, client: HubClient, catalog: Catalog, entry: Entry) 
             fill_record(found, record, record.config)
 
 
-def _header(client: HubClient, catalog: Catalog, path: str) -> dict[str, dict[str, Any]]:
+def _header(client: HubClient, catalog: Catalog, path: str) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Names, types and shapes of a safetensors file: of the cached one, or from the first bytes of the remote one."""
     place = safe_join(client.cached_snapshot(str(catalog.repo_id), str(catalog.sha)), check_name(path, "a path"))
-    if not place.is_file():
-        return client.safetensors_header(str(catalog.repo_id), path, revision=str(catalog.sha))
-    tensors = safetensors_header(place).tensors
-    return {name: {"dtype": tensor.dtype, "shape": list(tensor.shape)} for name, tensor in tensors.items()}
+    if place.is_file():
+        return safetensors_header(place)
+    return client.safetensors_header(str(catalog.repo_id), path, revision=str(catalog.sha))

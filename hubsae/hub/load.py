@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hubsae.core.errors import ConfigError, HubSAEError, NotFoundError
-from hubsae.core.files import safe_join, sha256_file
+from hubsae.core.files import atomic_path, safe_join, sha256_file
 from hubsae.core.options import named_options, pass_on
 from hubsae.core.progress import progress
 from hubsae.formats.names import parse_name
@@ -22,6 +23,7 @@ from hubsae.formats.select import FILTERS, chosen_by
 from hubsae.hub.catalog import CACHE_NOTES, Catalog, Entry, ExpectedFile, open_catalog
 from hubsae.hub.client import HubClient
 from hubsae.hub.errors import IntegrityError, OfflineError
+from hubsae.hub.explain import not_cached
 
 if TYPE_CHECKING:
     import torch
@@ -192,11 +194,8 @@ def pull(
         return snapshot
     target = Path(out)
     for file in [*files, *extra]:
-        place = safe_join(target, file.path)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        partial = place.with_name(f".{place.name}.partial")
-        shutil.copyfile(snapshot / file.path, partial)
-        os.replace(partial, place)
+        with atomic_path(safe_join(target, file.path)) as partial:
+            shutil.copyfile(snapshot / file.path, partial)
     if catalog.manifest is not None:
         ids = {entry.id for entry in selected}
         part = catalog.manifest.model_copy(
@@ -252,11 +251,7 @@ def _fetch_file(client: HubClient, catalog: Catalog, file: ExpectedFile, force: 
                 catalog.repo_id, file.path, revision=catalog.sha, force=(force and attempt == 1) or attempt == 2
             )
         except OfflineError as error:
-            raise OfflineError(
-                f"{file.path} of {catalog.source} is not in the cache ({client.cache_dir}) and the Hub is not asked "
-                "(offline)",
-                hint=f"once with a network: hubsae pull {catalog.source}; then HF_HUB_OFFLINE=1 works",
-            ) from error
+            raise not_cached(client, catalog.source, file.path) from error
         problem = _problem(client, catalog, path, file)
         if not problem:
             return client.cached_snapshot(catalog.repo_id, catalog.sha)
@@ -287,29 +282,23 @@ def _problem(client: HubClient, catalog: Catalog, path: Path, file: ExpectedFile
     assert catalog.repo_id is not None and catalog.sha is not None
     notes = client.cached_snapshot(catalog.repo_id, catalog.sha).parents[1] / CACHE_NOTES
     note, stamp = notes / f"ok-{file.sha256}", f"{blob.name} {stat.st_size} {stat.st_mtime_ns}"
-    try:
+    with suppress(OSError):
         if note.read_text() == stamp:
             return ""
-    except OSError:
-        pass
     found = sha256_file(blob)
     if found != file.sha256:
         return f"expected sha256 {file.sha256[:16]}..., found {found[:16]}..."
-    try:
+    with suppress(OSError):  # a read-only cache is hashed each time
         notes.mkdir(exist_ok=True)
         note.write_text(stamp)
-    except OSError:
-        pass  # a read-only cache is hashed each time
     return ""
 
 
 def _forget(path: Path) -> None:
     """Remove a bad file from the cache: the snapshot's link and the blob behind it."""
     for target in (path.resolve(), path):
-        try:
+        with suppress(OSError):
             target.unlink()
-        except OSError:
-            pass
 
 
 # -- reading -----------------------------------------------------------------------------------------------------
@@ -345,11 +334,10 @@ _FOR_READER = {name: name for name in FILTERS if name not in ("d_in", "d_sae")} 
 def _checked_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     import torch
 
-    if dtype is None or isinstance(dtype, torch.dtype):
-        found = dtype
-    else:
-        found = getattr(torch, str(dtype).removeprefix("torch."), None)
-    if dtype is not None and (not isinstance(found, torch.dtype) or not found.is_floating_point):
+    if dtype is None:
+        return None
+    found = getattr(torch, str(dtype).removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ConfigError(
             f"dtype {dtype!r} is not a floating-point type", hint="one of: float32, float64, bfloat16, float16"
         )

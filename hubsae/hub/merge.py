@@ -7,7 +7,6 @@ and the card depend on what is there, this runs again whenever another writer wa
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from hubsae.formats.manifest import MANIFEST_NAME, FileEntry, Manifest, SAEEntry
 from hubsae.formats.planning import belongs
 from hubsae.formats.release import Release
 from hubsae.hub import card as cards
+from hubsae.hub.catalog import json_or_none
 from hubsae.hub.client import HubClient
 from hubsae.hub.contents import Contents, LocalFile, State, files_under
 
@@ -65,11 +65,7 @@ class Merge:
     def _manifest_there(self, state: State) -> Manifest | None:
         if MANIFEST_NAME not in state.tree:
             return None
-        path = self.client.download(self.repo_id, MANIFEST_NAME, revision=state.head)
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            content = None
+        content = json_or_none(self.client.download(self.repo_id, MANIFEST_NAME, revision=state.head))
         if Manifest.is_manifest(content):
             return Manifest.parse(content, f"{self.repo_id}/{MANIFEST_NAME}")
         if self.overwrite_config:

@@ -8,7 +8,8 @@ from hubsae.core.fingerprint import FILE_NAME as FINGERPRINT
 from hubsae.core.text import format_bytes, printable
 from hubsae.hub import upload
 from hubsae.hub.cardtext import listing
-from hubsae.hub.contents import Diff
+from hubsae.hub.client import HubClient
+from hubsae.hub.contents import Diff, State
 from hubsae.hub.trial import Verification, summarize
 
 
@@ -31,15 +32,29 @@ class PlanRow:
 
 
 @dataclass
-class PushPlan:
-    """What a push is about to do."""
+class Target:
+    """The repo that is published to, as it was found before any work was done."""
 
     repo_id: str
     revision: str
-    exists: bool
-    private: bool | None
-    pr: bool
     tag: str | None
+    pr: bool
+    private: bool | None
+    exists: bool
+    branch: str = "main"
+    """Where the plan is compared: the branch asked for, or main where that is new."""
+    notes: list[str] = field(default_factory=list)
+
+    def look(self, client: HubClient) -> State:
+        """The state of its branch now."""
+        return upload.look(client, self.repo_id, self.branch) if self.exists else State("", {})
+
+
+@dataclass
+class PushPlan:
+    """What a push is about to do."""
+
+    target: Target
     rows: list[PlanRow]
     kept: list[str]
     diff: Diff
@@ -48,10 +63,16 @@ class PushPlan:
     others: list[tuple[str, int]] = field(default_factory=list)
     """Path and size of every file that belongs to no SAE, the card and the manifest excepted."""
 
+    @property
+    def repo_id(self) -> str:
+        """Where to."""
+        return self.target.repo_id
+
     def summary(self) -> list[str]:
         """The plan in a few lines, as shown above and below the table."""
-        target = f"{self.endpoint}/{self.repo_id}" + (f" (branch {self.revision})" if self.revision != "main" else "")
-        lines = [f"to {target}" + ("" if self.exists else f", a new {'private' if self.private else 'public'} repo")]
+        to = self.target
+        place = f"{self.endpoint}/{to.repo_id}" + (f" (branch {to.revision})" if to.revision != "main" else "")
+        lines = [f"to {place}" + ("" if to.exists else f", a new {'private' if to.private else 'public'} repo")]
         diff = self.diff
         parts = [
             f"{len(files)} {what} ({format_bytes(sum(f.size for f in files))})"
@@ -79,9 +100,7 @@ class PushPlan:
         if diff.empty:
             lines.append("the Hub already has all of it: no commit will be made")
         else:
-            lines.append(
-                "as one " + ("pull request" if self.pr else "commit") + (f", tagged {self.tag}" if self.tag else "")
-            )
+            lines.append("as one " + ("pull request" if to.pr else "commit") + (f", tagged {to.tag}" if to.tag else ""))
         return lines
 
 
@@ -92,7 +111,11 @@ class PushResult:
     plan: PushPlan
     published: upload.Published | None
     """None after a dry run, or when the plan was declined."""
-    tag: str | None = None
+
+    @property
+    def tag(self) -> str | None:
+        """The tag that was set."""
+        return self.plan.target.tag if self.published else None
 
     @property
     def url(self) -> str | None:

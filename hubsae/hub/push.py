@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,19 +23,17 @@ from hubsae.formats.spec import PackageSpec
 from hubsae.hub import upload
 from hubsae.hub.card import CardOptions
 from hubsae.hub.cardtext import listing
-from hubsae.hub.client import HubClient, split_repo
+from hubsae.hub.client import HubClient, split_repo, tag_is_taken
 from hubsae.hub.contents import Diff, LocalFile, State, compare
 from hubsae.hub.errors import AccessError, OfflineError, RevisionNotFoundError
 from hubsae.hub.merge import Merge, files_of, pickles
-from hubsae.hub.plan import PlanRow, PushPlan, PushResult
+from hubsae.hub.plan import PlanRow, PushPlan, PushResult, Target
 from hubsae.hub.secrets import refuse_secrets
 from hubsae.hub.staging import Extras, Staging, check_source, on_the_hub, one_place, staged
 from hubsae.hub.trial import Activations, have_saelens, verify
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-NOTHING_THERE = State("", {})
 
 
 @named_options
@@ -150,7 +147,7 @@ def push(
         )  # fmt: skip
         if tag:
             client.ensure_tag(merge.repo_id, tag, published.commit)
-        return PushResult(plan, published, tag)
+        return PushResult(plan, published)
 
 
 # -- verify and plan ---------------------------------------------------------------------------------------------
@@ -198,29 +195,8 @@ def _planned(client: HubClient, target: Target, staging: Staging, merge: Merge, 
     notes = [*staging.notes, *target.notes, *merge.notes, *_row_notes(rows), *_file_notes(merge.files)]
     if target.tag and target.exists:
         _check_tag(client, target.repo_id, target.tag, state, diff)
-    return PushPlan(
-        target.repo_id, target.revision, target.exists, target.private, target.pr, target.tag, rows, merge.kept, diff,
-        notes, client.address, [(f.path, f.size) for f in staging.release.manifest.files],
-    )  # fmt: skip
-
-
-@dataclass
-class Target:
-    """The repo that is published to, as it was found before any work was done."""
-
-    repo_id: str
-    revision: str
-    tag: str | None
-    pr: bool
-    private: bool | None
-    exists: bool
-    branch: str = "main"
-    """Where the plan is compared: the branch asked for, or main where that is new."""
-    notes: list[str] = field(default_factory=list)
-
-    def look(self, client: HubClient) -> State:
-        """The state of its branch now."""
-        return upload.look(client, self.repo_id, self.branch) if self.exists else NOTHING_THERE
+    others = [(f.path, f.size) for f in staging.release.manifest.files]
+    return PushPlan(target, rows, merge.kept, diff, notes, client.address, others)
 
 
 def _target(
@@ -303,12 +279,8 @@ def _file_notes(files: Sequence[LocalFile]) -> list[str]:
 def _check_tag(client: HubClient, repo_id: str, tag: str, state: State, diff: Diff) -> None:
     """A tag that exists already must already mean exactly this; better to say so before the upload."""
     at = client.tags(repo_id).get(tag)
-    if at is None or (diff.empty and at == state.head):
-        return
-    raise HubSAEError(
-        f"{repo_id} has a tag {tag!r} already, on commit {at[:10]}, and this release differs from it",
-        hint=f"use another tag, or delete the old one: hf repo tag delete {repo_id} {tag}",
-    )
+    if at is not None and not (diff.empty and at == state.head):
+        raise tag_is_taken(repo_id, tag, at)
 
 
 def _message(manifest: Manifest) -> str:

@@ -84,12 +84,10 @@ class Registered:
         own = read_json(config) if config.is_file() else {}
         norm = self.overrides.get("normalize_activations")
         chosen: dict[str, Any] = {}
-        if norm in saelens.TOKEN_NORMS:
-            chosen["token_norm"] = saelens.TOKEN_NORMS[norm]
-        elif norm is not None and norm not in ("none", *saelens.EXPECT_FOLDED):
+        if norm == "none" or norm in saelens.TOKEN_NORMS:
+            chosen["token_norm"] = saelens.TOKEN_NORMS.get(norm, "none")
+        elif norm not in (None, *saelens.EXPECT_FOLDED):
             raise ConfigError(f"{self.release} is registered with normalize_activations {norm!r}, which is not known")
-        elif norm == "none":
-            chosen["token_norm"] = "none"
         effective = own.get("normalize_activations") if norm is None else norm
         if effective == "expected_average_only_in" and self.norm_factor is not None:
             chosen["input_scale"] = self.norm_factor
@@ -134,12 +132,6 @@ def register_file() -> Path | None:
     spec = find_spec("sae_lens")
     places = [] if spec is None else list(spec.submodule_search_locations or [])
     return next((file for place in places if (file := Path(place) / REGISTER).is_file()), None)
-
-
-def names() -> list[str]:
-    """Names of all releases; none where SAELens is not installed."""
-    file = register_file()
-    return [] if file is None else list(_blocks(file))
 
 
 def release(name: str) -> Release:

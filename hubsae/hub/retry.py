@@ -172,8 +172,11 @@ def retrying(
             return call()
         except Exception as error:
             attempt += tries_made(error)
-            pause = next_pause(policy, error, attempt, waited) if transient(error) else None
-            if pause is None:
+            if not transient(error) or attempt >= policy.attempts:
+                raise
+            asked = asked_pause(getattr(getattr(error, "response", None), "headers", None) or {})
+            pause = policy.pause(attempt) if asked is None else asked
+            if (asked or 0) > policy.patience or waited + pause > policy.budget:
                 raise
             if notify is not None:
                 notify(
@@ -182,15 +185,6 @@ def retrying(
                 )
             policy.sleep(pause)
             waited += pause
-
-
-def next_pause(policy: RetryPolicy, error: BaseException, attempt: int, waited: float) -> float | None:
-    """Seconds to wait after failed try number `attempt`, or None where it is time to give up."""
-    headers = getattr(getattr(error, "response", None), "headers", None)
-    asked = asked_pause(headers) if headers is not None else None
-    pause = policy.pause(attempt) if asked is None else asked
-    over = (asked is not None and asked > policy.patience) or waited + pause > policy.budget
-    return None if attempt >= policy.attempts or over else pause
 
 
 def describe(error: BaseException) -> str:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hubsae.core.errors import ConfigError, HubSAEError
-from hubsae.core.files import read_json
 from hubsae.core.progress import progress
 from hubsae.core.sae import SAE
 from hubsae.formats.detection import may_hold_weights
@@ -27,14 +26,14 @@ from hubsae.formats.manifest import MANIFEST_NAME, Manifest
 from hubsae.formats.package import PackagePlan, load_planned, package
 from hubsae.formats.package import plan as plan_package
 from hubsae.formats.planning import IMAGE_SUFFIXES, belongs
-from hubsae.formats.release import Release
+from hubsae.formats.release import ROOT_ID, Release
 from hubsae.formats.spec import PackageSpec
 from hubsae.hub.client import HubClient, hf_home, split_repo
+from hubsae.hub.contents import files_under
 from hubsae.hub.trial import Activations, Calibration, calibrate
 
 T = TypeVar("T")
 
-ROOT_ID = "."
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+(@\S+)?")
 WITH_A_PILE = (*IMAGE_SUFFIXES, ".json", ".yaml", ".csv")
 
@@ -123,11 +122,7 @@ def fetch_pile(client: HubClient, source: str) -> Path:
 
 
 def _release_of(source: Path) -> Path | None:
-    for folder in (source, source / "release"):
-        manifest = folder / MANIFEST_NAME
-        if manifest.is_file() and Manifest.is_manifest(read_json(manifest)):
-            return folder
-    return None
+    return next((folder for folder in (source, source / "release") if Manifest.lies_in(folder)), None)
 
 
 def _packaged(todo: PackagePlan, extras: Extras, folder: Path) -> Staging:
@@ -172,7 +167,9 @@ def _adjusted(root: Path, asked: PackageSpec, extras: Extras, folder: Path) -> S
     if not asked.model_fields_set and not extras.also and not (_uncut(release) and extras.activations is not None):
         return Staging(release, False)
     copy = folder / "release"
-    shutil.copytree(root, copy, copy_function=_link, ignore=lambda at, names: _not_copied(root, Path(at), names))
+    for file in files_under(root):
+        _link(root / file.path, copy / file.path)
+    (copy / MANIFEST_NAME).unlink()  # it is written anew
     shutil.copyfile(root / MANIFEST_NAME, copy / MANIFEST_NAME)
     release = Release.open(copy)
     release.manifest = release.manifest.model_copy(update=asked.manifest_fields())
@@ -247,30 +244,18 @@ def staging_folder() -> Iterator[Path]:
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)
     return True
 
 
-def _not_copied(root: Path, at: Path, names: list[str]) -> list[str]:
-    """The manifest (it is written anew), hidden files, links to folders and links that lead out of the release."""
-
-    def skip(path: Path) -> bool:
-        away = path.is_symlink() and (path.is_dir() or not belongs(path, root))
-        return away or path.name.startswith(".") or path == root / MANIFEST_NAME
-
-    return [name for name in names if skip(at / name)]
-
-
-def _link(source: str, target: str) -> str:
+def _link(source: Path, target: Path) -> None:
     """A hard link where the disk allows it, else a copy."""
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        os.link(os.path.realpath(source), target)
+        os.link(source.resolve(), target)
     except OSError:
         shutil.copyfile(source, target)
-    return target
 
 
 def _unlink_all(folder: Path) -> None:
@@ -282,8 +267,5 @@ def _unlink_all(folder: Path) -> None:
 
 def _keep(source: Path, base: Path, target: Path) -> None:
     for path in [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.is_file()):
-        if source.is_dir() and not belongs(path, base):
-            continue
-        place = target / path.relative_to(base)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        _link(os.path.realpath(path), str(place))
+        if source.is_file() or belongs(path, base):
+            _link(path, target / path.relative_to(base))

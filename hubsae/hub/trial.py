@@ -34,9 +34,6 @@ BIG = 300_000_000
 class Verification:
     """What was tried on one SAE before publishing it."""
 
-    id: str
-    same_as_source: bool
-    """Tensors bit for bit, and equal output on the probes."""
     saelens: str
     """`same`, `differs`, `not checked`."""
     saelens_error: float | None = None
@@ -48,20 +45,20 @@ class Verification:
     notes: list[str] = field(default_factory=list)
 
 
-def probe_activations(sae: SAE, n: int = PROBES, *, seed: int = 0) -> Tensor:
-    """Made-up activations [n, d_in] in the range this SAE was trained for."""
-    generator = torch.Generator().manual_seed(seed)
+def probe_activations(sae: SAE) -> Tensor:
+    """Made-up activations [PROBES, d_in] in the range this SAE was trained for."""
+    generator = torch.Generator().manual_seed(0)
     transcoder = sae.config.is_transcoder  # its decoder points into another space, its encoder into this one
     origin = torch.zeros(sae.d_in) if transcoder else sae.b_dec.detach().float().cpu()
     centre, scale = origin, torch.ones(sae.d_in)
     if sae.normalizer is not None:
         centre, scale = sae.normalizer.mean.float().cpu(), sae.normalizer.std.float().cpu()
-    noise = centre + scale * torch.randn(n // 2, sae.d_in, generator=generator)
+    noise = centre + scale * torch.randn(PROBES // 2, sae.d_in, generator=generator)
     few = min(16, sae.d_sae)
-    rows = torch.randint(sae.d_sae, (n - n // 2, few), generator=generator)
-    strength = torch.rand(n - n // 2, few, 1, generator=generator) * 4
+    rows = torch.randint(sae.d_sae, (PROBES // 2, few), generator=generator)
+    strength = torch.rand(PROBES // 2, few, 1, generator=generator) * 4
     table = sae.W_enc.detach().T if transcoder else sae.W_dec.detach()
-    directions = table.float().cpu()[rows]  # [n/2, few, d_in]
+    directions = table.float().cpu()[rows]  # [PROBES / 2, few, d_in]
     sums = origin + (strength * directions).sum(1)
     return torch.cat([noise, sums])
 
@@ -155,7 +152,7 @@ def verify(
             f"it reconstructs your activations worse than their mean does (FVU {fvu:.3g}): is this the right layer, "
             "stage and reading (decode_adds_b_pre, normaliser)?"
         )
-    return Verification(id, True, verdict, error, rows, fvu, l0, notes)
+    return Verification(verdict, error, rows, fvu, l0, notes)
 
 
 def _negatives(sae: SAE, activations: Tensor) -> str:

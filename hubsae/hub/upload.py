@@ -30,7 +30,7 @@ from hubsae.hub.client import HubClient
 from hubsae.hub.contents import Contents, Diff, LocalFile, State, compare, fingerprint
 from hubsae.hub.errors import ConflictError, IntegrityError
 from hubsae.hub.explain import explained
-from hubsae.hub.retry import ALL_TRIES, describe, is_transient, next_pause, retrying, status_of, tries_made
+from hubsae.hub.retry import ALL_TRIES, describe, is_transient, retrying, status_of, tries_made
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
@@ -77,6 +77,8 @@ def publish(
     bar: bool | None = None,
 ) -> Published:
     """Bring a branch (or a pull request against it) to what `build` asks for; see the module's docstring."""
+    from huggingface_hub import CommitOperationAdd
+
     branch = _Branch(client, repo_id, repo_type, revision, message)
     pr_url = None
     if pr:
@@ -94,7 +96,9 @@ def publish(
         if diff.empty:
             commit, committed = state.head, refused > 0
             break
-        additions = _additions(diff.sent)
+        additions = [
+            CommitOperationAdd(f.path, f.source if isinstance(f.source, bytes) else str(f.source)) for f in diff.sent
+        ]
         branch.send(additions, diff, bar)
         made = branch.commit(additions, diff, state.head)
         if made is not None:
@@ -112,12 +116,6 @@ def publish(
         branch.open_for_review()
     url = pr_url or client.page(repo_id, repo_type, None if revision == "main" else revision)
     return Published(repo_id, commit, branch.ref, committed, diff, url, pr_url)
-
-
-def _additions(files: Sequence[LocalFile]) -> list[CommitOperationAdd]:
-    from huggingface_hub import CommitOperationAdd
-
-    return [CommitOperationAdd(f.path, f.source if isinstance(f.source, bytes) else str(f.source)) for f in files]
 
 
 @dataclass
@@ -171,42 +169,40 @@ class _Branch:
 
         client = self.client
         operations = [*additions, *(CommitOperationDelete(path) for path in diff.deleted)]
-        attempt, waited = 0, 0.0
-        while True:
-            try:
-                with warnings.catch_warnings():  # tables of an index belong to their release
-                    warnings.filterwarnings("ignore", "It seems that you are about to commit a data file")
-                    info = client.api.create_commit(
-                        self.repo_id,
-                        operations,
-                        commit_message=self.message,
-                        repo_type=self.repo_type,
-                        revision=self.ref,
-                        parent_commit=parent,
-                    )
-                return str(info.oid)
-            except Exception as error:
-                attempt += tries_made(error)
-                moved = status_of(error) in (409, 412)
-                pause = None
-                if moved or is_transient(error):
-                    # whatever the answer was, the branch says what happened
-                    now = self.look()
-                    if now.head != parent:
-                        if moved or not _holds(now, diff):
-                            return None
-                        client.say(f"the answer to the commit was lost ({describe(error)}), but it was made")
-                        return self._ours(now.head, parent)
-                    pause = None if moved else next_pause(client.policy, error, attempt, waited)
-                if pause is None:
-                    with self.explained():
-                        raise
-                waited += pause
-                client.say(
-                    f"the commit failed ({describe(error)}); nothing was changed, trying again in {pause:.0f} s "
-                    f"({attempt + 1} of {client.policy.attempts})"
+        now = State(parent, {})
+
+        def ask() -> str:
+            with warnings.catch_warnings():  # tables of an index belong to their release
+                warnings.filterwarnings("ignore", "It seems that you are about to commit a data file")
+                info = client.api.create_commit(
+                    self.repo_id,
+                    operations,
+                    commit_message=self.message,
+                    repo_type=self.repo_type,
+                    revision=self.ref,
+                    parent_commit=parent,
                 )
-                client.policy.sleep(pause)
+            return str(info.oid)
+
+        def worth_another(error: BaseException) -> bool:
+            nonlocal now
+            moved = status_of(error) in (409, 412)
+            if moved or is_transient(error):
+                now = self.look()  # whatever the answer was, the branch says what happened
+            return not moved and now.head == parent and is_transient(error)
+
+        with self.explained():
+            try:
+                return retrying(
+                    ask, policy=client.policy, what="the commit", notify=client.say, transient=worth_another
+                )
+            except Exception as error:
+                if now.head == parent:
+                    raise
+                if not _holds(now, diff):
+                    return None
+                client.say(f"the answer to the commit was lost ({describe(error)}), but it was made")
+        return self._ours(now.head, parent)
 
     def _ours(self, head: str, parent: str) -> str:
         """The commit that was made right on top of `parent` (others may have followed)."""

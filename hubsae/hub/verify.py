@@ -14,7 +14,7 @@ from hubsae.core.errors import HubSAEError, NotFoundError
 from hubsae.core.files import read_json, sha256_file
 from hubsae.core.progress import progress
 from hubsae.core.text import format_bytes, printable
-from hubsae.formats.manifest import MANIFEST_NAME, Manifest
+from hubsae.formats.manifest import Manifest
 from hubsae.formats.release import check_files
 from hubsae.hub.catalog import CACHE_NOTES
 from hubsae.hub.client import HubClient, split_repo
@@ -99,7 +99,7 @@ def _each(out: Verified, checks: list[tuple[Path, Callable[[], object]]], show: 
 
 def _folder(root: Path, out: Verified, show: bool | None) -> None:
     checks: list[tuple[Path, Callable[[], object]]] = []
-    if root.is_dir() and (root / MANIFEST_NAME).is_file() and Manifest.is_manifest(read_json(root / MANIFEST_NAME)):
+    if Manifest.lies_in(root):
         out.kinds.append("release")
         for entry in Manifest.read(root).all_files:
             checks.append((root / entry.path, lambda entry=entry: check_files(root, [entry], hashes=True)))

@@ -86,8 +86,7 @@ def test_one_folder_serves_hubsae_saelens_and_sparsify(sparsify, rand, x, same, 
     config = SAEConfig(architecture="topk", d_in=D_IN, d_sae=D_SAE, k=K)
     sae = HubSAE(config, {n: rand(*config.tensor_shape(n), scale=0.3) for n in config.tensor_names})
     write(sae, tmp_path / "s")
-    new = write_also(sae, tmp_path / "s", ["sparsify"])
-    assert {p.name for p in new} == {"sae.safetensors", "cfg.json"}
+    write_also(sae, tmp_path / "s", ["sparsify"])
     lens = sae_lens.SAE.load_from_disk(tmp_path / "s")
     coder = sparsify.SparseCoder.load_from_disk(tmp_path / "s")
     same(sae, x, lens.encode(x), lens(x))

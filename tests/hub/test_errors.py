@@ -12,8 +12,8 @@ import pytest
 from hubsae import HubSAE, push
 from hubsae.core.errors import ConfigError, HubRequestError, HubSAEError, NotFoundError
 from hubsae.hub import errors
+from hubsae.hub.catalog import units
 from hubsae.hub.client import HubClient, split_repo
-from hubsae.hub.layouts import units
 from hubsae.hub.retry import RetryPolicy, asked_pause, retrying
 from hubsae.localhub import LocalHub
 from tests.hub.conftest import ABOUT
@@ -196,4 +196,4 @@ def test_pauses_in_headers():
     ],
 )  # fmt: skip
 def test_a_file_list_is_grouped_into_saes(paths: list[str], ids: list[str]):
-    assert [unit.id for unit in units(paths)] == ids
+    assert list(units(paths)) == ids

@@ -174,7 +174,7 @@ def test_the_register_is_read_as_saelens_reads_it():
     from sae_lens.loading.pretrained_saes_directory import get_config_overrides, get_pretrained_saes_directory
 
     theirs = get_pretrained_saes_directory()
-    assert registered.names() == list(theirs)
+    assert [release.name for release in registered.releases()] == list(theirs)
     for release in registered.releases():
         other = theirs[release.name]
         assert (release.repo_id, release.model) == (other.repo_id, other.model)

@@ -21,7 +21,7 @@ from hubsae.core.files import write_json_atomic
 from hubsae.core.fold import TrainedTensors, unfold
 from hubsae.core.sae import SAE
 from hubsae.formats import tensors as io
-from hubsae.formats.assembling import Found, assemble, orient
+from hubsae.formats.assembling import Found, assemble, orient, statistic
 from hubsae.formats.base import Files, Format, Overrides, Probe, ReadWarning
 
 WEIGHTS_NAME = "model.safetensors"
@@ -105,18 +105,15 @@ def _named(file: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _walk(meta: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
     if isinstance(meta, dict) and depth < 6:
         for key, value in meta.items():
-            yield f"{prefix}{key}", value
-            yield from _walk(value, f"{prefix}{key}.", depth + 1)
+            yield f"{prefix}.{key}", value
+            yield from _walk(value, f"{prefix}.{key}", depth + 1)
 
 
 def _find(meta: dict[str, Any], names: tuple[str, ...]) -> Any:
     """The value of the first of the names found at any depth, shallow ones first."""
     flat = sorted(_walk(meta), key=lambda item: item[0].count("."))
-    for name in names:
-        for key, value in flat:
-            if (key == name or key.endswith(f".{name}")) and not isinstance(value, dict) and value is not None:
-                return value
-    return None
+    flat = [(key, value) for key, value in flat if value is not None and not isinstance(value, dict)]
+    return next((value for name in names for key, value in flat if key.endswith(f".{name}")), None)
 
 
 def _text(meta: dict[str, Any], names: tuple[str, ...]) -> str | None:
@@ -149,20 +146,12 @@ def _subtracts(file: Path, meta: dict[str, Any], choices: Overrides) -> bool:
 def _statistic(
     file: Path, meta: dict[str, Any], tensors: dict[str, Tensor], name: str, names: tuple[str, ...], d_in: int
 ) -> Tensor:
-    value = tensors.get(f"input_{name}")
-    if value is None:
-        value = _find(meta, names)
+    value = tensors.get(f"input_{name}", _find(meta, names))
     if value is None:
         raise FormatError(
             file, f"input_{name} in {METADATA_NAME}", "none", hint="the weights mean nothing without their normaliser"
         )
-    try:
-        tensor = torch.as_tensor(value, dtype=torch.float64).flatten()
-    except (TypeError, ValueError) as error:
-        raise FormatError(file, f"input_{name} as numbers", str(error)) from error
-    if tensor.numel() not in (1, d_in):
-        raise FormatError(file, f"input_{name} of width {d_in}", str(tensor.numel()))
-    return tensor.expand(d_in)
+    return statistic(file, f"input_{name}", value, d_in)
 
 
 def _training(meta: dict[str, Any]) -> dict[str, Any]:

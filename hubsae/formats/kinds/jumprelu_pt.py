@@ -8,13 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from hubsae.core.errors import FormatError
 from hubsae.core.fold import TrainedTensors
 from hubsae.core.sae import SAE
-from hubsae.formats.assembling import Found, assemble, expect_keys
+from hubsae.formats.assembling import Found, assemble, expect_keys, statistic
 from hubsae.formats.base import Format, Overrides, Probe
 from hubsae.formats.tensors import PICKLES
 
@@ -51,8 +48,8 @@ def _read(probe: Probe, choices: Overrides) -> SAE:
             trained=TrainedTensors(state["W_enc"], state["W_dec"], state["b_dec"], None, {"b_enc": state["b_enc"]}),
             architecture="jumprelu",
             threshold=state["log_threshold"].double().exp().float(),
-            mean=_stat(probe, value["normalization_mean"], width),
-            std=_stat(probe, value["normalization_scale"], width),
+            mean=statistic(probe.path, "normalization_mean", value["normalization_mean"], width),
+            std=statistic(probe.path, "normalization_scale", value["normalization_scale"], width),
             keep_normalizer=True,
             count=int(manifest.get("total_tokens") or 0),
             layer=layer if isinstance(layer, int) else probe.name.layer,
@@ -63,13 +60,6 @@ def _read(probe: Probe, choices: Overrides) -> SAE:
         ),
         choices,
     )
-
-
-def _stat(probe: Probe, value: Any, width: int) -> Tensor:
-    tensor = torch.as_tensor(value, dtype=torch.float64).flatten()
-    if tensor.numel() not in (1, width):
-        raise FormatError(probe.path, f"normaliser statistics of width {width} or one", str(tensor.numel()))
-    return tensor.expand(width)
 
 
 def _training(value: dict[str, Any]) -> dict[str, Any]:
