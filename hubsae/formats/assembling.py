@@ -183,7 +183,7 @@ def _check_std(found: Found) -> None:
 
 
 def _record(found: Found, choices: Overrides, config: SAEConfig, normalizer: Normalizer | None) -> Metadata:
-    record = {key: dict(value) if isinstance(value, dict) else value for key, value in found.record.items()}
+    record: dict[str, Any] = {k: dict(v) if isinstance(v, dict) else v for k, v in found.record.items()}
     base = record.setdefault("base_model", {})
     for key, value in (("id", found.base_model), ("revision", found.base_model_revision), ("stage", found.stage)):
         if value is not None:

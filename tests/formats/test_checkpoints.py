@@ -22,6 +22,7 @@ class ChainSAE(nn.Module):
 
     def __init__(self, rand):
         super().__init__()
+        torch.manual_seed(0)  # of the linear layers: the same SAE in every run
         self.b_pre = nn.Parameter(rand(D_IN))
         self.encoder, self.decoder = nn.Linear(D_IN, D_SAE), nn.Linear(D_SAE, D_IN)
 
