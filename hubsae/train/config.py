@@ -266,6 +266,11 @@ class TrainConfig(Settings):
         excluding(self.exclude)
         return self
 
+    @property
+    def excluded(self) -> tuple[str, ...]:
+        """The groups of tokens to leave out, massive ones among them where only their factor is said."""
+        return tuple(dict.fromkeys((*self.exclude, *(("massive",) if self.max_norm_factor is not None else ()))))
+
     def check(self, d_in: int) -> None:
         """Raise what only the width of the activations shows."""
         width = self.width(d_in)

@@ -1,7 +1,8 @@
 """Where batches come from: a matrix in memory, or anything that yields batches and can say where it stands.
 
 A source has `d`, `n_rows`, `batches(batch_size, *, seed, epoch, rank, world_size)` and `state_dict` /
-`load_state_dict`; one with labels has `label_names` and `labelled_batches(columns, batch_size, ...)` too.
+`load_state_dict`, and `take(rows)`, or rows that stand for all as `reserve`, for statistics and starts; one with labels
+has `label_names` and `labelled_batches(columns, batch_size, ...)` too.
 `hubsae.activations.ActivationDataset` is one. A plain tensor [rows, d] becomes a `TensorSource`. One that has `d_out`
 gives pairs (`hubsae.activations.PairedActivations`): a transcoder is trained on it.
 """
@@ -9,8 +10,6 @@ gives pairs (`hubsae.activations.PairedActivations`): a transcoder is trained on
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Protocol, cast
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 from hubsae.activations.activation_set import Batch
 from hubsae.core.errors import ConfigError, DataError
 from hubsae.core.normalizer import Normalizer
-from hubsae.core.scopes import NORM, Scope, excluding
+from hubsae.core.scopes import ALL, NORM, Scope, excluding
 from hubsae.train.config import TrainConfig
 
 MASSIVE = 10.0
@@ -101,13 +100,16 @@ def as_source(activations: Any) -> Source:
     """A tensor or array as a source; a source as it is."""
     if isinstance(activations, Tensor):
         return TensorSource(activations)
-    if hasattr(activations, "batches") and hasattr(activations, "d"):
+    if all(hasattr(activations, name) for name in ("d", "n_rows", "batches", "state_dict")) and (
+        hasattr(activations, "take") or hasattr(activations, "reserve")
+    ):
         return cast(Source, activations)
     if hasattr(activations, "__array__"):
         return TensorSource(torch.as_tensor(activations))
     raise DataError(
         f"cannot train on {type(activations).__name__}",
-        hint="pass a tensor [tokens, d], or hubsae.activations.ActivationDataset.open(...)",
+        hint="pass a tensor [tokens, d], hubsae.activations.ActivationDataset.open(...), or what has d, n_rows, "
+        "batches, state_dict, load_state_dict and take",
     )
 
 
@@ -126,69 +128,46 @@ def split(source: Source, val: Any, fraction: float) -> tuple[Source, Source | N
     return TensorSource(source.rows[:-held]), TensorSource(source.rows[-held:])
 
 
-@dataclass(frozen=True)
-class TokenSelection:
-    """Which tokens take part in training: all but the groups of `exclude` and those of a norm above `massive_above`."""
-
-    exclude: tuple[str, ...] = ()
-    massive_above: float | None = None
-
-    @staticmethod
-    def of(config: TrainConfig, massive_above: float | None) -> TokenSelection:
-        """What a config leaves out, with the bound that was found for `massive`."""
-        groups = dict.fromkeys((*config.exclude, *(("massive",) if config.max_norm_factor is not None else ())))
-        return TokenSelection(tuple(groups), massive_above)
-
-    @cached_property
-    def scope(self) -> Scope:
-        """The tokens that are left."""
-        return excluding(self.exclude, self.massive_above)
-
-    @property
-    def columns(self) -> list[str]:
-        """Label columns to read for it."""
-        return [column for column in self.scope.columns if column != NORM]
-
-    def batches(self, source: Source, size: int, **options: Any) -> Iterator[Batch]:
-        """Batches of a source with the labels it needs, nothing left out yet."""
-        if self.columns:
-            return (Batch(*found) for found in cast(Any, source).labelled_batches(self.columns, size, **options))
-        return (x if isinstance(x, Batch) else Batch(x, {}) for x in source.batches(size, **options))
-
-    def kept(self, batch: Batch) -> Batch:
-        """The rows of a batch that take part."""
-        scope = self.scope
-        if not scope.terms:
-            return batch
-        labels = dict(batch.labels)
-        if NORM in scope.columns:
-            labels[NORM] = batch.x.float().norm(dim=1).cpu().numpy()
-        chosen = torch.from_numpy(scope.mask(labels, len(batch))).to(batch.x.device)
-        return batch if bool(chosen.all()) else batch.part(chosen)
+def columns_of(scope: Scope) -> list[str]:
+    """Label columns to read for a scope."""
+    return [column for column in scope.columns if column != NORM]
 
 
-def select_tokens(config: TrainConfig, source: Source) -> TokenSelection:
-    """What a config leaves out of a source; the bound for massive tokens is a multiple of the median norm."""
-    selection = TokenSelection.of(config, None)
-    if "massive" not in selection.exclude:
-        return selection
+def batches(source: Source, scope: Scope, size: int, **options: Any) -> Iterator[Batch]:
+    """Batches of a source with the labels that a scope needs, nothing left out yet."""
+    if columns := columns_of(scope):
+        return (Batch(*found) for found in cast(Any, source).labelled_batches(columns, size, **options))
+    return (x if isinstance(x, Batch) else Batch(x, {}) for x in source.batches(size, **options))
+
+
+def kept(batch: Batch, scope: Scope) -> Batch:
+    """The rows of a batch that take part."""
+    if not scope.terms:
+        return batch
+    labels = dict(batch.labels)
+    if NORM in scope.columns:
+        labels[NORM] = batch.x.float().norm(dim=1).cpu().numpy()
+    chosen = torch.from_numpy(scope.mask(labels, len(batch))).to(batch.x.device)
+    return batch if bool(chosen.all()) else batch.part(chosen)
+
+
+def scope_of(config: TrainConfig, source: Source) -> Scope:
+    """The tokens that take part; the bound for massive ones is a multiple of the median norm."""
+    if "massive" not in config.excluded:
+        return excluding(config.excluded)
     median = float(sample(source, 65_536, 0).x.norm(dim=1).median())
-    return TokenSelection(selection.exclude, (config.max_norm_factor or MASSIVE) * median)
+    return excluding(config.excluded, (config.max_norm_factor or MASSIVE) * median)
 
 
-def sample(source: Source, rows: int, seed: int, selection: TokenSelection | None = None) -> Batch:
+def sample(source: Source, rows: int, seed: int, scope: Scope = ALL) -> Batch:
     """Random rows in float32, the same for the same seed; all rows where there are no more.
 
-    With a selection, those of them that take part.
+    Of these the ones in the scope.
     """
-    selection = selection or TokenSelection()
     rows = min(rows, source.n_rows)
     if (reserve := getattr(source, "reserve", None)) is not None:
         places = torch.randperm(len(reserve), generator=torch.Generator().manual_seed(seed))[:rows]
-        return selection.kept(reserve.part(places).mapped(Tensor.float))
-    take = getattr(source, "take", None)
-    if take is None:
-        return head(source, rows, seed, selection)
+        return kept(reserve.part(places).mapped(Tensor.float), scope)
     generator = torch.Generator().manual_seed(seed)
     if rows == source.n_rows:
         chosen = torch.arange(rows)
@@ -197,42 +176,24 @@ def sample(source: Source, rows: int, seed: int, selection: TokenSelection | Non
     else:
         # with replacement beyond a million rows: no permutation of the whole data set for a small sample
         chosen = torch.randint(source.n_rows, (rows,), generator=generator)
-    found = take(chosen if isinstance(source, TensorSource) else chosen.numpy())
+    found = cast(Any, source).take(chosen.numpy())
     found = found if isinstance(found, Batch) else Batch(found, {})
     labels = {}
-    if selection.columns:
-        columns = cast(Any, source).columns(selection.columns)
-        labels = {name: column[chosen.numpy()] for name, column in columns.items()}
-    return selection.kept(Batch(found.x, labels, found.target).mapped(Tensor.float))
+    if columns := columns_of(scope):
+        labels = {name: column[chosen.numpy()] for name, column in cast(Any, source).columns(columns).items()}
+    return kept(Batch(found.x, labels, found.target).mapped(Tensor.float), scope)
 
 
-def head(source: Source, rows: int, seed: int, selection: TokenSelection) -> Batch:
-    """The first rows of an epoch, without moving the source's place."""
-    state = source.state_dict()
-    parts: list[Batch] = []
-    have = 0
-    for batch in selection.batches(source, min(rows, 8192), seed=seed, epoch=0):
-        parts.append(selection.kept(batch).part(slice(rows - have)).mapped(Tensor.float))
-        have += len(parts[-1])
-        if have >= rows:
-            break
-    if state:
-        source.load_state_dict(state)
-    if not parts:
-        raise DataError("the source gave no batch")
-    return Batch.joined(parts)
-
-
-def spaces(config: TrainConfig, source: Any, selection: TokenSelection) -> tuple[Normalizer | None, Normalizer | None]:
+def spaces(config: TrainConfig, source: Any, scope: Scope) -> tuple[Normalizer | None, Normalizer | None]:
     """Statistics of the space the config asks for, and of pairs that of what is predicted.
 
     Over the tokens that take part (at most 2^20), or as the source knows them of all.
     """
     if config.normalize == "none":
         return None, None
-    if not selection.exclude and (stats := getattr(source, "stats", None)) is not None:
+    if not scope.terms and (stats := getattr(source, "stats", None)) is not None:
         return normalizer(config, stats.mean.double(), stats.std.double(), stats.mean_norm, stats.count), None
-    rows = sample(source, 1 << 20, 0, selection)
+    rows = sample(source, 1 << 20, 0, scope)
     return _of_rows(config, rows.x), None if rows.target is None else _of_rows(config, rows.target)
 
 

@@ -16,10 +16,9 @@ from hubsae.core.hooks import HookPoint
 from hubsae.core.metadata import Metadata
 from hubsae.core.normalizer import Normalizer
 from hubsae.core.sae import SAE
-from hubsae.core.scopes import excluding
+from hubsae.core.scopes import Scope, excluding
 from hubsae.core.settings import merge
 from hubsae.train.config import TrainConfig
-from hubsae.train.data import TokenSelection
 from hubsae.train.result import as_metadata
 from hubsae.train.state import Cell
 from hubsae.version import __version__
@@ -46,7 +45,8 @@ class Exporter(NamedTuple):
     """Makes SAEs of the cells of a run, and says in their records what is known of it beside their settings."""
 
     source: Any
-    tokens: TokenSelection
+    scope: Scope
+    """The tokens that take part."""
     space: Normalizer | None
     """Input normalisation."""
     space_out: Normalizer | None
@@ -98,7 +98,7 @@ class Exporter(NamedTuple):
         config, parent, resample = cell.config, cell.parent, cell.config.dead.resample
         # what the harvest left out is not in the data, and belongs to the record all the same
         before = getattr(self.source, "info", {}).get("exclude") or ()
-        excluded = [*dict.fromkeys((*before, *self.tokens.exclude))]
+        excluded = [*dict.fromkeys((*before, *config.excluded))]
         training = {
             "tokens": moment["tokens"],
             "steps": moment["step"],
@@ -117,7 +117,7 @@ class Exporter(NamedTuple):
             "selection": f"best {moment['metric']}, step {moment['step']}" if "metric" in moment else "last step",
             "split": f"contiguous tail of {config.val_fraction:g}" if config.val_fraction else None,
             "exclude": excluded or None,
-            "massive_above": self.tokens.massive_above,
+            "massive_above": self.scope.massive_above,
         }
         kind = {"none": "none", "mean_std": "mean_std"}.get(config.normalize, "scalar")
         data: dict[str, Any] = {

@@ -9,9 +9,10 @@ from typing import Any
 from hubsae.core.errors import ConfigError, DataError, FormatError
 from hubsae.core.files import read_json
 from hubsae.core.progress import say
+from hubsae.core.scopes import excluding
 from hubsae.train import checkpoint
 from hubsae.train.config import TrainConfig
-from hubsae.train.data import TokenSelection
+from hubsae.train.data import columns_of
 from hubsae.train.export import joined
 
 
@@ -38,13 +39,13 @@ def check_data(configs: Sequence[TrainConfig], source: Any, val: Any) -> None:
         if val is None and (config.metric or "").startswith("val_"):
             raise ConfigError(f"metric {config.metric} needs validation data", hint="pass val=, or set val_fraction")
         joined(config.record, source)
-        selection = TokenSelection.of(config, None)
+        columns = columns_of(excluding(config.excluded))
         for data in (source, val):
-            missing = [name for name in selection.columns if name not in getattr(data, "label_names", ())]
+            missing = [name for name in columns if name not in getattr(data, "label_names", ())]
             if data is not None and missing:
                 have = ", ".join(getattr(data, "label_names", ())) or "none"
                 raise ConfigError(
-                    f"exclude={list(selection.exclude)} needs the label columns {', '.join(missing)}",
+                    f"exclude={list(config.excluded)} needs the label columns {', '.join(missing)}",
                     hint=f"columns there: {have}; ActivationDataset.from_tensor(x, position=...) gives a tensor some",
                 )
 

@@ -24,6 +24,7 @@ from hubsae.core.files import read_json, write_json_atomic
 from hubsae.core.normalizer import Normalizer
 from hubsae.core.progress import Task, progress
 from hubsae.core.sae import SAE
+from hubsae.core.scopes import ALL, excluding
 from hubsae.kernels import linear
 from hubsae.train import checkpoint, data, dead, init, preflight, select, validate
 from hubsae.train.best import Best
@@ -97,21 +98,21 @@ class Run:
         else:
             self._start(space)
         self.exporter = Exporter(
-            self.source, self.tokens, self.space, self.space_out, self.steps_per_epoch, self.d_out is not None
+            self.source, self.scope, self.space, self.space_out, self.steps_per_epoch, self.d_out is not None
         )
 
     # ---- starting ---------------------------------------------------------------------------------------
 
     def _start(self, space: Normalizer | None) -> None:
         self.log.fresh()
-        self.tokens = data.select_tokens(self.first, self.source)
+        self.scope = data.scope_of(self.first, self.source)
         parents = [c.parent.normalizer for c in self.cells if c.parent is not None and c.parent.normalizer is not None]
         given = space if space is not None else parents[0] if parents else None
         if self.first.normalize != "none" and given is not None and self.d_out is None:
             # latents of a warm start mean the same only in the space they were trained in
             self.space, self.space_out = given, None
         else:
-            self.space, self.space_out = data.spaces(self.first, self.source, self.tokens)
+            self.space, self.space_out = data.spaces(self.first, self.source, self.scope)
             if self.space is not None and given is not None:
                 self.space = given
         rows: Batch | None = None
@@ -150,7 +151,7 @@ class Run:
         checkpoint.load(path, self.cells, state)
         self.step, self.epoch, self.finished = state["step"], state["epoch"], state["finished"]
         self.space, self.space_out = (_normalizer(state.get(name)) for name in ("space", "space_out"))
-        self.tokens = data.TokenSelection.of(self.first, state["massive_above"])
+        self.scope = excluding(self.first.excluded, state["massive_above"])
         linear.adopt(state["linear"])
         if state["source"] is not None:
             self.source.load_state_dict(state["source"])
@@ -190,9 +191,9 @@ class Run:
     def _batches(self) -> Iterator[Batch]:
         rank, world = (self.comm.rank, self.comm.world) if self.comm.splits_rows else (0, 1)
         options = {"seed": self.first.data_seed, "epoch": self.epoch, "rank": rank, "world_size": world}
-        for batch in self.tokens.batches(self.source, self.local_batch, **options):
+        for batch in data.batches(self.source, self.scope, self.local_batch, **options):
             if len(batch.x) == self.local_batch:
-                yield self._in_space(self.tokens.kept(batch))
+                yield self._in_space(data.kept(batch, self.scope))
 
     def _in_space(self, rows: Batch) -> Batch:
         """Raw activations in training space, float32, on the device."""
@@ -208,7 +209,7 @@ class Run:
 
     def _sample(self, rows: int, seed: int) -> Batch:
         """Random training tokens in training space."""
-        return self._in_space(data.sample(self.source, rows, seed, self.tokens))
+        return self._in_space(data.sample(self.source, rows, seed, self.scope))
 
     def _train(self, batch: Batch) -> None:
         """One optimiser step of every living cell."""
@@ -335,7 +336,7 @@ class Run:
         """Metrics of the first cell as it stands, on the validation data, or on training rows where there is none."""
         val = self.val
         if val is None:
-            rows = data.sample(self.source, self.first.eval_rows, self.first.data_seed, self.tokens)
+            rows = data.sample(self.source, self.first.eval_rows, self.first.data_seed, self.scope)
             paired = rows.target is not None and PairedActivations.from_tensors(rows.x, rows.target)
             val = paired or data.TensorSource(rows.x)
         cell = self.cells[0]
@@ -345,12 +346,12 @@ class Run:
 
     def _validate(self, cells: list[Cell], val: data.Source) -> dict[str, dict[str, float]]:
         saes = {cell.config.name: self.standing(cell).to(self.device) for cell in cells}
-        selection = self.tokens
+        scope = self.scope
         if val is not self.val:  # rows of training, already chosen, without labels
-            selection = data.TokenSelection()
+            scope = ALL
             for sae in saes.values():
                 sae.metadata.training.exclude = []
-        return validate.measure(saes, val, selection, limit=self.first.eval_rows)
+        return validate.measure(saes, val, scope, limit=self.first.eval_rows)
 
     def _gathered(self, cell: Cell) -> dict[str, Tensor]:
         """The weights of a cell, over all ranks that hold a share of its latents."""
@@ -369,7 +370,7 @@ class Run:
                 "finished": self.finished,
                 "space": _facts(self.space),
                 "space_out": _facts(self.space_out),
-                "massive_above": self.tokens.massive_above,
+                "massive_above": self.scope.massive_above,
                 "log": self.log.mark(),
                 "linear": linear.decisions(),
                 "source": None if at_end_of_epoch else self.source.state_dict(),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hubsae.core.normalizer import Normalizer
+from hubsae.core.scopes import excluding
 from hubsae.train import (
     AuxConfig,
     DeadConfig,
@@ -40,7 +41,7 @@ def train_configs(
     ...                                        TrainSettings(batch_size=64), x)]
     ['jumprelu', 'topk']
     """
-    from hubsae.train.data import TokenSelection, as_source, sample, spaces
+    from hubsae.train.data import as_source, sample, spaces
 
     source = as_source(activations)
     steps = max(1, round(settings.epochs * (source.n_rows // settings.batch_size)))
@@ -83,7 +84,7 @@ def train_configs(
         else:
             jump = settings.jumprelu
             if rows is None:
-                taken = TokenSelection(tuple(settings.exclude))
+                taken = excluding(settings.exclude)
                 space, _ = spaces(TrainConfig(d_sae=1, k=1, normalize=settings.normalize), source, taken)
                 rows = _centred(sample(source, SAMPLE, seed, taken).x, space)
             start = first_threshold(rows, cell.number / cell.d_sae(source.d), seed + cell.seed)

@@ -26,6 +26,7 @@ from hubsae.train import (
     update,
 )
 from hubsae.train import dead as dead_latents
+from hubsae.train.data import TensorSource
 from hubsae.train.init import geometric_median
 from hubsae.train.parallel import Solo
 from hubsae.train.schedule import learning_rate, sparsity_scale
@@ -249,6 +250,24 @@ def test_triton_kernels_where_there_is_no_triton_say_where_it_comes_from(tokens,
     with pytest.raises(ConfigError, match="kernels: triton needs the package triton") as error:
         train(config(kernels="triton"), tokens)
     assert "kernels: torch runs everywhere" in str(error.value)
+
+
+class OwnSource:
+    """A source of one's own, with what the page on training asks for and nothing more."""
+
+    def __init__(self, rows: torch.Tensor, *names: str):
+        inner = TensorSource(rows)
+        for name in names or ("d", "n_rows", "batches", "state_dict", "load_state_dict", "take"):
+            setattr(self, name, getattr(inner, name))
+
+
+def test_a_source_of_ones_own_trains_as_the_rows_that_it_gives(tokens, held_out):
+    c = config(epochs=1, normalize="mean_std")
+    own, rows = train(c, OwnSource(tokens), val=OwnSource(held_out)), train(c, tokens, val=held_out)
+    assert all(torch.equal(a, b) for a, b in zip(own.sae.tensors().values(), rows.sae.tensors().values(), strict=True))
+    assert own.metrics["val_mse"] == pytest.approx(rows.metrics["val_mse"])
+    with pytest.raises(DataError, match="cannot train on OwnSource"):
+        train(c, OwnSource(tokens, "d", "n_rows", "batches", "state_dict", "load_state_dict"))
 
 
 # ---- schedules and starts ----------------------------------------------------------------------------------
