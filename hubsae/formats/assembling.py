@@ -304,7 +304,10 @@ def with_b_dec(sae: SAE, subtracted: bool) -> dict[str, Tensor]:
 
 def statistic(path: Path, name: str, value: Any, width: int) -> Tensor:
     """A mean or deviation per dimension, from `width` numbers or one for all, in float64."""
-    tensor = torch.as_tensor(value, dtype=torch.float64).flatten()
+    try:
+        tensor = torch.as_tensor(value, dtype=torch.float64).flatten()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise FormatError(path, f"{name} as numbers", str(error)) from error
     if tensor.numel() not in (1, width):
         raise FormatError(path, f"{name} of width {width} or one", str(tensor.numel()))
     return tensor.expand(width)

@@ -22,6 +22,7 @@ from hubsae.core.files import json_text, read_json, safe_join, sha256_file, writ
 from hubsae.core.metadata import Metadata, describe_validation
 from hubsae.core.text import printable
 from hubsae.formats.select import FILTERS
+from hubsae.formats.tensors import read_small_json
 from hubsae.version import __version__
 
 MANIFEST_NAME = "config.json"
@@ -184,7 +185,7 @@ class Manifest(_Part):
     def lies_in(folder: Path) -> bool:
         """Whether a folder is a release."""
         file = folder / MANIFEST_NAME
-        return file.is_file() and Manifest.is_manifest(read_json(file))
+        return file.is_file() and Manifest.is_manifest(read_small_json(file))
 
     @staticmethod
     def read(path: str | PathLike[str]) -> Manifest:

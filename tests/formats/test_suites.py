@@ -255,6 +255,10 @@ def test_bundle_that_is_square_or_lacks_its_normaliser_is_refused(rand, tmp_path
     (tmp_path / "model.metadata.json").write_text(json.dumps(meta | {"input_std": [0.0] * 8}))
     with pytest.raises(FormatError, match="standard deviations above zero"):
         read(tmp_path, transposed=True)
+    for text in (["a"] * 8, {"0": 1.0}):
+        (tmp_path / "model.metadata.json").write_text(json.dumps(meta | {"input_mean": text}))
+        with pytest.raises(FormatError, match="input_mean"):
+            read(tmp_path, transposed=True)
 
 
 def test_folded_normaliser_gives_the_same_numbers_in_stock_saelens(rand, same, tmp_path):
