@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hubsae.core.errors import ConfigError
 from hubsae.core.sae import SAE
+from hubsae.evals.weights import unit_rows
 
 AT_ONCE = 1 << 25
 """Numbers of a table of products held at a time."""
@@ -71,8 +72,7 @@ def logit_lens(sae: SAE, model: Any, n: int = 10) -> Logits:
 @torch.no_grad()
 def decoder_neighbours(sae: SAE, n: int = 10) -> Neighbours:
     """The features whose decoder rows have the largest cosine with each."""
-    rows = sae.W_dec.detach().float()
-    unit = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    unit = unit_rows(sae.W_dec)
     n = min(n, sae.d_sae - 1)
     step = max(1, AT_ONCE // sae.d_sae)
     ids, values = [], []

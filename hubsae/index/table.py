@@ -88,7 +88,10 @@ class FeatureTable:
         self._best_sample = np.full((d_sae, top), NO_SAMPLE, np.int64)
         self._lowest = np.full((d_sae, random), NO_HASH, np.int64)
         """Smallest hashes of each feature's firings."""
-        self._read_bound()
+        # read off them: what a further firing has to reach; the upper half of a hash tells most of them apart
+        self._bound = np.full(d_sae, NO_VALUE)
+        self._bound_hash = np.full(d_sae, NO_HASH if random else -1, np.int64)
+        self._near = _upper(self._bound_hash)
         self._rising = True
         self._next: int | None = None
         self._waiting: list[dict[str, np.ndarray]] = []
@@ -278,11 +281,6 @@ class FeatureTable:
             lowest = np.sort(np.concatenate([self._lowest[of], new], 1), axis=1)[:, : self.random]
             self._lowest[of], self._bound_hash[of], self._near[of] = lowest, lowest[:, -1], _upper(lowest[:, -1])
 
-    def _read_bound(self) -> None:
-        self._bound = self._best[:, -1].copy()
-        self._bound_hash = self._lowest[:, -1].copy() if self.random else np.full(self.d_sae, -1, np.int64)
-        self._near = _upper(self._bound_hash)
-
     def _with_context(
         self, rows: dict[str, np.ndarray], feature: np.ndarray, value: np.ndarray, row: np.ndarray
     ) -> Records:
@@ -368,21 +366,6 @@ class FeatureTable:
         self.records = Records(*columns)
         return kept
 
-    def _read_bounds(self, kept: Kept) -> None:
-        """The small tables of the bounds, read off the records."""
-        feature = self.records.feature
-        self._best[:], self._best_sample[:], self._lowest[:] = NO_VALUE, NO_SAMPLE, NO_HASH
-        rank = kept.prompt_rank
-        leads = rank >= 0
-        self._best[feature[leads], rank[leads]] = self.records.value[leads]
-        self._best_sample[feature[leads], rank[leads]] = self.records.sample[leads]
-        drawn = kept.random_rank >= 0
-        hashes = mix(self.records.index[drawn])
-        order = np.lexsort((hashes, feature[drawn]))
-        of = feature[drawn][order]
-        self._lowest[of, rank_in_group(of)] = hashes[order]
-        self._read_bound()
-
     # ---- merging, saving ----------------------------------------------------------------------------------------
 
     def merge(self, other: FeatureTable) -> None:
@@ -412,7 +395,7 @@ class FeatureTable:
         moved = np.array([*(roles.index(role) for role in other.roles), -1], np.int16)
         theirs = other.records.take(other._used())
         self._put(theirs._replace(role=moved[theirs.role]))
-        self._read_bounds(self._cut())
+        self._cut()
         self._cofiring.merge(other._cofiring)
 
     def result(self) -> FeatureTable:
@@ -458,7 +441,6 @@ class FeatureTable:
         table._tally = Tally(table.d_sae, arrays["histogram"], arrays["sum"])
         table._put(Records(*(arrays[f"records/{name}"] for name in Records._fields)))
         table._cofiring = Cofiring.of(arrays["pairs/token"], arrays["pairs/feature"])
-        table._read_bounds(table._cut())
         return table
 
 
