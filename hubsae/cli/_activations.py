@@ -4,37 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
-from hubsae.cli._common import out, print_table
+from hubsae.cli._common import out, print_json, print_table
 from hubsae.core.text import printable
 
 
-def show_activations(info: dict[str, Any]) -> None:
+def show_activations(info: dict[str, Any], as_json: bool = False) -> None:
     """Print what `hubsae.activations.describe` found."""
+    if as_json:
+        print_json(info)
+        return
     console = out()
     console.print(f"{printable(info['path'])}: activations, {len(info['configs'])} config(s)", markup=False)
     rows = []
     for entry in info["configs"]:
         stats = entry["statistics"]
         splits = ", ".join(f"{name} {count:,}" for name, count in entry["splits"].items())
-        rows.append(
-            [
-                entry["config"],
-                f"{entry['dtype']} x {entry['d']}",
-                entry["scale"],
-                splits,
-                entry["files"],
-                stats["norm_percentiles"]["50"],
-                stats["norm_percentiles"]["99"],
-                stats["norm_percentiles"]["100"],
-                100 * stats["massive_share"],
-                stats["position_0"]["mean_norm"],
-            ]
-        )
-    print_table(
-        "",
-        ["config", "vectors", "scale", "rows", "files", "median norm", "p99", "max", "massive %", "norm at position 0"],
-        rows,
-    )
+        stored = [entry["config"], f"{entry['dtype']} x {entry['d']}", entry["scale"], splits, entry["files"]]
+        norms = [stats["norm_percentiles"][share] for share in ("50", "99", "100")]
+        rows.append([*stored, *norms, 100 * stats["massive_share"], stats["position_0"]["mean_norm"]])
+    columns = ["config", "vectors", "scale", "rows", "files", "median norm", "p99", "max", "massive %"]
+    print_table("", [*columns, "norm at position 0"], rows)
     for entry in info["configs"]:
         columns = printable(", ".join(entry["columns"]) or "none")
         console.print(f"\n{printable(entry['config'])} columns: {columns}", markup=False)

@@ -104,7 +104,11 @@ def run_job(
         if not equals or not name:
             raise typer.BadParameter(f"{item!r} is not NAME=VALUE", param_hint="--executor-set")
         settings[name.replace("-", "_")] = setting_of(value)
-    return run(job, executor=executor, tasks=tasks, workers=workers, settings=settings)
+    done = run(job, executor=executor, tasks=tasks, workers=workers, settings=settings)
+    if executor == "jobs":
+        typer.echo(done)  # where it lies in the bucket
+        raise typer.Exit
+    return done
 
 
 def setting_of(text: str) -> bool | int | float | str:

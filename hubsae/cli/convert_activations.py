@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from hubsae.cli import _options as options
-from hubsae.cli._common import print_json
 
 PANEL = "Activations"
 
@@ -31,18 +30,10 @@ def command(
 ) -> None:
     """Rewrite cached activations (SAELens, .pt piles, .npy, safetensors, Parquet) as an activation dataset."""
     from hubsae.activations.manifest import describe
+    from hubsae.cli._activations import show_activations
     from hubsae.scale.jobs import Convert
 
     how = {"dtype": dtype, "scale": scale if scale == "auto" else float(scale), "config": config, "vector": vector}
     job = Convert(path=str(path), out=str(out), options={**how, "source": {"model": model} if model else None})
-    done = options.run_job(job, executor, tasks, workers, executor_set)
-    if isinstance(done, str):  # in a bucket
-        print(done)
-        return
-    info = describe(out)
-    if as_json:
-        print_json(info)
-    else:
-        from hubsae.cli._activations import show_activations
-
-        show_activations(info)
+    options.run_job(job, executor, tasks, workers, executor_set)
+    show_activations(describe(out), as_json)

@@ -120,11 +120,7 @@ def command(
             filters={"id": id, "layer": layer, "stage": stage, "k": k}, scopes=[s for s in (scope, replace) if s],
             device=device, force=force,
         )  # fmt: skip
-        measured = options.run_job(job, executor, tasks, workers, executor_set, saes=saes)
-        if isinstance(measured, str):  # in a bucket
-            print(measured)
-            return
-        rows += measured
+        rows += options.run_job(job, executor, tasks, workers, executor_set, saes=saes)
     if model is not None and text is not None:
         how = {"scope": scope or replace, "replace": replace, "max_length": max_length, "force": force}
         into = _release(target) if out is None else None

@@ -20,13 +20,6 @@ def command(as_json: options.Json = False) -> None:
         print_json(rows)
         return
     shown = [
-        [
-            row["name"],
-            row["what"],
-            "yes" if row["read"] else "",
-            "yes" if row["write"] else "",
-            row["files"].replace("`", ""),
-        ]
-        for row in rows
+        ["yes" * cell if isinstance(cell, bool) else cell.replace("`", "") for cell in row.values()] for row in rows
     ]
-    print_table("", ["name", "what", "read", "write", "files"], shown)
+    print_table("", list(rows[0]), shown)

@@ -90,6 +90,7 @@ def command(
     from hubsae.activations.harvesting import harvest
     from hubsae.activations.manifest import describe
     from hubsae.activations.ranks import Ranks
+    from hubsae.cli._activations import show_activations
     from hubsae.scale.jobs import Harvest
 
     generation = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
@@ -106,21 +107,10 @@ def command(
         reward_model=reward_model, separator=separator, tokenizer=tokenizer,
         options=chosen,
     )  # fmt: skip
-    done = options.run_job(job, executor, tasks, workers, executor_set)
-    if isinstance(done, str):  # in a bucket
-        print(done)
-        return
+    options.run_job(job, executor, tasks, workers, executor_set)
     if Ranks.find().rank != 0:
         return
-    info = describe(folder)
-    if as_json:
-        from hubsae.cli._common import print_json
-
-        print_json(info)
-    else:
-        from hubsae.cli._activations import show_activations
-
-        show_activations(info)
+    show_activations(describe(folder), as_json)
     if push is not None:
         from hubsae.cli._common import err
         from hubsae.hub.datasets import push_activations

@@ -83,7 +83,6 @@ def command(
         max_length=max_length, device=device, force=force,
     )  # fmt: skip
     written = options.run_job(job, executor, tasks, workers, executor_set)
-    written = [written] if isinstance(written, str) else written
     if as_json:
         print_json([str(path) for path in written])
     for path in written if not as_json else []:

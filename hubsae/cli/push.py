@@ -153,19 +153,9 @@ def as_json(result: PushResult) -> dict[str, Any]:
         "dry_run": result.published is None,
         "tag": result.tag,
         "saes": [
-            {
-                "id": row.id,
-                "read_as": row.read_as,
-                "selection": row.selection,
-                "bytes": row.size,
-                "on_hub": row.on_hub,
-                "saelens": row.check.saelens,
-                "saelens_error": row.check.saelens_error,
-                "scope": row.scope,
-                "metrics": row.metrics,
-                "fvu": row.check.fvu,
-                "l0": row.check.l0,
-            }
+            {"id": row.id, "read_as": row.read_as, "selection": row.selection, "bytes": row.size, "on_hub": row.on_hub,
+             "saelens": row.check.saelens, "saelens_error": row.check.saelens_error, "scope": row.scope,
+             "metrics": row.metrics, "fvu": row.check.fvu, "l0": row.check.l0}
             for row in plan.rows
         ],
         "others": [{"path": path, "bytes": size} for path, size in plan.others],
@@ -175,7 +165,7 @@ def as_json(result: PushResult) -> dict[str, Any]:
         "deleted": plan.diff.deleted,
         "unchanged": len(plan.diff.unchanged),
         "notes": plan.notes,
-    }
+    }  # fmt: skip
 
 
 def _confirm(plan: PushPlan) -> bool:

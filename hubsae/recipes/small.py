@@ -120,14 +120,14 @@ class SmallWorld(World):
         """The datasets lie in the world as repositories."""
         return self.problems_folder if kind == "problems" else self.folder / kind
 
-    def repos(self, scratch: Path) -> dict[str, tuple[str, Path]]:
-        """All of it, but for problems that cannot be made here."""
+    def kinds(self) -> tuple[str, ...]:
+        """All of them, but for problems that cannot be made here."""
         try:
             _ = self.problems_folder
         except MissingExtraError as error:
             say(f"without problems: {error}")
-            return self.repos_of(("chats", "texts"), scratch)
-        return super().repos(scratch)
+            return "chats", "texts"
+        return super().kinds()
 
 
 def small_world(cache: str | Path | None = None, **changes: Any) -> SmallWorld:

@@ -109,13 +109,6 @@ class TinyWorld(World):
         """Everything is made by rule, from the seed."""
         return {"made by": "hubsae", "license": "apache-2.0", **asdict(self.config)}
 
-    def write_dataset(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the problems as a dataset repository in the layout of GSM8K (config `main`, Parquet).
-
-        `datasets.load_dataset(folder, "main")` reads it, from a folder or from a Hub.
-        """
-        return self.rows_folder("problems", Path(folder))
-
 
 def _chat(problem: Problem) -> dict[str, Any]:
     turns = (("user", problem.question), ("assistant", problem.answer))

@@ -105,15 +105,13 @@ class World:
 
     def repos(self, scratch: Path) -> dict[str, tuple[str, Path]]:
         """Repositories a Hub can serve, id -> (type, folder); what lies in no folder yet is written to `scratch`."""
-        return self.repos_of(("chats", "problems", "texts"), scratch)
+        name, kinds = self.folder.name.partition("-")[0], self.kinds()
+        rows = {f"local/{name}-{kind}": ("dataset", self.rows_folder(kind, scratch / kind)) for kind in kinds}
+        return {self.model_id: ("model", self.model_path), **rows}
 
-    def repos_of(self, kinds: Sequence[str], scratch: Path) -> dict[str, tuple[str, Path]]:
-        """The model and some of the datasets."""
-        owner, name = "local", self.folder.name.partition("-")[0]
-        found = {self.model_id: ("model", self.model_path)}
-        for kind in kinds:
-            found[f"{owner}/{name}-{kind}"] = ("dataset", self.rows_folder(kind, scratch / kind))
-        return found
+    def kinds(self) -> tuple[str, ...]:
+        """Which rows there are."""
+        return "chats", "problems", "texts"
 
     def rows_folder(self, kind: str, scratch: Path) -> Path:
         """`chats`, `problems` or `texts` as a dataset repository."""

@@ -172,30 +172,20 @@ class PPO:
         config = self.config
         count = len(experience.old)
         size = max(count // config.minibatches, 1)
-        totals = {
-            "policy_loss": 0.0,
-            "value_loss": 0.0,
-            "clip_fraction": 0.0,
-            "grad_norm": 0.0,
-            "critic_grad_norm": 0.0,
-        }
-        updates = 0
+        found: list[dict[str, float]] = []
         for epoch in range(config.epochs):
             order = torch.randperm(count, generator=torch.Generator().manual_seed(self._seed(f"order{epoch}")))
             for start in range(0, size * config.minibatches, size):
                 rows = order[start : start + size]
-                if not len(rows):
-                    continue
-                for name, value in self._update_once(experience, rows).items():
-                    totals[name] += value
-                updates += 1
-        return {name: value / updates for name, value in totals.items()}
+                if len(rows):
+                    found.append(self._update_once(experience, rows))
+        return {name: sum(update[name] for update in found) / len(found) for name in found[0]}
 
     def _update_once(self, experience: Experience, rows: Tensor) -> dict[str, float]:
         config = self.config
         learning = self.step > config.critic_warmup
         tokens = experience.mask[rows].sum()
-        sums = {"policy_loss": 0.0, "value_loss": 0.0, "clip_fraction": 0.0}
+        sums = dict.fromkeys(("policy_loss", "value_loss", "clip_fraction", "grad_norm", "critic_grad_norm"), 0.0)
         for start in range(0, len(rows), config.micro_batch):
             some = rows[start : start + config.micro_batch]
             rollout, mask = experience.rollout.rows(some), experience.mask[some]
@@ -214,7 +204,8 @@ class PPO:
             sums["policy_loss"] += float(surrogate.loss.detach() / tokens)
             sums["clip_fraction"] += float(surrogate.clipped / tokens)
         sums["critic_grad_norm"] = self._apply(self.critic_optimizer)
-        sums["grad_norm"] = self._apply(self.optimizer) if learning else 0.0
+        if learning:
+            sums["grad_norm"] = self._apply(self.optimizer)
         return sums
 
     def _apply(self, optimizer: torch.optim.Optimizer) -> float:

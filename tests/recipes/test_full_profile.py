@@ -67,7 +67,7 @@ def stand_in(quick_world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stand-in")
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    quick_world.write_dataset(folder / "data")
+    quick_world.rows_folder("problems", folder / "data")
     return folder
 
 

@@ -138,7 +138,7 @@ def test_digits_are_single_tokens(quick_world):
 def test_datasets_reads_the_written_dataset_as_gsm8k(quick_world, tmp_path: Path):
     from datasets import load_dataset
 
-    folder = quick_world.write_dataset(tmp_path / "gsm8k-tiny")
+    folder = quick_world.rows_folder("problems", tmp_path / "gsm8k-tiny")
     data = load_dataset(str(folder), "main", cache_dir=str(tmp_path / "cache"))
     assert data["train"].column_names == ["question", "answer"]
     assert len(data["train"]) == 1500 and len(data["test"]) == 256
