@@ -39,8 +39,3 @@ def token_budget_batches(lengths: Sequence[int], budget: int) -> list[list[int]]
 def batches_of(samples: Sequence[Sample], budget: int) -> list[list[Sample]]:
     """The samples of a window in batches; samples without tokens are in none."""
     return [[samples[i] for i in batch] for batch in token_budget_batches([len(s.ids) for s in samples], budget)]
-
-
-def is_mine(window: int, batch: int, *, rank: int, world_size: int, by_window: bool) -> bool:
-    """Whether this rank computes the batch: whole windows where there are many, else every n-th batch."""
-    return (window if by_window else window + batch) % world_size == rank

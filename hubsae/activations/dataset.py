@@ -9,7 +9,7 @@ Opens folders of ours, datasets on the Hub, SAELens' cached activations, and pil
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Self, cast
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
 
 from hubsae.activations.opening import REPO, Found, find_activations
 from hubsae.activations.order import Order, plan_order
@@ -105,7 +106,7 @@ class ActivationDataset:
         `stream=True` read by ranges.
         """
         if Path(path_or_repo).exists():
-            found = find_activations(Path(path_or_repo), config, split, vector=vector)
+            found: Found = find_activations(Path(path_or_repo), config, split, vector=vector)
         elif REPO.fullmatch(repo := str(path_or_repo)):
             found = pass_on(factory.user_class(cls)._find_in_repo, locals())
         else:
@@ -342,17 +343,35 @@ class ActivationDataset:
 
     def as_iterable(
         self, batch_size: int = 8192, *, columns: Sequence[str] | None = None, **options: Any
-    ) -> torch.utils.data.IterableDataset:
+    ) -> ActivationIterable:
         """The batches as a `torch.utils.data.IterableDataset`; `DataLoader(it, batch_size=None)` takes it.
 
         With the label `columns` asked for, of which a `DataLoader` makes tensors. Worker processes share the rows
         between them; `set_epoch` changes the order.
         """
-        from hubsae.activations.torch_iterable import ActivationIterable
-
         batches = self.batches if columns is None else partial(self.labelled_batches, columns)
         return ActivationIterable(batches, batch_size, options)
 
     def verify(self) -> int:
         """Check header and checksum of every page; returns the number of pages checked."""
         return sum(source.check() for source in self.sources)
+
+
+class ActivationIterable(IterableDataset):
+    """Yields whole batches. Worker processes count as further ranks, so no row comes twice."""
+
+    def __init__(self, batches: Callable[..., Iterator[Any]], batch_size: int, options: dict[str, Any]):
+        self.batches, self.batch_size, self.options, self.epoch = batches, batch_size, dict(options), 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the shuffling of the next pass."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        options = {"epoch": self.epoch, **self.options}
+        if (worker := get_worker_info()) is not None and worker.num_workers > 1:
+            world, rank = options.get("world_size", 1), options.get("rank", 0)
+            options["world_size"] = world * worker.num_workers
+            options["rank"] = rank * worker.num_workers + worker.id
+            options.setdefault("drop_last", False)  # workers need not finish together: nothing is dropped
+        return self.batches(self.batch_size, **options)

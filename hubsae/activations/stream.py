@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hubsae.activations.batching import batches_of, is_mine
+from hubsae.activations.batching import batches_of
 from hubsae.activations.capture import capture, padded
 from hubsae.activations.generation import generate_responses
 from hubsae.activations.layout import TRUNCATED
@@ -189,9 +189,8 @@ class Stream:
                 batches = batches_of(samples, self.budget)
                 todo = []
                 for place, batch in enumerate(batches):
-                    mine = is_mine(
-                        number, place, rank=self.ranks.rank, world_size=self.ranks.world_size, by_window=by_window
-                    )
+                    # whole windows where there are many, else every n-th batch
+                    mine = self.takes(number if by_window else number + place)
                     if not mine or (number == start.window and place < start.batch):
                         continue
                     finished = done(np.array([s.id for s in batch])) if done is not None else np.zeros(len(batch), bool)
@@ -208,9 +207,9 @@ class Stream:
         finally:
             self.model.train(was_training)
 
-    def takes(self, window: int) -> bool:
+    def takes(self, number: int) -> bool:
         """Whether a window is this rank's, where ranks take whole ones."""
-        return is_mine(window, 0, rank=self.ranks.rank, world_size=self.ranks.world_size, by_window=True)
+        return number % self.ranks.world_size == self.ranks.rank
 
     def expected(self, n_items: int | None) -> float | None:
         """Tokens that this rank will have computed in the end, as far as one can say."""

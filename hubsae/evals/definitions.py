@@ -88,21 +88,6 @@ class Measure(NamedTuple):
             "note": self.note,
         }
 
-    def to_metric(self) -> Metric | None:
-        """The entry of metadata.json; None where the value is not defined."""
-        if self.value is None:
-            return None
-        return Metric(
-            name=self.name,
-            value=self.value,
-            definition=self.definition,
-            n_tokens=self.n_tokens,
-            scope=self.scope,
-            interval=self.interval,
-            interval_kind=self.interval_kind,
-            source="hubsae",
-        )
-
 
 class Measures:
     """What has measures: found by name and scope."""
@@ -135,4 +120,11 @@ class Measures:
 
 def to_metrics(measures: list[Measure]) -> list[Metric]:
     """Entries for metadata.json; measures without a defined value are left out."""
-    return [metric for measure in measures if (metric := measure.to_metric()) is not None]
+    return [
+        Metric(
+            name=m.name, value=m.value, definition=m.definition, n_tokens=m.n_tokens, scope=m.scope,
+            interval=m.interval, interval_kind=m.interval_kind, source="hubsae",
+        )
+        for m in measures
+        if m.value is not None
+    ]  # fmt: skip

@@ -90,14 +90,12 @@ def drift_plots(report: DriftReport, folder: Path) -> list[Path]:
         ]
 
 
-def _grid(count: int) -> tuple[int, int]:
-    columns = min(count, 4)
-    return columns, -(-count // columns)
-
-
-def _blank(axes: Any, used: int) -> None:
-    for spare in axes.flat[used:]:
+def _panels(count: int, **size: float) -> tuple[Any, list[Any]]:
+    """A figure of so many panels, at most four in a row."""
+    figure, axes = new_figure(columns := min(count, 4), -(-count // columns), **size)
+    for spare in axes.flat[count:]:
         spare.set_visible(False)
+    return figure, list(axes.flat[:count])
 
 
 def _scope(report: DriftReport, known: set[str]) -> str:
@@ -110,10 +108,9 @@ def plot_nmse(report: DriftReport, path: Path, metric: str = "nmse_pooled") -> P
     """A metric along steps, one panel per layer; the control dashed; bands are bootstrap intervals."""
     scope = _scope(report, {scope for g in report.groups for name, scope in g.series if name == metric})
     shown = [g for g in report.groups if (metric, scope) in g.series]
-    columns, rows = _grid(len(shown))
-    figure, axes = new_figure(columns, rows)
+    figure, axes = _panels(len(shown))
     control = {(g.layer, g.k): g for g in report.control.groups} if report.control else {}
-    for axis, group in zip(axes.flat, shown, strict=False):
+    for axis, group in zip(axes, shown, strict=True):
         _line(axis, group.series[metric, scope], COLOURS[0], "-", report.name)
         before = group.matrix(metric, scope).diagonal(1)
         dots = [(row.step, v) for row, v in zip(group.stages[1:], before, strict=True) if np.isfinite(v)]
@@ -126,10 +123,9 @@ def plot_nmse(report: DriftReport, path: Path, metric: str = "nmse_pooled") -> P
         axis.set_xlabel("training step of the model")
         axis.margins(y=0.15)
         axis.ticklabel_format(axis="y", useOffset=False)
-    axes.flat[0].set_ylabel(f"{metric}\n(scope: {scope})")
-    _blank(axes, len(shown))
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels) if columns > 1 else 1)
+    axes[0].set_ylabel(f"{metric}\n(scope: {scope})")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels) if len(axes) > 1 else 1)
     return save_figure(figure, path)
 
 
@@ -213,11 +209,10 @@ def _number(value: float, digits: int) -> str:
 def plot_cross(report: DriftReport, path: Path, metric: str = "fvu") -> Path:
     """The cross matrices: SAE of one stage on the activations of another."""
     scope = _scope(report, {r.scope for g in report.groups for r in g.cross})
-    columns, rows = _grid(len(report.groups))
     most = max(len(g.stages) for g in report.groups)
     size = max(2.6, 0.48 * most + 1.5)
-    figure, axes = new_figure(columns, rows, width=size + 0.5, height=size)
-    for axis, group in zip(axes.flat, report.groups, strict=False):
+    figure, axes = _panels(len(report.groups), width=size + 0.5, height=size)
+    for axis, group in zip(axes, report.groups, strict=True):
         table = group.matrix(metric, scope)
         names = [_short(row.stage) for row in group.stages]
         finite = table[np.isfinite(table)]
@@ -227,16 +222,14 @@ def plot_cross(report: DriftReport, path: Path, metric: str = "fvu") -> Path:
         axis.set_xlabel("activations of stage")
         axis.set_ylabel("SAE of stage")
         figure.colorbar(image, ax=axis, shrink=0.85)
-    _blank(axes, len(report.groups))
     figure.suptitle(f"{metric} (scope: {scope})", fontsize=10)
     return save_figure(figure, path)
 
 
 def plot_lifecycle(report: DriftReport, path: Path) -> Path:
     """Births above, deaths below the line, one panel per layer."""
-    columns, rows = _grid(len(report.groups))
-    figure, axes = new_figure(columns, rows)
-    for axis, group in zip(axes.flat, report.groups, strict=False):
+    figure, axes = _panels(len(report.groups))
+    for axis, group in zip(axes, report.groups, strict=True):
         stages = group.stages[1:]
         places = range(len(stages))
         axis.bar(places, [row.births or 0 for row in stages], color=COLOURS[2], label="births")
@@ -249,21 +242,19 @@ def plot_lifecycle(report: DriftReport, path: Path) -> Path:
         # without any, an empty axis of ±1 says so
         axis.set_ylim(-1.15 * max(most, 1), 1.15 * max(most, 1))
         axis.yaxis.get_major_locator().set_params(integer=True)
-    axes.flat[0].set_ylabel("latents born / died")
-    _blank(axes, len(report.groups))
-    handles, labels = axes.flat[0].get_legend_handles_labels()
+    axes[0].set_ylabel("latents born / died")
+    handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2)
     return save_figure(figure, path)
 
 
 def plot_densities(report: DriftReport, path: Path) -> Path:
     """Histogram of log10 firing density, one line per stage, one panel per layer."""
-    columns, rows = _grid(len(report.groups))
-    figure, axes = new_figure(columns, rows)
+    figure, axes = _panels(len(report.groups))
     colour_maps = require("matplotlib", extra="plots").colormaps
     stages = list(dict.fromkeys(row.stage for group in report.groups for row in group.stages))
     shades = dict(zip(stages, colour_maps["viridis"](np.linspace(0, 0.9, len(stages))), strict=True))
-    for axis, group in zip(axes.flat, report.groups, strict=False):
+    for axis, group in zip(axes, report.groups, strict=True):
         never, lowest = [], 0.0
         for row in group.stages:
             density = group.densities[row.stage].numpy()
@@ -274,8 +265,7 @@ def plot_densities(report: DriftReport, path: Path) -> Path:
         axis.set_title(f"{label_of(group)}\n{_range(never)} never fire (N={group.stages[0].n_tokens:,})", fontsize=8.5)
         axis.set_xlabel("log10 firing density")
         axis.set_xlim(lowest - 0.3, 0.1)
-    axes.flat[0].set_ylabel("latents")
-    _blank(axes, len(report.groups))
+    axes[0].set_ylabel("latents")
     lines = require("matplotlib.lines", extra="plots")
     handles = [lines.Line2D([], [], color=shade) for shade in shades.values()]
     figure.legend(handles, [_short(stage) for stage in stages], loc="outside right center", fontsize=7.5)
@@ -291,9 +281,8 @@ def plot_histograms(result: ReconstructionResult, path: str | Path) -> Path:
     """Firing densities of the SAEs of one pass, one panel each."""
     with house_style():
         names = list(result.saes)
-        columns, rows = _grid(len(names))
-        figure, axes = new_figure(columns, rows)
-        for axis, name in zip(axes.flat, names, strict=False):
+        figure, axes = _panels(len(names))
+        for axis, name in zip(axes, names, strict=True):
             bars = result[name].histogram
             never = bars[0].n_latents
             left = [bar.log10_low for bar in bars[1:]]
@@ -311,9 +300,8 @@ def plot_histograms(result: ReconstructionResult, path: str | Path) -> Path:
                 fontsize=7.5,
             )
             axis.margins(y=0.25)
-        for row in axes:
-            row[0].set_ylabel("latents")
-        _blank(axes, len(names))
+        for axis in axes[::4]:
+            axis.set_ylabel("latents")
         return save_figure(figure, Path(path))
 
 

@@ -155,10 +155,12 @@ class _Writer:
         self.device = next(self.model.parameters()).device
 
     def untouched(self, which: list[int]) -> list[_Written]:
-        written = self._generate(which)
-        logits = self._logits(which, written)
-        for row, one in enumerate(written):
-            one.nll = _loss(logits[row], one.ids)
+        return self._scored(which, self._generate(which))
+
+    def _scored(self, which: list[int], written: list[_Written]) -> list[_Written]:
+        """With the untouched model's loss on what was written."""
+        for one, logits in zip(written, self._logits(which, written), strict=True):
+            one.nll = _loss(logits, one.ids)
         return written
 
     def steered(self, jobs: Sequence[_Job], hook: HookPoint, base: list[_Written]) -> list[_Written]:
@@ -178,10 +180,7 @@ class _Writer:
             n = len(base[prompt].ids)
             p, q = (t[:n].float().log_softmax(-1) for t in (clean[prompt], under[row]))
             one.kl = float((p.exp() * (p - q)).sum(dtype=torch.float64))
-        logits = self._logits(which, written)
-        for row, one in enumerate(written):
-            one.nll = _loss(logits[row], one.ids)
-        return written
+        return self._scored(which, written)
 
     def _generate(self, which: list[int]) -> list[_Written]:
         ids, mask = padded([self.prompts[i] for i in which], left=True, pad=self.pad)
