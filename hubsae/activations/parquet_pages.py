@@ -100,7 +100,6 @@ class Page:
     """where the page header begins in the file"""
     size: int
     """bytes of header, levels and values together"""
-    row_group: int
 
 
 @dataclass(frozen=True)
@@ -114,11 +113,8 @@ class Footer:
     """leaf columns by dotted path"""
     metadata: dict[str, str]
     """the file's key-value metadata"""
-    schema: tuple[tuple[Any, ...], ...]
-    """name, types, length and repetition of every schema node"""
     chunks: tuple[dict[int, Any], ...]
     """the vector column's chunk of each row group, as parsed"""
-    vector_leaf: str
 
 
 def footer_length(path: str, tail: bytes, file_size: int) -> int:
@@ -140,9 +136,6 @@ def parse_footer(path: str, footer: bytes, vector: str) -> Footer:
     """Parse the footer bytes (with the 8-byte end); `vector` is the name of the vector column."""
     try:
         fields = _Thrift(footer).struct()
-        schema = tuple(
-            (n.get(4, b""), n.get(1), n.get(2), n.get(3), n.get(5), n.get(6), str(n.get(10))) for n in fields[2]
-        )
         pairs = {p[1].decode(): p.get(2, b"").decode() for p in fields.get(5, [])}
         chunks, leaves = [], ()
         for group in fields[4]:
@@ -155,8 +148,7 @@ def parse_footer(path: str, footer: bytes, vector: str) -> Footer:
             raise ValueError("row groups that do not add up")
     except (KeyError, IndexError, ValueError, TypeError, UnicodeDecodeError) as error:
         raise FormatError(path, "a readable Parquet footer", f"a damaged one ({error})", _TRUNCATED) from error
-    leaf = next((name for name in leaves if name.split(".")[0] == vector), vector)
-    return Footer(int(fields[3]), rows, leaves, pairs, schema, tuple(chunks), leaf)
+    return Footer(int(fields[3]), rows, leaves, pairs, tuple(chunks))
 
 
 def index_range(footer: Footer) -> tuple[int, int] | None:
@@ -173,7 +165,7 @@ def pages_of(
     """The pages of the vector column, or None where the file is not laid out for direct reading."""
     pages: list[Page] = []
     first = 0
-    for number, (chunk, group_rows) in enumerate(zip(footer.chunks, footer.row_groups, strict=True)):
+    for chunk, group_rows in zip(footer.chunks, footer.row_groups, strict=True):
         meta = chunk.get(3, {})
         plain = set(meta.get(2, [])) <= {PLAIN, RLE}
         if meta.get(4) != UNCOMPRESSED or not plain or 11 in meta:
@@ -182,7 +174,7 @@ def pages_of(
             found = _Thrift(index, chunk[4] - index_start).struct()[1]
             starts = [p[3] for p in found] + [group_rows]
             for place, start, stop in zip(found, starts[:-1], starts[1:], strict=True):
-                page = Page(first + start, stop - start, place[1], place[2], number)
+                page = Page(first + start, stop - start, place[1], place[2])
                 if stop < start or page.offset < 4 or page.offset + page.size > file_size:
                     raise ValueError("a page outside the file")
                 if page.size < page.n_rows * row_bytes:

@@ -118,9 +118,9 @@ def squared_norms(rows: Tensor) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=1).square_()
 
 
-def rows_at_once(d_sae: int, block_rows: int = BLOCK_ROWS) -> int:
+def rows_at_once(d_sae: int) -> int:
     """Rows of a block that an SAE of this width encodes in one go; a function of the width alone."""
-    rows = block_rows
+    rows = BLOCK_ROWS
     while rows > 64 and rows * d_sae > PRE_ACTIVATIONS:
         rows //= 2
     return rows
