@@ -69,7 +69,7 @@ def run(
 ) -> None:
     """Run a recipe; run again to continue, finished steps are skipped."""
     from hubsae.recipes.registry import prepare
-    from hubsae.recipes.run import say_event
+    from hubsae.recipes.run import follows, say_event
 
     given = [*(overrides or []), *([f"from_checkpoint={from_checkpoint}"] if from_checkpoint else [])]
     prepared = prepare(name, profile=profile, variant=config, overrides=given, out=out, notify=say_event, show=None)
@@ -79,6 +79,8 @@ def run(
         _show_plan(prepared, json_)
         return
     outcomes = prepared.execute()
+    if follows():
+        return  # the first rank of a launch says what came out
     release = prepared.run.path / "release"
     report = prepared.run.path / "report" / "report.md"
     if json_:

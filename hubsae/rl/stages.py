@@ -21,6 +21,8 @@ from hubsae.core.extras import require
 from hubsae.core.text import stage_step
 from hubsae.rl.policy import load_weights
 
+ADAPTER = "adapter_config.json"
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -67,7 +69,7 @@ def parse_checkpoint(name: str, source: str, base: str | None = None) -> Checkpo
             f"stage {name!r}: {source!r} is neither a folder nor a repo id",
             hint="write a path, owner/name, or owner/name@revision",
         )
-    adapter = _adapter_config(where, revision)
+    adapter = cached_file(where, ADAPTER, revision)
     if adapter is None:
         return Checkpoint(name, where, revision)
     if base is None:
@@ -80,15 +82,11 @@ def local_adapter(source: str, revision: str | None) -> Path:
     """The folder of an adapter, fetched if it is on the Hub."""
     if Path(source).is_dir():
         return Path(source)
-    found = _adapter_config(source, revision)
+    found = cached_file(source, ADAPTER, revision)
     weights = cached_file(source, "adapter_model.safetensors", revision)
     if found is None or weights is None:
         raise NotFoundError(f"{source} holds no adapter with safetensors weights")
     return Path(weights).parent
-
-
-def _adapter_config(source: str, revision: str | None) -> str | None:
-    return cached_file(source, "adapter_config.json", revision)
 
 
 def cached_file(source: str, name: str, revision: str | None) -> str | None:

@@ -201,7 +201,8 @@ def _local(job: Job, tasks: int, workers: int | None, settings: dict[str, Any]) 
     several = (workers or 1) > 1
 
     def one(rank: int) -> None:
-        call = partial(executor._run_for_rank, rank, local_rank=1)  # others than the first print errors only
+        # what every executor of datatrove calls for each rank; others than the first print errors only
+        call = partial(executor._run_for_rank, rank, local_rank=1)
         if several:
             with open(logs / f"task_{rank:05d}.out", "wb") as output:
                 code = in_child(call, stdout=output, stderr=output).returncode

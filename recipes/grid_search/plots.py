@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,60 +27,31 @@ def pareto(path: Path, rows: Sequence[GridRow], metric: str, label: str) -> Path
     """L0 against a metric, with the front of all cells."""
     figure, axes = _figure()
     have = [r for r in rows if r.value("l0") and r.value(metric) is not None]
-    expansions = sorted({r.cell.expansion for r in have})
-    for kind in KINDS:
-        for number, expansion in enumerate(expansions):
-            mine = [r for r in have if (r.cell.kind, r.cell.expansion) == (kind, expansion)]
-            mine.sort(key=lambda r: r.value("l0") or 0.0)
-            if not mine:
-                continue
-            x, y = [r.value("l0") for r in mine], [r.value(metric) for r in mine]
-            axes.plot(
-                x, y, color=COLORS[kind], marker=MARKERS[number % len(MARKERS)], linestyle="-", linewidth=0.8,
-                markersize=5, alpha=0.9, zorder=3,
-            )  # fmt: skip
-            spread = [(r, r.numbers[metric]) for r in mine if r.numbers[metric].low is not None]
-            if spread:
-                axes.vlines(
-                    [r.value("l0") for r, _ in spread], [n.low for _, n in spread], [n.high for _, n in spread],
-                    color=COLORS[kind], linewidth=0.8, alpha=0.5,
-                )  # fmt: skip
+    _cells(axes, have, metric)
+    for r in have:
+        number = r.numbers[metric]
+        if number.low is not None:
+            axes.vlines(r.value("l0"), number.low, number.high, color=COLORS[r.cell.kind], linewidth=0.8, alpha=0.5)
     best = front_rows(have, "l0", metric)
     axes.plot(
         [r.value("l0") for r in best], [r.value(metric) for r in best],
         color="black", linewidth=5, alpha=0.12, zorder=1, solid_capstyle="round",
     )  # fmt: skip
-    log_axis(axes.xaxis, 2)
-    values = [r.value(metric) or 0.0 for r in have]
-    if values and min(values) > 0:
+    if have and min(r.value(metric) or 0.0 for r in have) > 0:
         log_axis(axes.yaxis)
-    axes.set_xlabel("L0: active latents per token")
     axes.set_ylabel(label)
     axes.set_title(f"{label} against sparsity; grey band: the Pareto front", fontsize=10)
-    _legend(axes, [k for k in KINDS if any(r.cell.kind == k for r in have)], expansions)
     return save_figure(figure, path)
 
 
 def dead_latents(path: Path, rows: Sequence[GridRow], n_tokens: int | None) -> Path:
     """Share of latents that never fire, against L0."""
     figure, axes = _figure()
-    have = [r for r in rows if r.value("l0") and r.value("dead_fraction") is not None]
-    expansions = sorted({r.cell.expansion for r in have})
-    for kind in KINDS:
-        for number, expansion in enumerate(expansions):
-            mine = [r for r in have if (r.cell.kind, r.cell.expansion) == (kind, expansion)]
-            mine.sort(key=lambda r: r.value("l0") or 0.0)
-            axes.plot(
-                [r.value("l0") for r in mine], [100 * (r.value("dead_fraction") or 0.0) for r in mine],
-                color=COLORS[kind], marker=MARKERS[number % len(MARKERS)], linewidth=0.9, markersize=5,
-            )  # fmt: skip
-    log_axis(axes.xaxis, 2)
+    _cells(axes, [r for r in rows if r.value("l0") and r.value("dead_fraction") is not None], "dead_fraction", 100)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("L0: active latents per token")
     axes.set_ylabel("dead latents, %")
     tokens = f" on {n_tokens:,} held-out tokens" if n_tokens else ""
     axes.set_title(f"Latents that never fire{tokens}", fontsize=10)
-    _legend(axes, [k for k in KINDS if any(r.cell.kind == k for r in have)], expansions)
     return save_figure(figure, path)
 
 
@@ -190,8 +162,19 @@ def _handle(color: str, marker: str, text: str, *, line: bool = True) -> Any:
     return Line2D([], [], color=color, marker=marker, markersize=5, linewidth=0.9, linestyle=style, label=text)
 
 
-def _legend(axes: Any, kinds: Sequence[str], expansions: Sequence[float]) -> None:
-    """Colours are kinds, markers are expansions."""
+def _cells(axes: Any, rows: Sequence[GridRow], metric: str, unit: float = 1) -> None:
+    """A metric of every cell against its L0: colours are kinds, markers are expansions."""
+    expansions = sorted({r.cell.expansion for r in rows})
+    markers = {e: MARKERS[i % len(MARKERS)] for i, e in enumerate(expansions)}
+    kinds = [kind for kind in KINDS if any(r.cell.kind == kind for r in rows)]
+    for kind, (expansion, marker) in product(kinds, markers.items()):
+        mine = [r for r in rows if (r.cell.kind, r.cell.expansion) == (kind, expansion)]
+        points = sorted((r.value("l0") or 0.0, unit * (r.value(metric) or 0.0)) for r in mine)
+        if points:
+            x, y = zip(*points, strict=True)
+            axes.plot(x, y, color=COLORS[kind], marker=marker, linewidth=0.9, markersize=5, alpha=0.9, zorder=3)
+    log_axis(axes.xaxis, 2)
+    axes.set_xlabel("L0: active latents per token")
     handles = [_handle(COLORS[kind], "", LABELS[kind]) for kind in kinds]
-    handles += [_handle("black", MARKERS[i % len(MARKERS)], f"{e:g}x", line=False) for i, e in enumerate(expansions)]
+    handles += [_handle("black", marker, f"{e:g}x", line=False) for e, marker in markers.items()]
     axes.legend(handles=handles, fontsize=7, frameon=False)

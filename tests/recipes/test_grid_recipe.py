@@ -270,6 +270,7 @@ def test_under_torchrun_the_cells_spread_over_ranks(run: Path, cache: Path, tmp_
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HUBSAE_CACHE": str(cache)}
     ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
     assert ran.returncode == 0, ran.stderr[-3000:]
+    assert json.loads(ran.stdout)["run"] == str(out), "said once, by the first rank"
     plans = [json.loads((out / "train" / f"plan-{rank}-of-2.json").read_text()) for rank in (0, 1)]
     cells = [sorted(name for group in plan for name in group) for plan in plans]
     assert all(cells) and sorted(cells[0] + cells[1]) == sorted(IDS)
