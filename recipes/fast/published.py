@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hubsae.core.errors import FormatError
 from hubsae.core.files import read_csv
 from hubsae.evals.bootstrap import wilson
 
@@ -39,17 +40,20 @@ Table = dict[tuple[str, str, Setting], dict[str, float]]
 """(architecture, metric, setting) -> log2 of the error by method."""
 
 
-def table() -> Table:
-    """All 480 numbers.
+def table(rows: Sequence[Mapping[str, str]] | None = None, file: str | Path = CSV) -> Table:
+    """All 480 numbers, or those of `rows` in their layout; `file` is named in errors.
 
     >>> table()["standard", "MSE_st", Setting("Qwen2.5-7B-Instruct", 18, 8)]["FAST"]
     0.6468
     """
     found: Table = {}
-    for row in read_csv(CSV):
-        setting = Setting(row["model"], int(row["layer"]), int(row["expansion"]))
-        key = row["architecture"], METRICS[row["metric"]], setting
-        found.setdefault(key, {})[METHODS[row["method"]]] = float(row["value"])
+    try:
+        for row in read_csv(CSV) if rows is None else rows:
+            setting = Setting(row["model"], int(row["layer"]), int(row["expansion"]))
+            key = row["architecture"], METRICS[row["metric"]], setting
+            found.setdefault(key, {})[METHODS[row["method"]]] = float(row["value"])
+    except (KeyError, ValueError) as error:
+        raise FormatError(file, "the columns of the published tables", f"{type(error).__name__}: {error}") from error
     return found
 
 

@@ -54,25 +54,14 @@ def _grid(rows: Sequence[Row], source: str) -> TableReport:
 
 
 def _instruct(rows: Sequence[Row], source: str) -> TableReport:
+    """Where each method has the lowest error, as the recipe that reproduces it counts."""
+    published = find_recipe("fast").module("published")
     report = TableReport("instruct", source)
-    cells: dict[tuple[str, ...], dict[str, float]] = {}
-    for row in rows:
-        key = (row["architecture"], row["metric"], row["model"], row["layer"], row["expansion"])
-        cells.setdefault(key, {})[row["method"]] = float(row["value"])
-    wins: dict[tuple[str, str], dict[str, int]] = {}
-    for (architecture, metric, *_), methods in cells.items():
-        best = min(methods, key=lambda name: methods[name])
-        counted = wins.setdefault((architecture, metric), dict.fromkeys(methods, 0))
-        counted[best] = counted.get(best, 0) + 1
-    report.tables["wins"] = [
-        {"architecture": architecture, "metric": metric, "method": method, "wins": count}
-        for (architecture, metric), counted in wins.items()
-        for method, count in counted.items()
-    ]
-    for (architecture, metric), counted in wins.items():
-        order = sorted(counted.items(), key=lambda item: -item[1])
-        text = ", ".join(f"{method} {count}" for method, count in order)
-        report.add(f"{architecture}, {metric}: lowest in {text} of {sum(counted.values())} settings", holds=True)
+    report.tables["wins"] = published.win_rows(published.table(rows, source))
+    for row in report.tables["wins"]:
+        lowest = {name.removeprefix("lowest: "): n for name, n in row.items() if name.startswith("lowest: ")}
+        text = ", ".join(f"{method} {n}" for method, n in lowest.items())
+        report.add(f"{row['SAE']}, {row['error']}: lowest in {text} of {sum(lowest.values())} settings", holds=True)
     report.add(
         "values are log2 of an MSE: 2^value is the MSE; L0 is not published, so nothing here is at equal sparsity",
         holds=None,
