@@ -30,32 +30,6 @@ TAIL_BYTES = 256 << 10
 """First read of a file: its footer, page index and statistics are usually in it."""
 
 
-class _Run:
-    """Reads of adjacent places of a file, gathered into few calls."""
-
-    MOST = 512
-    """Views of one call; the system's limit is 1024."""
-
-    def __init__(self, file: ByteFile):
-        self.file, self.start, self.end = file, 0, 0
-        self.views: list[memoryview] = []
-
-    def add(self, offset: int, view: memoryview) -> None:
-        """Read `view` from `offset`, now or with the next flush."""
-        if self.views and (offset != self.end or len(self.views) >= self.MOST):
-            self.flush()
-        if not self.views:
-            self.start = self.end = offset
-        self.views.append(view)
-        self.end += len(view)
-
-    def flush(self) -> None:
-        """Do the reads that wait."""
-        if self.views:
-            self.file.read_into(self.start, self.views)
-            self.views = []
-
-
 class ParquetSource(Source):
     """A Parquet shard: the pages of our own files read directly, others through pyarrow."""
 
@@ -152,30 +126,23 @@ class ParquetSource(Source):
         if self.pages is None:
             self._read_through_arrow(start, stop, out)
             return
-        number = bisect_right(self.starts, start) - 1
-        at = start
-        run = _Run(self.file)  # pages that follow each other in the file are read in one call
-        heads: list[tuple[int, bytearray, memoryview]] = []
+        number, at = bisect_right(self.starts, start) - 1, start
         while at < stop:
             page = self.pages[number]
             upto = min(stop, page.first_row + page.n_rows)
             view = raw_view(out[at - start : upto - start])
             head_size = page.size - page.n_rows * self.row_bytes
-            if upto - at == page.n_rows:
-                if number not in self._checked or self.remote:
-                    head = bytearray(head_size)
-                    run.add(page.offset, memoryview(head))
-                    heads.append((number, head, view))
-                run.add(page.offset + head_size, view)
+            whole = upto - at == page.n_rows
+            if whole and (number not in self._checked or self.remote):
+                head = bytearray(head_size)
+                self.file.read_into(page.offset, [memoryview(head), view])
+                check_page(self.name, page, memoryview(head), self.d, view if self.verify else None)
+                self._checked.add(number)
             else:
                 if number not in self._checked:
                     self._check_apart(number, page, head_size)
-                run.add(page.offset + head_size + (at - page.first_row) * self.row_bytes, view)
+                self.file.read_into(page.offset + head_size + (at - page.first_row) * self.row_bytes, [view])
             at, number = upto, number + 1
-        run.flush()
-        for index, head, view in heads:
-            check_page(self.name, self.pages[index], memoryview(head), self.d, view if self.verify else None)
-            self._checked.add(index)
 
     def _check_apart(self, number: int, page: Page, head_size: int) -> None:
         """Check a page of which only a part is wanted."""
