@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hubsae.core.codes import SparseCodes
 from hubsae.core.errors import HookError
-from hubsae.core.hooks import HookPoint, edit_hook
+from hubsae.core.hooks import HookPoint, edit_hook, read_hook
 from hubsae.core.metadata import HookInfo
 from hubsae.core.sae import SAE
 
@@ -85,12 +85,12 @@ def attach(sae: SAE, model: nn.Module, hook: Any = None) -> Iterator[Recorded]:
     """Record the codes at the hook point on every forward; the model is not changed."""
     seen = Recorded()
 
-    def see(hidden: Tensor, _: dict[str, Any]) -> None:
+    def see(hidden: Tensor) -> None:
         _check_width(sae, hidden)
         with torch.no_grad():
             seen.all.append(sae.encode_sparse(hidden.to(sae.device)))
 
-    with edit_hook(model, hook_of(sae, hook), see):
+    with read_hook(model, hook_of(sae, hook), see):
         yield seen
 
 
@@ -105,13 +105,13 @@ def splice(
     """
     read: list[Tensor] = []
 
-    def see(hidden: Tensor, _: dict[str, Any]) -> None:
+    def see(hidden: Tensor) -> None:
         _check_width(sae, hidden)
         read[:] = [hidden]
 
-    def edit(hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    def edit(hidden: Tensor, _: dict[str, Any]) -> Tensor:
         if not sae.config.is_transcoder:
-            see(hidden, kwargs)
+            see(hidden)
         if not read:
             raise HookError("the transcoder's output came before its input", hint="is hook_out behind hook?")
         rebuilt = sae(read.pop().to(sae.device)).to(hidden)
@@ -125,7 +125,7 @@ def splice(
 
     with ExitStack() as stack:
         if sae.config.is_transcoder:
-            stack.enter_context(edit_hook(model, hook_of(sae, hook), see))
+            stack.enter_context(read_hook(model, hook_of(sae, hook), see))
             hook = hook_out
         stack.enter_context(edit_hook(model, hook_out_of(sae, hook), edit))
         yield

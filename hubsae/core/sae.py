@@ -159,15 +159,11 @@ class SAE(nn.Module):
             if flat.skip is not None:
                 out = out + flat.skip
             return out.reshape(*lead, self.config.width_out)
-        if self.config.skip:
+        if self.config.skip or self.config.token_norm != "none":
+            norm = f"normalises each token ({self.config.token_norm}) and undoes that when it decodes"
+            what = "adds a function of its input to what it decodes" if self.config.skip else norm
             raise ConfigError(
-                "this transcoder adds a function of its input to what it decodes, and a dense code does not hold it",
-                hint="decode the SparseCodes of encode_sparse(x), which carry what is needed, or call sae(x)",
-            )
-        if self.config.token_norm != "none":
-            raise ConfigError(
-                f"this SAE normalises each token ({self.config.token_norm}), so a dense code does not say how to "
-                "undo it",
+                f"this SAE {what}, and a dense code does not hold it",
                 hint="decode the SparseCodes of encode_sparse(x), which carry what is needed, or call sae(x)",
             )
         return codes.to(self.dtype) @ self.W_dec + self.b_dec
