@@ -171,7 +171,7 @@ class Run:
                 self.task.update(self.step * self.first.batch_size)
                 if self.step % self.first.log_every == 0 or self.step == self.total:
                     self._report(batch.x if batch.target is None else batch.target)
-                self._between(epoch_ended=self.step % self.steps_per_epoch == 0)
+                self._between()
                 yield self.step
                 if self.step >= self.total or not self.bank.live:
                     break
@@ -223,8 +223,8 @@ class Run:
             raise DataError("every token of a batch is left out", hint="leave out fewer (exclude, max_norm_factor)")
         before = self.bank.live
         try:
-            options: dict[str, Any] = {"accumulate": self.first.accumulate, "target": batch.target}
-            learn(self.bank, x, self.comm, rows, number=self.step, **options)
+            parts = self.first.accumulate
+            learn(self.bank, x, self.comm, rows, number=self.step, accumulate=parts, target=batch.target)
         except DataError as error:
             raise self._with_last_good(error) from None
         self._settle(before, looked_at=self._looked_at(self.step + 1))
@@ -245,9 +245,12 @@ class Run:
 
     def _looked_at(self, step: int) -> bool:
         """Whether this step's numbers are read: it is logged, evaluated, saved, or the last."""
-        first, epoch = self.first, self.steps_per_epoch
-        marks = (first.log_every, first.eval_every or epoch, first.checkpoint_every or epoch, epoch)
-        return step >= self.total or any(step % every == 0 for every in marks)
+        marks = (self.first.log_every, self.first.eval_every, self.first.checkpoint_every, None)
+        return step >= self.total or any(self._due(every, step) for every in marks)
+
+    def _due(self, every: int | None, step: int) -> bool:
+        """Whether this step is one of every so many, or the last of an epoch."""
+        return step % (every or self.steps_per_epoch) == 0
 
     def _with_last_good(self, error: HubSAEError) -> HubSAEError:
         good = checkpoint.latest(self.states) if self.states is not None else None
@@ -285,27 +288,25 @@ class Run:
             text.append(f"{name}loss {values['loss']:.4g} fvu {values['fvu']:.3f} L0 {values['l0']:.0f}")
         self.task.note("; ".join(text))
 
-    def _between(self, epoch_ended: bool) -> None:
-        if epoch_ended:
+    def _between(self) -> None:
+        epoch, within = divmod(self.step, self.steps_per_epoch)
+        if not within:
             for cell in self.bank.live:
                 cell.end_epoch()
         last = self.step >= self.total
-        every = self.first.eval_every
-        if last or (epoch_ended if every is None else self.step % every == 0):
+        if last or self._due(self.first.eval_every, self.step):
             self._evaluate()
         if not last:
             # after the evaluation: resampling makes an SAE worse at first, and the state before it may be the best
-            epoch = self.step // self.steps_per_epoch if epoch_ended else 0
             for cell in self.bank.live:
                 settings = cell.config.dead.resample
-                if settings is not None and settings.due(self.step, epoch):
+                if settings is not None and settings.due(self.step, 0 if within else epoch):
                     tokens = self._sample(settings.tokens, cell.config.seed + self.step)
                     count = dead.resample(cell, tokens, self.same_rows)
                     cell.resampled += count
                     self.log.add("resample", self.step, cell.config.name, count=count, method=settings.method)
-        every = self.first.checkpoint_every
-        if not last and (epoch_ended if every is None else self.step % every == 0):
-            self._save()
+            if self._due(self.first.checkpoint_every, self.step):
+                self._save()
 
     def _evaluate(self) -> None:
         """Validate the SAEs as they would be exported now, and offer the weights to the best ones."""
@@ -364,7 +365,7 @@ class Run:
         if self.comm.rank == 0:
             self.log.add("checkpoint", self.step, "")
         if self.states is not None and (self.comm.rank == 0 or self.comm.splits_latents):
-            at_end_of_epoch = self.step % self.steps_per_epoch == 0
+            at_end_of_epoch = self._due(None, self.step)
             state = {
                 "epoch": self.epoch + (1 if at_end_of_epoch else 0),
                 "finished": self.finished,
