@@ -20,10 +20,10 @@ from hubsae.evals.results import SAEReconstruction
 from hubsae.evals.splice import SpliceResult, splice_many
 from hubsae.recipes.standard import Measures, in_parts, pick_device
 from hubsae.train import TrainConfig, train_many
-from hubsae.train.gsnr import gsnr
 
 from . import matched
 from .cells import Cell, train_configs
+from .gsnr import gsnr
 from .settings import LABELS, Config
 
 TOKENS = {

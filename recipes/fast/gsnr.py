@@ -3,6 +3,7 @@
 Per parameter GSNR = (E g)² / Var g over batches. How it is averaged into one number decides what it says, so two are
 given: the ratio of the sums over all parameters (large gradients count most), and the mean over parameters of their
 own ratio. The square of a mean over n batches is too large by Var g / n on average; that is taken off.
+At trained weights it also says how far training got: a worse SAE has larger gradients, which agree better.
 """
 
 from __future__ import annotations

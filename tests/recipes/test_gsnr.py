@@ -10,11 +10,13 @@ import torch
 
 from hubsae.core.errors import DataError
 from hubsae.core.sae import SAE
+from hubsae.recipes.registry import find_recipe
 from hubsae.train import SparsityConfig, TrainConfig, train
-from hubsae.train.gsnr import gsnr
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import reference
+
+gsnr = find_recipe("fast").module("gsnr").gsnr
 
 CONFIGS = [
     TrainConfig(name="standard", architecture="relu", d_sae=24, loss="sum", pre_bias="none", batch_size=64, lr=1e-2,
