@@ -48,7 +48,7 @@ def kept_checkpoints(
 
     >>> import tempfile, torch
     >>> from hubsae.train import train
-    >>> x, out = torch.randn(512, 8), tempfile.mkdtemp()
+    >>> x, out = torch.randn(512, 8, generator=torch.Generator().manual_seed(0)), tempfile.mkdtemp()
     >>> config = TrainConfig(d_sae=16, k=2, batch_size=64, eval_every=4, keep_best=1, metric="train_loss")
     >>> _ = train(config, x, out=out, quiet=True)
     >>> [(one.step, one.of, one.last) for one in kept_checkpoints(config, x, out)]
