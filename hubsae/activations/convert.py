@@ -75,9 +75,9 @@ def convert(
 
 def list_configs(path: Path, vector: str | None = None) -> dict[str, list[str]]:
     """Configs and splits of whatever lies at `path`."""
-    if path.is_dir() and configs_in(path):
+    if configs_in(path):
         raise DataError(f"{path} is in our format already")
-    if path.is_dir() and (path / "state.json").is_file():
+    if (path / "state.json").is_file():
         return {name: ["train"] for name in find_activations(path, None, "train").configs}
     pile = find_pile(path)
     if not pile:

@@ -112,17 +112,14 @@ def describe(path: str | Path, *, config: str | int | None = None) -> dict[str, 
     {'train': 3}
     """
     root = Path(path)
-    names = (configs_in(root) if root.is_dir() else []) or list(find_pile(root))
-    if config is not None or len(names) < 2:
-        opened = [ActivationDataset.open(root, config)]
-    else:
-        opened = [ActivationDataset.open(root, name) for name in names]
+    names = configs_in(root) or list(find_pile(root))
+    several = config is None and len(names) > 1
+    opened = [ActivationDataset.open(root, name) for name in (names if several else [config])]
     manifest = read_json(root / MANIFEST) if (root / MANIFEST).is_file() else {}
     splits: dict[str, dict[str, int]] = {data.config: {data.split: data.n_rows} for data in opened}
-    if root.is_dir():
-        for name, found in splits.items():
-            for split, shards in shards_in(root / name).items():
-                found[split] = sum(ParquetSource(LocalFile(p)).n_rows for p in shards)
+    for name, found in splits.items():
+        for split, shards in shards_in(root / name).items():
+            found[split] = sum(ParquetSource(LocalFile(p)).n_rows for p in shards)
     return described(str(path), opened, splits, manifest)
 
 

@@ -73,16 +73,16 @@ def parquet_shards(
 
 def find_activations(path: Path, config: str | int | None, split: str, *, vector: str | None = None) -> Found:
     """What lies at a local path."""
-    if path.is_dir() and (configs := configs_in(path)):
+    if configs := configs_in(path):
         name = choose_config(str(path), configs, config)
         shards = shards_in(path / name)
         if split not in shards:
             raise no_split(str(path), name, split, sorted(shards))
         files = [LocalFile(p) for p in shards[split]]
         return parquet_shards(files, str(path), name, split, configs, vector)
-    if path.is_dir() and shards_in(path):  # the folder of one config
+    if shards_in(path):  # the folder of one config
         return find_activations(path.parent, path.name, split, vector=vector)
-    if path.is_dir() and (path / "state.json").is_file():
+    if (path / "state.json").is_file():
         return _open_saelens(path, config)
     pile = find_pile(path)
     if not pile:

@@ -59,6 +59,19 @@ class Probe:
         return Probe(tensors["weights"], float(tensors["bias"]), record)
 
 
+def inputs_of(block: PassBlock, keep: np.ndarray, sae: str | None, columns: Sequence[str]) -> SparseCodes | Tensor:
+    """What a probe reads of the rows `keep` of a block: codes of an SAE, else label columns, else the vectors."""
+    if sae is None and columns:
+        table = [np.asarray(block.labels[name])[keep].astype(np.float64) for name in columns]
+        return torch.from_numpy(np.stack(table, 1))
+    rows = torch.from_numpy(np.flatnonzero(keep))
+    if sae is None:
+        return block.x[rows]
+    codes = block.codes[sae]
+    rows = rows.to(codes.values.device)
+    return SparseCodes(codes.indices[rows], codes.values[rows], codes.d_sae)
+
+
 class Predictions:
     """Accumulator of what probes say of rows held out, beside label columns: a number per row and probe.
 
@@ -78,19 +91,10 @@ class Predictions:
     def add(self, block: PassBlock) -> None:
         """Take in one block."""
         keep = self.scope.mask(block.labels, len(block))
-        rows = torch.from_numpy(np.flatnonzero(keep))
         found = {name: np.asarray(block.labels[name])[keep] for name in self.kept}
         for name, probe in self.probes.items():
-            if sae := probe.record.get("sae"):
-                codes = block.codes[sae]
-                at = rows.to(codes.values.device)
-                value = probe(SparseCodes(codes.indices[at], codes.values[at], codes.d_sae))
-            elif inputs := probe.record.get("inputs"):
-                table = np.stack([np.asarray(block.labels[c])[keep].astype(np.float64) for c in inputs], 1)
-                value = probe(torch.from_numpy(table))
-            else:
-                value = probe(block.x[rows])
-            found[name] = value.cpu().numpy()
+            inputs = inputs_of(block, keep, probe.record.get("sae"), probe.record.get("inputs", ()))
+            found[name] = probe(inputs).cpu().numpy()
         self.parts.append((block.start, found))
 
     def merge(self, other: Predictions) -> None:

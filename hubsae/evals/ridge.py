@@ -21,15 +21,17 @@ import torch
 from torch import Tensor
 
 from hubsae.activations.splits import uniform
+from hubsae.core.codes import SparseCodes
 from hubsae.core.errors import ConfigError, DataError
 from hubsae.core.scopes import parse
 from hubsae.evals.passes import PassBlock, as_column, load_state, save_state
-from hubsae.evals.probes import Probe
+from hubsae.evals.probes import Probe, inputs_of
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Tried penalties: alpha as a share of the number of rows, for inputs of variance one. A constant is always tried."""
 
 FOLDS = 5
+TABLES = ("n", "sum_y", "yy", "sum_x", "fired", "xy", "pairs")
 PAIRS_AT_ONCE = 1 << 22
 
 
@@ -133,16 +135,12 @@ class RidgeSums:
         groups = group_numbers(np.asarray(block.labels[self.group])[keep])
         self.problems.update(np.unique(groups).tolist())
         fold = torch.from_numpy((uniform(groups.astype(np.uint64), self.seed) * self.folds).astype(np.int64))
-        rows = torch.from_numpy(np.flatnonzero(keep))
-        if self.sae is None:
-            table = [np.asarray(block.labels[name])[keep].astype(np.float64) for name in self.inputs]
-            x = torch.from_numpy(np.stack(table, 1)) if table else block.x[rows].double()
-            self._see(torch.arange(x.shape[1]), x.shape[1])
-            self._add_dense(x, torch.from_numpy(y), fold)
+        x = inputs_of(block, keep, self.sae, self.inputs)
+        if isinstance(x, SparseCodes):
+            self._add_codes(x.indices.long(), x.values.double(), x.d_sae, y, fold)
         else:
-            codes = block.codes[self.sae]
-            rows = rows.to(codes.values.device)
-            self._add_codes(codes.indices[rows].long(), codes.values[rows].double(), codes.d_sae, y, fold)
+            self._see(torch.arange(x.shape[1]), x.shape[1])
+            self._add_dense(x.double(), torch.from_numpy(y), fold)
 
     def _add_codes(self, latents: Tensor, values: Tensor, width: int, y: np.ndarray, fold: Tensor) -> None:
         device = values.device
@@ -195,7 +193,7 @@ class RidgeSums:
         if not self.width:
             self.width, self._slot = width, torch.full((width,), -1, dtype=torch.int64)
         if device is not None and self._slot.device != device:
-            for name in ("n", "sum_y", "yy", "sum_x", "fired", "xy", "pairs", "_slot"):
+            for name in (*TABLES, "_slot"):
                 setattr(self, name, getattr(self, name).to(device))
         fresh = latents[self._slot[latents.to(self._slot.device)].cpu() < 0]
         if not len(fresh):
@@ -224,9 +222,8 @@ class RidgeSums:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the state into a file."""
-        names = ("n", "sum_y", "yy", "sum_x", "fired", "xy", "pairs")
         lists = {"latents": self.latents, "problems": sorted(self.problems)}
-        tensors = {n: getattr(self, n) for n in names} | {n: torch.tensor(v).long() for n, v in lists.items()}
+        tensors = {n: getattr(self, n) for n in TABLES} | {n: torch.tensor(v).long() for n, v in lists.items()}
         return save_state(path, "ridge", tensors, [self.targets, self.folds, self.seed, self.group, self.width])
 
     def load(self, path: str | os.PathLike[str]) -> None:
