@@ -81,7 +81,6 @@ def export(
     *,
     vectors: Any = None,
     created: datetime | None = None,
-    show: bool | None = None,
 ) -> Exported:
     """Write the bulk folder and the upload batches of one index (`reverse-index/NAME`) below `out`.
 
@@ -103,7 +102,7 @@ def export(
     edges: Sequence[float] = summary["bin_edges"]
     total = {"features": 0, "activations": 0, "batches": 0, "uploads": 0, "dead": 0, "labels": 0}
     waiting: list[dict[str, Any]] = []
-    with progress("exporting", summary["sae"]["d_sae"], "features", show=show) as task:
+    with progress("exporting", summary["sae"]["d_sae"], "features") as task:
         tables = arrow().parquet.ParquetFile(index / FEATURES)
         for rows in (tables.read_row_group(group).to_pylist() for group in range(tables.num_row_groups)):
             alive = [row for row in rows if row["count"] > 0 and row["examples"]]

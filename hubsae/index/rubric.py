@@ -91,7 +91,6 @@ def rate_features(
     count: int = 128,
     shown: int = 5,
     seed: int = 0,
-    show: bool | None = False,
 ) -> list[Rating]:
     """Rate `count` features of an index drawn at random; a run that was stopped goes on behind the last one.
 
@@ -110,7 +109,7 @@ def rate_features(
         control = rate(chat, mixed)[0] if len(mixed) == shown else None
         return asdict(Rating(feature, score, name, control, settings))
 
-    return [Rating(**row) for row in each_once(index / JOURNAL, settings, chosen, ask, "rating", show)]
+    return [Rating(**row) for row in each_once(index / JOURNAL, settings, chosen, ask, "rating", False)]
 
 
 def shares(ratings: Sequence[Rating]) -> list[dict[str, Any]]:

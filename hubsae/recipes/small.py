@@ -130,15 +130,15 @@ class SmallWorld(World):
         return super().kinds()
 
 
-def small_world(cache: str | Path | None = None, **changes: Any) -> SmallWorld:
+def small_world(**changes: Any) -> SmallWorld:
     """Build the small world (under two minutes), or open it from the cache. `changes` are fields of `SmallConfig`.
 
     >>> small_world().model_id    # doctest: +SKIP
     'local/SmolLM2-135M-Instruct-Q4_1'
     """
     config = SmallConfig(**changes)
-    root = Path(cache) if cache is not None else cache_root() / "worlds"
-    folder = build_once(root / f"small-{config.key()}", lambda building: _build(config, building))
+    folder = cache_root() / "worlds" / f"small-{config.key()}"
+    folder = build_once(folder, lambda building: _build(config, building))
     return SmallWorld(config, folder)
 
 

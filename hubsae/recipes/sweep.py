@@ -73,7 +73,6 @@ def train_cells(
     activations: Any,
     folder: str | Path,
     *,
-    device: str = "auto",
     memory: int | None = None,
     progress: Callable[..., None] | None = None,
 ) -> list[Outcome]:
@@ -92,7 +91,7 @@ def train_cells(
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     (root / "cells").mkdir(parents=True, exist_ok=True)
     share = shares(configs, d, world)[rank]
-    place = pick_device(device)
+    place = pick_device()
     limit = memory if memory is not None else free_for_cells(place)
     for group in _plan(root, share, d, limit, rank, world):
         if progress is not None:

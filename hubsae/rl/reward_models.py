@@ -92,7 +92,6 @@ def load_reward_model(
     *,
     revision: str | None = None,
     separator: str | None = None,
-    aggregate: Aggregate | None = None,
     device: Any = "cpu",
     dtype: str | torch.dtype = "float32",
 ) -> RewardModel:
@@ -129,7 +128,7 @@ def load_reward_model(
     tokenizer = load_tokenizer(path, revision=revision)
     return RewardModel(
         backbone.to(device).eval(), head.to(device).eval(), tokenizer, how,
-        aggregate=aggregate or ("min" if steps else "last"),
+        aggregate="min" if steps else "last",
     )  # fmt: skip
 
 

@@ -36,9 +36,6 @@ _NUMBER_RUN = re.compile(r"(\-?[0-9\.\,]+)")
 _LM_EVAL_FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
 _PLAIN_NUMBER = re.compile(r"(?<![0-9.])-?\$?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)")
 
-INVALID = "[invalid]"
-"""What lm-evaluation-harness extracts where nothing matches."""
-
 
 @dataclass(frozen=True)
 class Scorer:

@@ -188,9 +188,9 @@ def beside(numbers: Table | None = None) -> list[dict[str, Any]]:
     ]
 
 
-def per_setting(numbers: Mapping[Any, Any] | None = None) -> list[dict[str, Any]]:
+def per_setting() -> list[dict[str, Any]]:
     """A row per setting and architecture: FAST's error over that of BT(F), of all tokens and of special ones."""
-    found = dict(numbers or table())
+    found = table()
     rows = []
     for setting in settings():
         for architecture in ("standard", "jumprelu"):

@@ -14,8 +14,6 @@ Method = Literal["fast", "bt-f", "bt-p"]
 Kind = Literal["standard", "jumprelu", "topk"]
 LABELS: dict[str, str] = {"fast": "FAST", "bt-f": "BT(F)", "bt-p": "BT(P)"}
 """Method -> its published name."""
-IN_TABLES: dict[str, str] = {"fast": "sequential", "bt-f": "block_finetune", "bt-p": "block_pretrain"}
-"""Method -> its name in published.csv."""
 IN_WORDS = {
     "st": "special tokens, as published",
     "st_no0": "special tokens, without position 0",

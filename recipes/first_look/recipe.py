@@ -154,7 +154,7 @@ class _Look(OneLayer):
         return {"report": report.write(ctx.folder).name}
 
 
-def features_to_read(index: FeatureIndex, count: int, examples: int = 3) -> list[dict[str, Any]]:
+def features_to_read(index: FeatureIndex, count: int) -> list[dict[str, Any]]:
     """Some features with their contexts, spread over all that can be read."""
     readable = index.readable()
     chosen = [index[f] for f in readable[:: max(1, len(readable) // count)][:count]]
@@ -162,7 +162,7 @@ def features_to_read(index: FeatureIndex, count: int, examples: int = 3) -> list
         {
             "feature": f.number,
             "density": f"{f.density:.2%}",
-            "contexts": " | ".join(mark(e.tokens, e.center) for e in f.prompts[:examples]),
+            "contexts": " | ".join(mark(e.tokens, e.center) for e in f.prompts[:3]),
             "promotes": " ".join(repr(token) for token, _ in f.logits["top"][:5]),
         }
         for f in chosen

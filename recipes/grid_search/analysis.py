@@ -52,7 +52,7 @@ def front(points: Sequence[tuple[float, float]], tolerance: float = 0.0) -> list
     return sorted(kept, key=lambda index: points[index])
 
 
-def front_rows(rows: Iterable[GridRow], x: str, y: str, tolerance: float = TOLERANCE) -> list[GridRow]:
+def front_rows(rows: Iterable[GridRow], x: str, y: str) -> list[GridRow]:
     """The rows on the front of two metrics; rows that lack one of them are left out.
 
     >>> from .cells import Cell
@@ -64,7 +64,7 @@ def front_rows(rows: Iterable[GridRow], x: str, y: str, tolerance: float = TOLER
     """
     pairs = [(row, row.value(x), row.value(y)) for row in rows]
     have = [(row, a, b) for row, a, b in pairs if a is not None and b is not None]
-    return [have[i][0] for i in front([(a, b) for _, a, b in have], tolerance)]
+    return [have[i][0] for i in front([(a, b) for _, a, b in have], TOLERANCE)]
 
 
 class Question(NamedTuple):

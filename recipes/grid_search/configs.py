@@ -106,7 +106,7 @@ def train_configs(
     return out
 
 
-def first_threshold(rows: Tensor, density: float, seed: int = 0, directions: int = 1024) -> float:
+def first_threshold(rows: Tensor, density: float, seed: int = 0) -> float:
     """The threshold at which random unit directions fire on a share `density` of the rows [n, d].
 
     A JumpReLU that starts with its L0 near the target needs no long search for it: in log space a threshold moves
@@ -117,7 +117,7 @@ def first_threshold(rows: Tensor, density: float, seed: int = 0, directions: int
     True
     """
     generator = torch.Generator().manual_seed(seed)
-    W = torch.nn.functional.normalize(torch.randn(directions, rows.shape[1], generator=generator), dim=1)
+    W = torch.nn.functional.normalize(torch.randn(1024, rows.shape[1], generator=generator), dim=1)
     pre = (rows.float().cpu() @ W.T).flatten()
     kept = max(1, round(min(density, 0.5) * pre.numel()))
     return max(float(pre.topk(kept, sorted=False).values.min()), 1e-4)

@@ -150,8 +150,8 @@ def recovered_features(path: Path, found: Sequence[Recovery], n_features: int) -
 # ---- shared ------------------------------------------------------------------------------------------------
 
 
-def _figure(width: float = 6.4, height: float = 4.4) -> tuple[Any, Any]:
-    figure, axes = new_figure(1, width=width, height=height)
+def _figure(height: float = 4.4) -> tuple[Any, Any]:
+    figure, axes = new_figure(1, width=6.4, height=height)
     return figure, axes[0][0]
 
 

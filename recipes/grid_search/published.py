@@ -7,13 +7,13 @@ computed from them.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from hubsae.core.errors import FormatError
+from hubsae.core.files import read_csv
 from hubsae.recipes.report import Report
 
 D_IN = 896
@@ -59,15 +59,14 @@ class Claim(NamedTuple):
     evidence: str
 
 
-def published_rows(path: str | Path | None = None) -> list[PublishedRow]:
+def published_rows() -> list[PublishedRow]:
     """The 36 published rows.
 
     >>> len(published_rows())
     36
     """
-    file = Path(path) if path is not None else Path(__file__).with_name("published.csv")
-    with file.open(encoding="utf-8", newline="") as stream:
-        return parse_rows(list(csv.DictReader(stream)), file)
+    file = Path(__file__).with_name("published.csv")
+    return parse_rows(read_csv(file), file)
 
 
 def parse_rows(lines: Sequence[Mapping[str, str]], file: str | Path) -> list[PublishedRow]:

@@ -98,7 +98,7 @@ def draw(world: World, tokens: int, *, noise: float = 0.0, seed: int = 1) -> Ten
     return torch.cat(parts)
 
 
-def recovered(directions: Tensor, decoder: Tensor, threshold: float = COSINE) -> tuple[float, float]:
+def recovered(directions: Tensor, decoder: Tensor) -> tuple[float, float]:
     """Share of true directions found by a decoder [d_sae, d], and the mean of their best cosines.
 
     >>> truth = torch.eye(4)
@@ -109,7 +109,7 @@ def recovered(directions: Tensor, decoder: Tensor, threshold: float = COSINE) ->
     truth = normalize(directions.float(), dim=1)
     for block in decoder.detach().float().split(16384):  # [features, 16384] cosines at a time
         best = torch.maximum(best, (truth @ normalize(block, dim=1).T).amax(1))
-    return float((best > threshold).float().mean()), float(best.mean())
+    return float((best > COSINE).float().mean()), float(best.mean())
 
 
 def recover(

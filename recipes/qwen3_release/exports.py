@@ -27,7 +27,6 @@ from hubsae.version import __version__
 PLACES = {"bundle": "", "pt": "model.pt", "onnx": "model.onnx", "raw": "raw"}
 """Where each export lies in the folder of its SAE."""
 INVENTORY = "release_manifest.json"
-WITHIN = 1e-6
 
 
 def compare(folder: Path, exports: Sequence[str], x: Tensor) -> list[dict[str, Any]]:

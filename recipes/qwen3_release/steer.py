@@ -76,12 +76,11 @@ def questions(chats: Sequence[Any], tokenizer: Any, count: int, longest: int) ->
     return found
 
 
-def examples(result: SteeringResult, words: Mapping[str, str], each: int = 1) -> list[dict[str, Any]]:
-    """What was written: unsteered, and under each feature at each strength."""
+def examples(result: SteeringResult, words: Mapping[str, str]) -> list[dict[str, Any]]:
+    """What was written to the first prompt: unsteered, and under each feature at each strength."""
     rows = []
     for name, word in words.items():
-        for prompt in range(min(each, len(result.prompts))):
-            before = {"feature": name, "word": word, "prompt": result.prompts[prompt]}
-            rows.append({**before, "strength": 0.0, "text": result.texts[UNSTEERED, 0.0][prompt]})
-            rows += [{**before, "strength": s, "text": result.texts[name, s][prompt]} for s in result.strengths]
+        before = {"feature": name, "word": word, "prompt": result.prompts[0]}
+        rows.append({**before, "strength": 0.0, "text": result.texts[UNSTEERED, 0.0][0]})
+        rows += [{**before, "strength": s, "text": result.texts[name, s][0]} for s in result.strengths]
     return rows

@@ -1,18 +1,19 @@
 """Measured numbers beside published ones, with the natural spread and a verdict for each.
 
 A verdict needs a band. Where the published work repeated a measurement, the band is the range of its replicates;
-where it did not, there is no verdict, only the two numbers. A run on another model (the tiny profile) is never
-judged against published numbers: the table shows both and says so.
+where it did not, there is no verdict, only the two numbers. A run on another model (the tiny profile) is not judged
+against published numbers at all.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 Row = Mapping[str, Any]
-Verdict = Literal["in band", "below band", "above band", "no band", "not measured", "another model"]
+Verdict = Literal["in band", "below band", "above band", "no band", "not measured"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,6 @@ def compare(
     keys: Sequence[str],
     metrics: Sequence[str],
     bands: Sequence[Band] = (),
-    same_model: bool = True,
 ) -> list[dict[str, Any]]:
     """One row per published number: published value, band, our value, verdict.
 
@@ -65,7 +65,7 @@ def compare(
                     "low": band.low if band else None,
                     "high": band.high if band else None,
                     "measured": None if value in (None, "") else float(value),
-                    "verdict": _verdict(value, band, same_model),
+                    "verdict": _verdict(value, band),
                 }
             )
     return rows
@@ -77,17 +77,13 @@ def summary_of(rows: Sequence[Row]) -> str:
     >>> summary_of([{"verdict": "in band"}, {"verdict": "in band"}, {"verdict": "no band"}])
     '2 in band, 1 no band'
     """
-    counts: dict[str, int] = {}
-    for row in rows:
-        counts[row["verdict"]] = counts.get(row["verdict"], 0) + 1
+    counts = Counter(row["verdict"] for row in rows)
     return ", ".join(f"{count} {verdict}" for verdict, count in counts.items()) or "nothing to compare"
 
 
-def _verdict(value: Any, band: Band | None, same_model: bool) -> Verdict:
+def _verdict(value: Any, band: Band | None) -> Verdict:
     if value in (None, ""):
         return "not measured"
-    if not same_model:
-        return "another model"
     return band.verdict(float(value)) if band else "no band"
 
 

@@ -6,7 +6,6 @@ import pytest
 
 from hubsae.core.errors import NotFoundError
 from hubsae.rl.scorers import (
-    INVALID,
     SCORERS,
     compute_score,
     compute_score_strict,
@@ -14,7 +13,7 @@ from hubsae.rl.scorers import (
     gold_of,
 )
 
-NONE = None
+NONE, INVALID = None, "[invalid]"
 LONG = "#### 5" + " and so it goes" * 30
 ORDER = ("strict", "strict_first", "verl_flexible", "lm_eval_strict", "lm_eval_flexible", "flexible")
 
