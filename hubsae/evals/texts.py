@@ -49,9 +49,9 @@ class Batch(NamedTuple):
 def encode_texts(texts: Any, tokenizer: Any = None, *, max_length: int | None = None) -> tuple[list[Tokens], int]:
     """Token ids of texts of any accepted kind, and how many were cut at `max_length`.
 
-    A text is a string; a pair (prompt, response); a mapping with `prompt` and `response` (or `completion`,
-    or `question` and `answer`), with chat `messages`, or with `input_ids` (and `attention_mask`, `is_prompt`);
-    or a list or tensor of ids. A 2-D tensor, or what a tokenizer returned, is taken row by row.
+    A text is a string; a pair (prompt, response); a mapping with `prompt` and `response` (or other names that a harvest
+    knows), with chat `messages`, or with `input_ids` (and `attention_mask`, `is_prompt`); or a list or tensor of ids.
+    A 2-D tensor, or what a tokenizer returned, is taken row by row.
 
     >>> encoded, cut = encode_texts([[5, 6, 7], [8, 9]], max_length=2)
     >>> [t.ids.tolist() for t in encoded], cut
@@ -116,6 +116,7 @@ def _encode(text: Any, number: int, tokenizer: Any) -> Tokens:
     if tokenizer is None:
         raise DataError("texts given as strings need a tokenizer", hint="pass tokenizer=, or token ids")
     chat = any(key in keys for key in MESSAGE_KEYS) or (listed and isinstance(text[0], Mapping))
+    chat = chat or any(isinstance(text[key], (list, tuple)) for key in PROMPT_KEYS if key in keys)
     paired = all(any(key in keys for key in known) for known in (PROMPT_KEYS, RESPONSE_KEYS))
     bare = isinstance(text, str) or ("text" in keys and not paired)
     preparer = _preparer(tokenizer, "text" if bare else "prompt+response", chat)

@@ -214,6 +214,10 @@ def test_texts_of_every_kind(tokenizer, qwen, make_sae):
     whole = encode_texts([chat], tokenizer)[0][0]
     assert whole.ids.tolist() == [90, 5, 6, 92, 91, 7, 8, 92]
     assert whole.is_response.tolist() == [False] * 5 + [True] * 3
+    said = [{"from": "human", "value": "w5 w6"}, {"from": "gpt", "value": "w7 w8"}]
+    asked = {"prompt": chat["messages"][:1], "response": "w7 w8"}
+    for other in encode_texts([{"conversations": said}, chat["messages"], asked], tokenizer)[0]:
+        assert torch.equal(other.ids, whole.ids) and torch.equal(other.is_response, whole.is_response)
     assert [t.ids.tolist() for t in encoded[5:]] == [[5, 6, 7]] * 3
     batch = tokenizer(["w5 w6 w7", "w8"], padding=True, padding_side="left", return_tensors="pt")
     assert [t.ids.tolist() for t in encode_texts(batch)[0]] == [[5, 6, 7], [8]]
