@@ -185,7 +185,8 @@ class PPO:
         config = self.config
         learning = self.step > config.critic_warmup
         tokens = experience.mask[rows].sum()
-        sums = dict.fromkeys(("policy_loss", "value_loss", "clip_fraction", "grad_norm", "critic_grad_norm"), 0.0)
+        names = ("policy_loss", "value_loss", "clip_fraction", "grad_norm", "critic_grad_norm")
+        sums: dict[str, float] = dict.fromkeys(names, 0.0)
         for start in range(0, len(rows), config.micro_batch):
             some = rows[start : start + config.micro_batch]
             rollout, mask = experience.rollout.rows(some), experience.mask[some]

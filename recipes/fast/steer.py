@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from hubsae.core.sae import SAE
-from hubsae.evals.passes import PassBlock, run_pass
+from hubsae.evals.passes import PassBlock, load_state, run_pass, save_state
 from hubsae.evals.steering import Direction, directions, dose_response
 from hubsae.index.chat import Chat
 
@@ -66,13 +68,15 @@ class MaximaByToken:
         other._close(list(other.chats))
         self.sums, self.counts = self.sums + other.sums, self.counts + other.counts
 
-    def save(self, path: Any) -> Any:
-        """It is not kept."""
-        raise NotImplementedError
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write what was added up, whole or not at all."""
+        self._close(list(self.chats))
+        return save_state(path, "maxima by token", {"sums": self.sums, "counts": self.counts}, {})
 
-    def load(self, path: Any) -> None:
-        """It is not kept."""
-        raise NotImplementedError
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Take over a state that was saved."""
+        found, _ = load_state(path, "maxima by token")
+        self.sums, self.counts, self.chats = found["sums"], found["counts"], {}
 
     def result(self) -> torch.Tensor:
         """[places, d_sae]"""

@@ -10,6 +10,7 @@ import torch
 
 from hubsae.core.config import SAEConfig
 from hubsae.core.sae import SAE
+from hubsae.evals.passes import run_pass
 from hubsae.index import explain, rubric
 from hubsae.recipes.registry import find_recipe
 from hubsae.recipes.subject import open_subject
@@ -251,6 +252,25 @@ def test_the_features_of_special_tokens_are_those_of_the_largest_mean_maximum():
         maxima = [z[(token == wanted) & (sample == s)].max(0) for s in set(sample[token == wanted].tolist())]
         mean = np.mean(maxima, axis=0)
         assert row["feature"] == int(mean.argmax()) and row["mean_maximum"] == pytest.approx(mean.max(), rel=1e-6)
+
+
+def test_maxima_of_parts_of_the_chats_saved_and_merged_are_those_of_all(tmp_path):
+    sae = SAE.random(SAEConfig(architecture="topk", d_in=8, d_sae=32, k=4), seed=0)
+    x = torch.randn(4000, 8, generator=torch.Generator().manual_seed(0))
+    sample, special = np.arange(4000) // 40, np.arange(4000) % 3 == 0
+
+    def maxima(rows: slice):
+        found = steer.MaximaByToken("sae", 32, ["special"])
+        data = {"x": x[rows], "sample_id": sample[rows]}
+        return found, run_pass(data, {"sae": sae}, [found], columns={"special": special[rows]})[0]
+
+    whole = maxima(slice(None))[1]
+    (first, _), (second, _) = maxima(slice(0, 1600)), maxima(slice(1600, None))
+    again = steer.MaximaByToken("sae", 32, ["special"])
+    again.load(first.save(tmp_path / "part.safetensors"))
+    again.merge(second)
+    assert whole.abs().max() > 0
+    torch.testing.assert_close(again.result(), whole)
 
 
 def test_a_chat_models_score_of_an_answer_is_read_and_asked_for_once():
