@@ -79,14 +79,12 @@ class Task:
 
     def _amounts(self) -> list[str]:
         """How much is done, and how much in a second."""
-        rate, each = self._rate(), "" if self.unit == "bytes" else f" {self.unit}"
-        return [self._amount(), *([f"{self._number(rate)}{each}/s"] if self.unit and rate else [])]
-
-    def _amount(self) -> str:
-        unit = "" if self.unit in ("", "bytes") else f" {self.unit}"
-        if not self.total:
-            return f"{self._number(self.done)}{unit}"
-        return f"{self._number(self.done)} of {self._number(self.total)}{unit} ({100 * self.done / self.total:.0f} %)"
+        rate, unit = self._rate(), "" if self.unit in ("", "bytes") else f" {self.unit}"
+        amount = f"{self._number(self.done)}{unit}"
+        if self.total:
+            share = 100 * self.done / self.total
+            amount = f"{self._number(self.done)} of {self._number(self.total)}{unit} ({share:.0f} %)"
+        return [amount, *([f"{self._number(rate)}{unit}/s"] if self.unit and rate else [])]
 
     def _number(self, value: float) -> str:
         return format_bytes(value) if self.unit == "bytes" else format_count(value)

@@ -237,12 +237,7 @@ def load_job(name: str, overrides: Sequence[str] = ()) -> Job:
         top = key.split(".")[0]
         if top not in Job.model_fields and top in TrainConfig.model_fields:
             key = f"train.{key}"  # hubsae train FILE k=32
-        data = merge(data, _placed(key, value))
+        # keys of a grid have dots of their own
+        over = {"grid": {key.removeprefix("grid."): value}} if key.startswith("grid.") else nested(key, value)
+        data = merge(data, over)
     return compose(Job, [data])
-
-
-def _placed(key: str, value: Any) -> dict[str, Any]:
-    """An override as a layer; grid keys have dots of their own."""
-    if key.startswith("grid."):
-        return {"grid": {key.removeprefix("grid."): value}}
-    return nested(key, value)
