@@ -13,6 +13,8 @@ from hubsae.core.errors import ConfigError, HubSAEError
 from hubsae.core.normalizer import Normalizer
 from hubsae.core.options import pass_on
 from hubsae.train.config import TrainConfig
+from hubsae.train.data import as_source
+from hubsae.train.init import check_warm, resolve
 from hubsae.train.live import LiveActivations
 from hubsae.train.result import TrainResult
 from hubsae.train.trainer import Run, fit_together
@@ -114,9 +116,6 @@ def _startable(
     results: dict[int, TrainResult],
 ) -> list[int]:
     """Those that can begin; a cell that cannot is reported and does not stop its neighbours."""
-    from hubsae.train.data import as_source
-    from hubsae.train.init import check_warm, resolve
-
     good = []
     for i in members:
         source, config = as_source(sources[i]), configs[i]

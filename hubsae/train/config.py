@@ -9,11 +9,10 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from hubsae.core.config import Architecture
 from hubsae.core.errors import ConfigError
 from hubsae.core.scopes import excluding
 from hubsae.core.settings import Settings
-
-Architecture = Literal["topk", "batch_topk", "jumprelu", "relu", "gated"]
 
 
 class InitConfig(Settings):
