@@ -159,26 +159,39 @@ class Harvest(Job):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Index(Job):
-    """Make the reverse index of SAEs (`hubsae.index.build`), from activations or from a model and texts."""
+class OfRelease(Job):
+    """Work on SAEs of a release."""
 
-    verb: ClassVar[str] = "index"
     release: str
     out: str | None = None
-    """Otherwise `reverse-index` in the release."""
-    activations: str | None = None
-    texts: str | None = None
-    model: str | None = None
+    """Otherwise into the release."""
     config: str | None = None
+    """Of the activations, and so is the split."""
     split: str | None = None
     filters: dict[str, Any] = field(default_factory=dict)
     """Which SAEs: id, layer, stage, k."""
+    device: str = "cpu"
+    force: bool = False
+
+    def saes(self, device: str | None = None) -> Any:
+        """The SAEs, loaded."""
+        from hubsae.hub.measured import load
+
+        return load(self.release, device or self.device, **self.filters)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Index(OfRelease):
+    """Make the reverse index of SAEs (`hubsae.index.build`), from activations or from a model and texts."""
+
+    verb: ClassVar[str] = "index"
+    activations: str | None = None
+    texts: str | None = None
+    model: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     """Of `hubsae.index.build.Settings`."""
     max_texts: int | None = None
     max_length: int | None = None
-    device: str = "cpu"
-    force: bool = False
 
     @property
     def home(self) -> Path:
@@ -205,10 +218,10 @@ class Index(Job):
 
     def _index(self, ranks: Ranks | None, *, finish: bool) -> list[Path]:
         from hubsae.evals.passes import agree_on_products
-        from hubsae.hub.measured import load, together
+        from hubsae.hub.measured import together
         from hubsae.index.build import Settings, index_activations, index_texts
 
-        saes: Any = load(self.release, self.device, **self.filters)
+        saes = self.saes()
         if ranks is not None:
             agree_on_products(saes, self.folder / PRODUCTS)
         settings, model, tokenizer = Settings(**self.settings), None, None
@@ -232,20 +245,12 @@ class Index(Job):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(Job):
+class Evaluate(OfRelease):
     """Measure how SAEs reconstruct activations (`hubsae.evals.reconstruction`); the result goes where cards find it."""
 
     verb: ClassVar[str] = "eval"
-    release: str
     activations: str
-    out: str | None = None
-    """Otherwise into the release."""
-    config: str | None = None
-    split: str | None = None
-    filters: dict[str, Any] = field(default_factory=dict)
     scopes: list[str] = field(default_factory=list)
-    device: str = "cpu"
-    force: bool = False
 
     @property
     def home(self) -> Path:
@@ -271,23 +276,19 @@ class Evaluate(Job):
 
     def merge(self) -> list[dict[str, Any]]:
         from hubsae.evals.reconstruction import merged_reconstruction
-        from hubsae.hub.measured import load
 
-        return self._result(
-            lambda group, data: merged_reconstruction(
-                group, data, self._states(data), scopes=self.scopes, force=self.force
-            ),
-            load(self.release, _at_hand(self.device), **self.filters),
-        )
+        def whole(group: Any, data: Any) -> Any:
+            return merged_reconstruction(group, data, self._states(data), scopes=self.scopes, force=self.force)
+
+        return self._result(whole, self.saes(_at_hand(self.device)))
 
     def _states(self, data: Any) -> Path:
         return self.folder / STATES / self.key() / f"{data.config}.{data.split}"
 
     def _groups(self, saes: dict[str, HubSAE] | None = None) -> list[tuple[Any, dict[str, HubSAE]]]:
-        from hubsae.hub.measured import load, together
+        from hubsae.hub.measured import together
 
-        saes = saes or load(self.release, self.device, **self.filters)
-        return together(saes, self.activations, self.config, self.split)
+        return together(saes or self.saes(), self.activations, self.config, self.split)
 
     def _result(self, measure: Callable[[Any, Any], Any], saes: Any = None) -> list[dict[str, Any]]:
         """Every group of SAEs measured, written, and returned as rows."""
