@@ -264,7 +264,8 @@ class OwnSource:
 def test_a_source_of_ones_own_trains_as_the_rows_that_it_gives(tokens, held_out):
     c = config(epochs=1, normalize="mean_std")
     own, rows = train(c, OwnSource(tokens), val=OwnSource(held_out)), train(c, tokens, val=held_out)
-    assert all(torch.equal(a, b) for a, b in zip(own.sae.tensors().values(), rows.sae.tensors().values(), strict=True))
+    assert own.sae is not None and rows.sae is not None
+    assert all(torch.equal(own.sae.tensors()[name], tensor) for name, tensor in rows.sae.tensors().items())
     assert own.metrics["val_mse"] == pytest.approx(rows.metrics["val_mse"])
     with pytest.raises(DataError, match="cannot train on OwnSource"):
         train(c, OwnSource(tokens, "d", "n_rows", "batches", "state_dict", "load_state_dict"))
