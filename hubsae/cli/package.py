@@ -10,7 +10,6 @@ import typer
 from hubsae.cli import _options as options
 from hubsae.cli._common import err, out, print_json, print_table
 from hubsae.cli._common import out as console
-from hubsae.core.progress import progress
 from hubsae.core.text import format_bytes
 
 if TYPE_CHECKING:
@@ -52,14 +51,7 @@ def command(
         return
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        with progress("packaging", total=len(todo.saes), unit="SAEs") as task:
-            release = package(
-                todo,
-                out,
-                also=options.names_of(also),
-                overwrite=overwrite,
-                progress=lambda item, number, total: task.update(number),
-            )
+        release = package(todo, out, also=options.names_of(also), overwrite=overwrite)
     for note in dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning)):
         err().print(note, markup=False)
     if as_json:

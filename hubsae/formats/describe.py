@@ -18,7 +18,7 @@ from hubsae.core.sae import SAE
 from hubsae.core.text import format_bytes
 from hubsae.formats import tensors as io
 from hubsae.formats.base import Probe
-from hubsae.formats.detection import choose, probe_of, readable, readings_of
+from hubsae.formats.detection import choose, format_named, probe_of, readings_of
 from hubsae.formats.manifest import Manifest
 from hubsae.formats.planning import plan
 from hubsae.formats.registry import read
@@ -84,7 +84,7 @@ def describe(path: str | Path, format: str | None = None, **overrides: Any) -> D
     readings = readings_of(probe)
     out = Description(str(path), "sae", [str(r) for r in readings])
     if format is not None:
-        readable(format)
+        format_named(format, "read")
     if not readings and format is None:
         return _many(path, out) if probe.is_dir else _unknown_file(probe, out)
     out.tensors = list(_tensors(probe))

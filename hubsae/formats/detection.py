@@ -13,6 +13,7 @@ import pkgutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from hubsae.core.errors import AmbiguousFormatError, ConfigError, FormatError, nearest
 from hubsae.formats import kinds, native, saelens
@@ -83,7 +84,7 @@ def readings_of(probe: Probe) -> list[Reading]:
 def choose(path: str | os.PathLike[str] | Probe, format: str | None = None) -> Format:
     """The one format a path is read with; more than one or none is an error that says how to go on."""
     if format is not None:
-        return readable(format)
+        return format_named(format, "read")
     probe = path if isinstance(path, Probe) else probe_of(path)
     readings = readings_of(probe)
     if len(readings) == 1:
@@ -96,14 +97,15 @@ def choose(path: str | os.PathLike[str] | Probe, format: str | None = None) -> F
     raise FormatError(probe.path, "an SAE in a known format", looks_like(probe), hint=_no_format_hint(probe))
 
 
-def readable(name: str) -> Format:
-    """A format by name that can be read."""
+def format_named(name: str, use: Literal["read", "write"]) -> Format:
+    """A format by name that can be read, or written."""
     found = FORMATS.get(name)
-    if found is None or found.read is None:
-        known = [f.name for f in FORMATS.values() if f.read]
+    if found is None or getattr(found, use) is None:
+        known = [f.name for f in FORMATS.values() if getattr(f, use)]
+        done, other = ("read", "written") if use == "read" else ("written", "read")
         raise ConfigError(
-            f"{name!r} is {'only written, not read' if found else 'no format'}",
-            hint=f"nearest: {nearest(name, known)}; formats that are read: {', '.join(known)}",
+            f"{name!r} is {f'only {other}, not {done}' if found else 'no format'}",
+            hint=f"nearest: {nearest(name, known)}; formats that are {done}: {', '.join(known)}",
         )
     return found
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hubsae.core.errors import ConfigError, FormatError
 from hubsae.core.files import sha256_file
 from hubsae.core.hooks import KINDS, hook_record
+from hubsae.core.progress import progress
 from hubsae.core.sae import SAE
 from hubsae.formats.base import Overrides, Probe, reading
 from hubsae.formats.detection import FORMATS, weight_files
@@ -55,7 +56,7 @@ def package(
     spec: PackageSpec | None = None,
     also: Iterable[str] = (),
     overwrite: bool = False,
-    progress: Callable[[PlannedSAE, int, int], None] | None = None,
+    bar: bool | None = None,
 ) -> Release:
     """Turn a folder of SAE files (or a single one) into a release folder `out`, streaming one SAE at a time.
 
@@ -73,7 +74,7 @@ def package(
         spec: a hubsae.yaml from elsewhere, in place of the one beside the files.
         also: further formats beside each SAE: sparsify, onnx, pt, raw.
         overwrite: replace a release at `out`; its README, results and plots are kept.
-        progress: called with the SAE, its number and the total before each one.
+        bar: show progress; by default where somebody watches.
 
     >>> import tempfile
     >>> from hubsae import HubSAE, SAEConfig
@@ -84,29 +85,22 @@ def package(
     ...     package(f"{d}/saes", f"{d}/release", base_model="Qwen/Qwen3-8B", hook="layers.{layer}").ids
     ['saes/layer6']
     """
-    if isinstance(source, PackagePlan):
-        todo = source
-    else:
-        todo = plan(source, PackageSpec.of(locals()), spec=spec)
+    todo = source if isinstance(source, PackagePlan) else plan(source, PackageSpec.of(locals()), spec=spec)
     target = Path(out)
     _check_target(todo, target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.parent / f".{target.name}.packaging"
     shutil.rmtree(scratch, ignore_errors=True)
     try:
-        fields = todo.spec.manifest_fields()
-        release = Release.create(scratch, name=todo.name, **fields)
+        release = Release.create(scratch, name=todo.name, **todo.spec.manifest_fields())
         widths: dict[int, Path] = {}
-        with release.one_manifest():
-            for number, item in enumerate(todo.saes):
-                if progress is not None:
-                    progress(item, number, len(todo.saes))
+        with release.one_manifest(), progress("packaging", len(todo.saes), "SAEs", show=bar) as task:
+            for item in todo.saes:
                 sae = load_planned(todo, item)
                 _check_width(widths, sae, item, todo)
                 release.add(sae, item.id, also=also)
                 del sae
-            if progress is not None:
-                progress(todo.saes[-1], len(todo.saes), len(todo.saes))
+                task.advance()
             _copy_into(todo.results, scratch / RESULTS)
             _copy_into(todo.plots, scratch / PLOTS)
             if release.manifest.base_model is None:
@@ -179,8 +173,8 @@ def _complete(todo: PackagePlan, item: PlannedSAE, sae: SAE) -> None:
 
 
 def _relative(todo: PackagePlan, item: PlannedSAE) -> str:
-    root = todo.source if todo.source.is_dir() else todo.source.parent
-    return item.source.relative_to(root).as_posix() if item.source != root else item.source.resolve().name
+    inside = item.source.relative_to(todo.root).as_posix()
+    return inside if inside != "." else item.source.resolve().name
 
 
 def _weights_of(item: PlannedSAE) -> Path | None:

@@ -55,6 +55,11 @@ class PackagePlan:
     left_out: list[tuple[Path, str]] = field(default_factory=list)
     """Files that are not SAEs, and why they were not taken."""
 
+    @property
+    def root(self) -> Path:
+        """The folder whose files are looked at."""
+        return self.source if self.source.is_dir() else self.source.parent
+
 
 def plan(
     source: str | os.PathLike[str],
@@ -71,46 +76,43 @@ def plan(
     source = Path(source)
     if not source.exists():
         raise FormatError(source, "a folder of SAE files", "nothing at that path")
-    root = source if source.is_dir() else source.parent
-    if source.is_dir() and Manifest.lies_in(root):
+    if source.is_dir() and Manifest.lies_in(source):
         raise FormatError(
             source, "a folder of SAE files", "a release", hint="it is packaged already: `hubsae push` publishes it"
         )
-    spec = (spec if spec is not None else PackageSpec.beside(root)).updated(given or PackageSpec())
-    pattern = NamePattern(spec.pattern) if spec.pattern else None
-    label = spec.name or source.resolve().name if source.is_dir() else spec.name or stem_of(source.name)
-    out = PackagePlan(source, spec, label, [])
+    out = PackagePlan(source, PackageSpec(), "", [])
+    out.spec = (spec if spec is not None else PackageSpec.beside(out.root)).updated(given or PackageSpec())
+    out.name = out.spec.name or (source.resolve().name if source.is_dir() else stem_of(source.name))
+    pattern = NamePattern(out.spec.pattern) if out.spec.pattern else None
     if source.is_dir():
-        _walk(source, source, out, pattern)
-    elif (planned := _one(source, root, out, pattern)) is not None:
-        out.saes.append(planned)
+        _walk(source, out, pattern)
+    else:
+        _take(source, out, pattern)
     if not out.saes:
         seen = ", ".join(f"{path.name}: {why}" if path.is_symlink() else path.name for path, why in out.left_out[:5])
         raise FormatError(
             source,
             "SAE files in a known format",
-            f"none ({seen})" if seen else "an empty folder" if not any(root.iterdir()) else "none",
+            f"none ({seen})" if seen else "an empty folder" if not any(out.root.iterdir()) else "none",
             hint="`hubsae show FILE` says how a file is read; --format and hubsae.yaml force a reading",
         )
     _name_them(out, prefix)
     return out
 
 
-def _walk(folder: Path, root: Path, out: PackagePlan, pattern: NamePattern | None) -> None:
-    if (planned := _one(folder, root, out, pattern)) is not None:
-        out.saes.append(planned)
+def _walk(folder: Path, out: PackagePlan, pattern: NamePattern | None) -> None:
+    if _take(folder, out, pattern):
         return
     for item in sorted(folder.iterdir()):
         if item.name.startswith(".") or item.name == SPEC_NAME:
             continue
-        if item.is_symlink() and (item.is_dir() or not belongs(item, root)):
+        if item.is_symlink() and (item.is_dir() or not belongs(item, out.root)):
             where = "to a folder" if item.is_dir() else "that leads out of the folder"
             out.left_out.append((item, f"a link {where}, {item.resolve()}"))
         elif item.is_dir():
-            _walk(item, root, out, pattern)
+            _walk(item, out, pattern)
         elif may_hold_weights(item):
-            if (planned := _one(item, root, out, pattern)) is not None:
-                out.saes.append(planned)
+            _take(item, out, pattern)
         elif item.suffix == ".csv":
             out.results.append(item)
         elif item.suffix in IMAGE_SUFFIXES:
@@ -130,20 +132,20 @@ def belongs(path: Path, root: Path) -> bool:
     return False
 
 
-def _one(path: Path, root: Path, out: PackagePlan, pattern: NamePattern | None) -> PlannedSAE | None:
-    """The SAE at a path, None where it is not one."""
-    relative = path.relative_to(root).as_posix() if path != root else "."
+def _take(path: Path, out: PackagePlan, pattern: NamePattern | None) -> bool:
+    """Plan the SAE at a path; False where it is not one."""
+    relative = path.relative_to(out.root).as_posix()
     rule = out.spec.rule_for(relative)
     if rule.skip:
         out.left_out.append((path, "skipped by hubsae.yaml"))
-        return None
+        return False
     probe = Probe(path)
     info = parse_path(relative if relative != "." else path.name)
     if pattern is not None:
         matched = pattern.match(relative)
         if matched is None and path.is_file():
             out.left_out.append((path, f"does not follow the pattern {pattern.template}"))
-            return None
+            return False
         info = matched.or_else(info) if matched is not None else info
     readings = readings_of(probe)
     if path.is_file() and path.stat().st_size == 0:
@@ -157,13 +159,14 @@ def _one(path: Path, root: Path, out: PackagePlan, pattern: NamePattern | None) 
     if forced is None and not readings:
         if path.is_file():
             _not_an_sae(path, probe, out)
-        return None
+        return False
     chosen = choose(probe, forced)
     if path.is_dir():
-        _check_links(path, root)
+        _check_links(path, out.root)
     why = next((r.why for r in readings if r.format == chosen.name), "chosen by the caller")
     info = NameInfo(layer=rule.layer, stage=rule.stage).or_else(info)
-    return PlannedSAE(path, chosen.name, why, rule.id or "", info, choices, _size(path))
+    out.saes.append(PlannedSAE(path, chosen.name, why, rule.id or "", info, choices, _size(path)))
+    return True
 
 
 def _check_links(folder: Path, root: Path) -> None:
@@ -218,11 +221,10 @@ def _name_them(out: PackagePlan, prefix: bool) -> None:
 
 
 def _id(out: PackagePlan, item: PlannedSAE, prefix: bool, *, short: bool) -> str:
-    root = out.source if out.source.is_dir() else out.source.parent
-    if item.source == root:
+    if item.source == out.root:
         return _clean(out.name) if prefix else "."
     parts = [_clean(out.name)] if prefix and out.source.is_dir() else []
-    relative = item.source.relative_to(root)
+    relative = item.source.relative_to(out.root)
     parts += [_clean(p) for p in relative.parts[:-1]]
     # only a file named by stage and layer is renamed; folders and other names stay recognisable
     if short and item.source.is_file() and item.info.layer is not None and _is_stage_layer(item):

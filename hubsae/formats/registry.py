@@ -17,7 +17,7 @@ from hubsae.core.options import named_options, pass_on
 from hubsae.core.sae import SAE
 from hubsae.formats import native
 from hubsae.formats.base import Format, Overrides, reading
-from hubsae.formats.detection import FORMATS, MAPPED, choose, probe_of
+from hubsae.formats.detection import FORMATS, MAPPED, choose, format_named, probe_of
 
 
 @named_options
@@ -84,14 +84,8 @@ def read(
 
 def write(sae: SAE, path: str | os.PathLike[str], format: str = "native") -> Path:
     """Write one SAE in a format that can be written; whole or not at all."""
-    found = FORMATS.get(format)
-    if found is None or found.write is None:
-        known = [f.name for f in FORMATS.values() if f.write]
-        raise ConfigError(
-            f"{format!r} is {'only read, not written' if found else 'no format'}",
-            hint=f"formats that are written: {', '.join(known)}",
-        )
-    target = Path(path)
+    found, target = format_named(format, "write"), Path(path)
+    assert found.write is not None
     if found.suffix is not None:
         if target.is_dir() or not target.suffix:
             target = target / f"sae{found.suffix}"

@@ -30,17 +30,15 @@ class SAETable(list[dict[str, Any]]):
         told = [name for name in names if any(row.get(name) is not None for row in self)]
         if all:
             return told
-        metrics = self._metrics(told)
-        wanted = [name for name in COLUMNS if name in told] + [name for name in metrics if metrics[name]]
+        wanted = [name for name in COLUMNS if name in told] + self._metrics(told)
         return wanted + [name for name in ("file", "format", "bytes") if name in told]
 
-    def _metrics(self, told: Sequence[str]) -> dict[str, bool]:
+    def _metrics(self, told: Sequence[str]) -> list[str]:
         """Metrics that any row has in its own scope, the telling ones first."""
         names = [name for name in told if name not in NOT_METRICS]
         plain = dict.fromkeys(name.partition("@")[0] for name in names)
         order = [name for name in HEADLINE if name in plain] or list(plain)
-        found = {name: any(headline(row, name) is not None for row in self) for name in order}
-        return dict(list({name: True for name, there in found.items() if there}.items())[:MOST_METRICS])
+        return [name for name in order if any(headline(row, name) is not None for row in self)][:MOST_METRICS]
 
     def cell(self, row: dict[str, Any], name: str, all: bool = False) -> str:
         """What stands in a column, as text; a headline metric is that of the row's own scope."""

@@ -123,7 +123,7 @@ def fetch_activations(
         folder = client.cached_snapshot(repo_id, sha, repo_type=REPO_TYPE)
         return folder, choose(configs_in(folder))
     tree = client.tree(repo_id, sha, repo_type=REPO_TYPE)
-    name = choose(sorted(_configs(tree), key=natural_key))
+    name = choose(_configs(tree))
     wanted = [path for path in tree if path.startswith(f"{name}/") or path == MANIFEST]
     size = sum(tree[path].size for path in wanted)
     what = f"fetching {repo_id} {name}"
@@ -142,7 +142,7 @@ def fetch_activations(
 
 def _configs(tree: dict[str, RemoteFile]) -> list[str]:
     found = {path.split("/")[0] for path in tree if path.count("/") == 1 and parse_shard_name(path.split("/")[1])}
-    return list(found)
+    return sorted(found, key=natural_key)
 
 
 @dataclass
@@ -157,7 +157,7 @@ class RemoteListing:
     @property
     def configs(self) -> list[str]:
         """Configs that are there."""
-        return sorted(_configs(self.tree), key=natural_key)
+        return _configs(self.tree)
 
     def splits(self, config: str) -> list[str]:
         """Splits of a config."""
@@ -206,7 +206,7 @@ class RangeFile:
             offset += len(view)
         # a short piece (a page header) travels with what follows it
         while places:
-            group, length = [places.pop(0)], 0
+            group = [places.pop(0)]
             length = len(group[0][1])
             while places and length + len(places[0][1]) <= RANGE_BYTES + (64 << 10):
                 group.append(places.pop(0))

@@ -13,6 +13,7 @@ from hubsae.core.config import Architecture, TokenNorm
 from hubsae.core.options import named_options
 from hubsae.core.sae import SAE
 from hubsae.formats import saelens
+from hubsae.formats.registry import read
 from hubsae.hub.sae import HubSAE
 
 _OF_THE_HUB = ("revision", "token", "endpoint", "cache_dir", "local_files_only")
@@ -87,8 +88,6 @@ class saelens_converter:
         device: str | None = None,
         cfg_overrides: dict[str, Any] | None = None,
     ) -> _Parts:
-        from hubsae.formats.registry import read
-
         return _parts(read(path, **self.choices), device, cfg_overrides)
 
 

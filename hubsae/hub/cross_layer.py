@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
 
+from hubsae import formats
+from hubsae.core.cross_layer import CrossLayerTranscoder
 from hubsae.core.errors import NotFoundError
 from hubsae.hub.client import split_repo
 from hubsae.hub.load import Where
-
-if TYPE_CHECKING:
-    from hubsae.core.cross_layer import CrossLayerTranscoder
 
 FILES = re.compile(r"^(?:W_(?:enc|dec)_\d+|(?:.*[_-])?layer_\d+)\.safetensors$|^config\.yaml$")
 
@@ -38,8 +36,6 @@ def read_cross_layer(
     >>> clt = read_cross_layer("mntss/clt-gemma-2-2b-426k")  # doctest: +SKIP
     >>> with clt.attach(model) as codes: model(ids)  # doctest: +SKIP
     """
-    from hubsae import formats
-
     options = {"hook": hook, "hook_out": hook_out, "base_model": base_model}
     if Path(repo_or_path).exists():
         return formats.read_cross_layer(Path(repo_or_path) / subfolder, **options)

@@ -35,23 +35,12 @@ class Asker(Protocol):
     cache_dir: Any
 
     @property
-    def address(self) -> str:
-        """The endpoint as it is shown to people."""
-        ...
-
+    def address(self) -> str: ...
     @property
-    def api(self) -> Any:
-        """The client library's API object."""
-        ...
-
+    def api(self) -> Any: ...
     @property
-    def offline(self) -> bool:
-        """Whether only the cache may be used."""
-        ...
-
-    def page(self, repo_id: str | None, repo_type: str = "model", revision: str | None = None) -> str:
-        """The web address of a repo."""
-        ...
+    def offline(self) -> bool: ...
+    def page(self, repo_id: str | None, repo_type: str = "model", revision: str | None = None) -> str: ...
 
 
 @contextmanager

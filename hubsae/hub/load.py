@@ -12,23 +12,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from hubsae.core.errors import ConfigError, HubSAEError, NotFoundError
 from hubsae.core.files import atomic_path, safe_join, sha256_file
 from hubsae.core.options import named_options, pass_on
 from hubsae.core.progress import progress
+from hubsae.core.sae import SAE
+from hubsae.formats import native
 from hubsae.formats.names import parse_name
+from hubsae.formats.registry import read
 from hubsae.formats.select import FILTERS, chosen_by
 from hubsae.hub.catalog import CACHE_NOTES, Catalog, Entry, ExpectedFile, open_catalog
 from hubsae.hub.client import HubClient
 from hubsae.hub.errors import IntegrityError, OfflineError
 from hubsae.hub.explain import not_cached
-
-if TYPE_CHECKING:
-    import torch
-
-    from hubsae.core.sae import SAE
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,6 @@ class Reading:
 
     def checked(self) -> Reading:
         """With the type it means; a wrong type or device is refused before anything is asked or downloaded."""
-        import torch
-
         dtype = _checked_dtype(self.dtype)
         try:
             wanted = torch.device(self.device)
@@ -308,23 +306,19 @@ def read_entry(entry: Entry, path: Path, reading: Reading, filters: Mapping[str,
     """Read the files of one SAE: a hubsae folder directly, anything else through its format."""
     how = {"device": reading.device, "dtype": reading.dtype, "features": reading.features}
     if entry.native or ((path / "metadata.json").is_file() and (path / "sae_weights.safetensors").is_file()):
-        from hubsae.formats import native
-
         if left := [*reading.choices, *(["format"] if reading.format not in (None, "native") else [])]:
             raise ConfigError(
                 f"{entry.id} says everything itself; {', '.join(left)} cannot be chosen",
                 hint="such choices are for files that no metadata.json describes",
             )
         return native.read(path, **how)
-    from hubsae import formats
-
     # a filter that the path already answered has chosen the file; the content says the rest, and knows better
     asked = {n: v for n, v in filters.items() if v is not None and n not in entry.facts and n in _FOR_READER}
     inside = parse_name(path.name)
     known = {n: entry.facts[n] for n in ("layer", "stage") if n in entry.facts and getattr(inside, n) is None}
     choices = {_FOR_READER[n]: v for n, v in {**known, **asked}.items()}
     registered = {} if entry.registered is None else entry.registered.choices(path)
-    return formats.read(path, reading.format, **how, **{**registered, **choices, **reading.choices})
+    return read(path, reading.format, **how, **{**registered, **choices, **reading.choices})
 
 
 # filters that tell a reader something where the file's name does not answer them
@@ -332,8 +326,6 @@ _FOR_READER = {name: name for name in FILTERS if name not in ("d_in", "d_sae")} 
 
 
 def _checked_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    import torch
-
     if dtype is None:
         return None
     found = getattr(torch, str(dtype).removeprefix("torch."), None)

@@ -26,7 +26,6 @@ from hubsae.hub.contents import Contents, LocalFile, State, files_under
 
 README = "README.md"
 MAX_IN_FOLDER = 10_000
-PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
 
 
 @dataclass
@@ -196,8 +195,3 @@ def _check_folders(files: Sequence[LocalFile], staying: set[str]) -> None:
                 f"the folder {folder or 'at the root'} would hold {count} files; the Hub allows {MAX_IN_FOLDER}",
                 hint="package the SAEs into subfolders, e.g. one per stage",
             )
-
-
-def pickles(files: Sequence[LocalFile]) -> list[str]:
-    """Files that the Hub's page will warn about."""
-    return [file.path for file in files if file.path.endswith(PICKLES)]

@@ -40,7 +40,7 @@ class Target:
     tag: str | None
     pr: bool
     private: bool | None
-    exists: bool
+    exists: bool = True
     branch: str = "main"
     """Where the plan is compared: the branch asked for, or main where that is new."""
     notes: list[str] = field(default_factory=list)

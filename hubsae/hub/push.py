@@ -11,7 +11,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor
 
 from hubsae.core.errors import HubSAEError
 from hubsae.core.options import named_options
@@ -26,14 +28,14 @@ from hubsae.hub.cardtext import listing
 from hubsae.hub.client import HubClient, split_repo, tag_is_taken
 from hubsae.hub.contents import Diff, LocalFile, State, compare
 from hubsae.hub.errors import AccessError, OfflineError, RevisionNotFoundError
-from hubsae.hub.merge import Merge, files_of, pickles
+from hubsae.hub.merge import Merge, files_of
 from hubsae.hub.plan import PlanRow, PushPlan, PushResult, Target
 from hubsae.hub.secrets import refuse_secrets
 from hubsae.hub.staging import Extras, Staging, check_source, on_the_hub, one_place, staged
 from hubsae.hub.trial import Activations, have_saelens, verify
 
-if TYPE_CHECKING:
-    from torch import Tensor
+PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
+"""What the Hub's page will warn about."""
 
 
 @named_options
@@ -124,7 +126,8 @@ def push(
     """
     check_source(source)
     client = HubClient(token, endpoint or "", notify=notify)
-    target = _target(client, _repo_id(client, repo_id, source), revision, tag, pr, private, dry_run)
+    target = Target(_repo_id(client, repo_id, source), revision or "main", tag, pr, private)
+    _look_up(client, target, dry_run)
     # activations are here those to check on, not what the record says of them
     asked = PackageSpec.of(locals(), activations=None, datasets=datasets or None, choices=choices or None)
     card = CardOptions(card_template, card_kind, force_card, title, citation, limitations)
@@ -199,41 +202,32 @@ def _planned(client: HubClient, target: Target, staging: Staging, merge: Merge, 
     return PushPlan(target, rows, merge.kept, diff, notes, client.address, others)
 
 
-def _target(
-    client: HubClient,
-    repo_id: str,
-    revision: str | None,
-    tag: str | None,
-    pr: bool,
-    private: bool | None,
-    dry_run: bool,
-) -> Target:
+def _look_up(client: HubClient, target: Target, dry_run: bool) -> None:
     """Look the repo up first: a wrong name or token should not cost the time of packaging and checking."""
+    repo_id = target.repo_id
     if client.offline:
         raise OfflineError(
             f"publishing to {repo_id} needs the Hub, which is not asked (offline)", hint="unset HF_HUB_OFFLINE"
         )
-    target = Target(repo_id, revision or "main", tag, pr, private, True)
-    info = client.info(repo_id) if pr else client.find(repo_id)
+    info = client.info(repo_id) if target.pr else client.find(repo_id)
     if info is None:
         if not dry_run:
             _check_namespace(client, repo_id)
         target.exists = False
-        return target
+        return
     if info.id.lower() != repo_id.lower():
         target.notes.append(f"{repo_id} is now called {info.id}; publishing there")
         target.repo_id = info.id
-    if private is not None and bool(info.private) != private:
+    if target.private is not None and bool(info.private) != target.private:
         visibility = "private" if info.private else "public"
         target.notes.append(f"{info.id} is {visibility} and stays so (change it in the repo's settings)")
     try:
         client.head(target.repo_id, target.revision)
         target.branch = target.revision
     except RevisionNotFoundError:
-        if pr:
+        if target.pr:
             raise
         target.notes.append(f"branch {target.revision} is new and will start from main")
-    return target
 
 
 def _check_namespace(client: HubClient, repo_id: str) -> None:
@@ -270,7 +264,7 @@ def _row_notes(rows: list[PlanRow]) -> list[str]:
 
 
 def _file_notes(files: Sequence[LocalFile]) -> list[str]:
-    found = pickles(files)
+    found = [file.path for file in files if file.path.endswith(PICKLES)]
     if not found:
         return []
     return [f"{len(found)} pickle file{'s' if len(found) > 1 else ''} will be shipped too ({listing(found, 3)})"]

@@ -17,6 +17,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from hubsae.core.errors import ConfigError, HookError, HubSAEError, NotFoundError, nearest
 from hubsae.core.files import read_json
 from hubsae.core.hooks import HookPoint
@@ -182,8 +184,6 @@ def _all(file: Path) -> dict[str, Release]:
 
 
 def _parse(text: str) -> dict[str, Release]:
-    import yaml
-
     content = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     try:
         return {name: _release(name, about) for name, about in content.items()}

@@ -18,6 +18,7 @@ from hubsae.core.hooks import HookPoint
 from hubsae.core.intervene import Recorded, hook_of
 from hubsae.core.options import named_options, pass_on
 from hubsae.core.sae import SAE
+from hubsae.formats import native, saelens
 from hubsae.formats.table import html_table
 from hubsae.hub.load import load_each, what_is_asked
 
@@ -232,9 +233,7 @@ class HubSAE(SAE):
         Args:
             folder: Where; made if it is not there, each file written whole or not at all.
         """
-        from hubsae.formats.native import write
-
-        write(self, folder)
+        native.write(self, folder)
 
     @named_options
     def push_to_hub(
@@ -326,13 +325,9 @@ class HubSAE(SAE):
 
     def to_saelens(self) -> Any:
         """The same SAE as a SAELens object, where SAELens can express it."""
-        from hubsae.formats.saelens import to_saelens
-
-        return to_saelens(self)
+        return saelens.to_saelens(self)
 
     @classmethod
     def from_saelens(cls, sae: Any) -> HubSAE:
         """`sae`, a SAELens SAE (inference or training class), as a HubSAE."""
-        from hubsae.formats.saelens import from_saelens
-
-        return cast("HubSAE", from_saelens(sae))
+        return cast("HubSAE", saelens.from_saelens(sae))

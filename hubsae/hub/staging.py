@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hubsae.core.errors import ConfigError, HubSAEError
-from hubsae.core.progress import progress
 from hubsae.core.sae import SAE
 from hubsae.formats.detection import may_hold_weights
 from hubsae.formats.manifest import MANIFEST_NAME, Manifest
@@ -126,14 +125,9 @@ def _release_of(source: Path) -> Path | None:
 
 
 def _packaged(todo: PackagePlan, extras: Extras, folder: Path) -> Staging:
-    with (
-        warnings.catch_warnings(record=True) as caught,
-        progress("packaging", len(todo.saes), "SAEs", show=extras.bar) as task,
-    ):
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        release = package(
-            todo, folder / "release", also=extras.also, progress=lambda _, number, __: task.update(number)
-        )
+        release = package(todo, folder / "release", also=extras.also, bar=extras.bar)
     staging = Staging(
         release,
         True,
@@ -142,9 +136,8 @@ def _packaged(todo: PackagePlan, extras: Extras, folder: Path) -> Staging:
         notes=list(dict.fromkeys(str(w.message) for w in caught)),
     )
     if extras.keep_source:
-        base = todo.source if todo.source.is_dir() else todo.source.parent
         for item in todo.saes:
-            _keep(item.source, base, release.path / "source")
+            _keep(item.source, todo.root, release.path / "source")
         release.list_others()
     return staging
 

@@ -10,19 +10,18 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hubsae.core.errors import DataError, NotFoundError
 from hubsae.core.metadata import Metadata
-from hubsae.formats import saelens_config
+from hubsae.core.sae import SAE
+from hubsae.formats import estimate_threshold, saelens_config
 from hubsae.hub.errors import IntegrityError
-
-if TYPE_CHECKING:
-    from hubsae.core.sae import SAE
 
 PROBES = 64
 TOLERANCE = 1e-6
@@ -76,11 +75,11 @@ def same(source: SAE, written: SAE, x: Tensor) -> bool:
 
 def compare_with_saelens(folder: str | os.PathLike[str], sae: SAE, x: Tensor) -> tuple[float, float]:
     """Load the folder with stock SAELens: (share of tokens with the same latents, largest relative error)."""
-    from sae_lens import SAE
+    import sae_lens
 
     wide = sae.d_in * sae.d_sae <= BIG
     dtype = torch.float64 if wide else torch.float32
-    lens = SAE.load_from_disk(str(folder), device="cpu").to(dtype)
+    lens = sae_lens.SAE.load_from_disk(str(folder), device="cpu").to(dtype)
     ours = type(sae)(sae.config, {name: t.to(dtype) for name, t in sae.tensors().items()})
     x = x.to(dtype)
     with torch.no_grad():
@@ -95,8 +94,6 @@ def compare_with_saelens(folder: str | os.PathLike[str], sae: SAE, x: Tensor) ->
 
 def have_saelens() -> bool:
     """Whether the stock package is installed (looking does not import it)."""
-    from importlib.util import find_spec
-
     return find_spec("sae_lens") is not None
 
 
@@ -198,7 +195,6 @@ class Calibration:
 def calibrate(sae: SAE, activations: Tensor) -> tuple[SAE, Calibration]:
     """Give a BatchTopK SAE a stored threshold from these activations, and measure what that changes."""
     from hubsae.evals import reconstruction
-    from hubsae.formats import estimate_threshold
 
     fixed = estimate_threshold(sae, activations.float())
     found = reconstruction({"batch": sae, "threshold": fixed}, activations.float())
@@ -217,7 +213,9 @@ class Activations:
     def of(self, record: Metadata, *, only_place: bool) -> Tensor | None:
         """Vectors [n, d_in] of where an SAE reads, by its record; None where a dataset has none for it."""
         if isinstance(self.source, Tensor):
-            return self._one(_two_dimensional(self.source, "the activations"), only_place)
+            if self.source.ndim < 2:
+                raise DataError(f"activations: expected [tokens, d_in], found shape {tuple(self.source.shape)}")
+            return self._one(self.source.reshape(-1, self.source.shape[-1]), only_place)
         from hubsae.activations import ActivationDataset
         from hubsae.evals.record import activation_reader
 
@@ -245,12 +243,6 @@ def _sample(dataset: Any, most: int) -> Tensor:
         return dataset.read_all(dtype=torch.float32)
     rows = torch.linspace(0, dataset.n_rows - 1, most).long().unique().tolist()
     return dataset.take(rows, dtype=torch.float32)
-
-
-def _two_dimensional(value: Tensor, where: str) -> Tensor:
-    if value.ndim < 2:
-        raise DataError(f"{where}: expected a tensor [tokens, d_in], found shape {tuple(value.shape)}")
-    return value.reshape(-1, value.shape[-1])
 
 
 def summarize(checks: Sequence[Verification]) -> str:
