@@ -7,7 +7,6 @@ metrics, and size and sha256 of each file.
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from hubsae.core.errors import FormatError, MetadataError
-from hubsae.core.files import json_text, read_json, safe_join, sha256_file, write_text_atomic
+from hubsae.core.files import json_text, safe_join, sha256_file, write_text_atomic
 from hubsae.core.metadata import Metadata, describe_validation
 from hubsae.core.text import printable
 from hubsae.formats.select import FILTERS
@@ -28,7 +27,6 @@ from hubsae.version import __version__
 MANIFEST_NAME = "config.json"
 FORMAT_VERSION = 1
 KIND = "hubsae-release"
-MAX_JSON_BYTES = 256 << 20
 
 
 class ManifestWarning(UserWarning):
@@ -191,11 +189,8 @@ class Manifest(_Part):
     def read(path: str | PathLike[str]) -> Manifest:
         """Read a manifest, from its file or from the folder it lies in."""
         file = Path(path)
-        if file.is_dir():
-            file = file / MANIFEST_NAME
-        if file.is_file() and file.stat().st_size > MAX_JSON_BYTES:
-            raise FormatError(file, f"a manifest below {MAX_JSON_BYTES} bytes", f"{file.stat().st_size} bytes")
-        return Manifest.parse(read_json(file), file)
+        file = file / MANIFEST_NAME if file.is_dir() else file
+        return Manifest.parse(read_small_json(file), file)
 
     @staticmethod
     def parse(value: Any, path: str | PathLike[str] = MANIFEST_NAME) -> Manifest:
@@ -247,4 +242,4 @@ def unknown_keys(part: BaseModel, prefix: str = "") -> set[str]:
 
 def manifest_schema() -> dict[str, Any]:
     """JSON schema of the manifest."""
-    return json.loads(json.dumps(Manifest.model_json_schema()))
+    return Manifest.model_json_schema()

@@ -9,10 +9,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, fields
 from pathlib import PurePosixPath
+from typing import Any
 
 from hubsae.core.errors import ConfigError
-
-FIELDS = ("stage", "layer", "k", "threshold", "expansion", "architecture", "name")
 
 _ARCHITECTURES = {
     "batchtopk": "batch_topk",
@@ -26,6 +25,12 @@ _ARCHITECTURES = {
     "gated": "gated",
 }
 _NUMBER = r"[0-9]+(?:[.p][0-9]+)?(?:e-?[0-9]+)?"
+_ANY, _WHOLE = r"[^/]+?", r"[0-9]+"
+FIELDS = {
+    "stage": _ANY, "layer": _WHOLE, "k": _WHOLE, "threshold": _NUMBER, "expansion": _WHOLE, "architecture": _ANY,
+    "name": _ANY,
+}  # fmt: skip
+"""What a pattern may name, and what each looks like."""
 _SUFFIXES = (".safetensors", ".sae.pt", ".pt", ".pth", ".bin", ".npz", ".onnx", ".ckpt")
 
 _STAGE_LAYER = re.compile(r"^sae_(?P<stage>.+?)_layer_?(?P<layer>\d+)(?:_.*)?$")
@@ -139,9 +144,7 @@ class NamePattern:
                         hint="fields: " + ", ".join(f"{{{f}}}" for f in FIELDS) + "; * matches anything",
                     )
                 seen.add(name)
-                number = name in ("layer", "k", "expansion")
-                any_text = r"[^/]+?"
-                parts.append(rf"(?P<{name}>{r'[0-9]+' if number else _NUMBER if name == 'threshold' else any_text})")
+                parts.append(f"(?P<{name}>{FIELDS[name]})")
             else:
                 parts.append(re.escape(piece))
         if not seen:
@@ -156,18 +159,14 @@ class NamePattern:
         found = self._regex.fullmatch(path) or self._regex.fullmatch(PurePosixPath(path).name)
         if not found:
             return None
-        values: dict[str, object] = dict(found.groupdict())
-        for name in ("layer", "k", "expansion"):
-            if name in values:
-                values[name] = int(str(values[name]))
-        if "threshold" in values:
-            values["threshold"] = _number(str(values["threshold"]))
+        read = {_WHOLE: int, _NUMBER: _number, _ANY: str}
+        values: dict[str, Any] = {name: read[FIELDS[name]](text) for name, text in found.groupdict().items()}
         if "architecture" in values:
-            kind = _ARCHITECTURES.get(str(values["architecture"]).lower())
+            kind = _ARCHITECTURES.get(values["architecture"].lower())
             if kind is None:
                 raise ConfigError(f"{path}: {values['architecture']!r} names no architecture")
             values["architecture"] = kind
-        return NameInfo(**values)  # pyright: ignore[reportArgumentType]
+        return NameInfo(**values)
 
 
 def _number(text: str) -> float:

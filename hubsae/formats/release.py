@@ -172,8 +172,8 @@ class Release:
         native.write(stored, folder)
         write_also(stored, folder, also)
         entry = describe_sae(self.path, id, id, Metadata.load(folder))
-        kept = [e for e in self.manifest.saes if e.id != id]
-        self.manifest.saes = [*kept, entry] if len(kept) == len(self) else [entry if e.id == id else e for e in self]
+        there = id in self.ids
+        self.manifest.saes = [entry if e.id == id else e for e in self] if there else [*self, entry]
         self._save()
         return entry
 

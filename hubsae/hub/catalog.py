@@ -142,11 +142,10 @@ def local_catalog(path: Path) -> Catalog:
     """A release folder, an SAE folder, one file, or a folder of many."""
     if path.is_file():
         return Catalog(str(path), [_local_entry(path.parent, path.name, [path.name])], root=path.parent)
-    if (path / MANIFEST_NAME).is_file():
-        content = json_or_none(path / MANIFEST_NAME)
-        if Manifest.is_manifest(content):
-            manifest = Manifest.parse(content, path / MANIFEST_NAME)
-            return Catalog(str(path), [_native(entry) for entry in manifest], manifest, root=path)
+    content = json_or_none(path / MANIFEST_NAME)
+    if Manifest.is_manifest(content):
+        manifest = Manifest.parse(content, path / MANIFEST_NAME)
+        return Catalog(str(path), [_native(entry) for entry in manifest], manifest, root=path)
     paths = [p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()]
     return Catalog(str(path), [_local_entry(path, *unit) for unit in units(paths).items()], root=path)
 
@@ -155,7 +154,7 @@ def _local_entry(root: Path, place: str, files: Iterable[str]) -> Entry:
     """An SAE on disk that no manifest lists; its record says more than its name."""
     entry = _by_name(place, [ExpectedFile(file, (root / file).stat().st_size) for file in files])
     record = root / place / METADATA_NAME
-    if record.is_file() and isinstance(content := json_or_none(record), dict) and "hubsae_format" in content:
+    if isinstance(content := json_or_none(record), dict) and "hubsae_format" in content:
         said = SAEEntry.known_from(Metadata.from_dict(content, where=record))
         facts = entry.facts | {name: said[name] for name in FILTERS if said[name] is not None}
         return replace(entry, facts=facts, metrics=said["metrics"], scope=said["scope"])
@@ -231,8 +230,7 @@ def _listing_file(client: HubClient, repo_id: str, sha: str) -> Path:
 def _listing(client: HubClient, repo_id: str, sha: str) -> dict[str, RemoteFile]:
     """The files of a commit, kept in the cache: a commit does not change."""
     file = _listing_file(client, repo_id, sha)
-    kept = json_or_none(file) if file.is_file() else None
-    if isinstance(kept, list):
+    if isinstance(kept := json_or_none(file), list):
         return {item["path"]: RemoteFile(**item) for item in kept}
     tree = client.tree(repo_id, sha)
     with suppress(OSError):  # a cache that cannot be written costs a request next time

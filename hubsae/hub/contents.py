@@ -44,8 +44,7 @@ class LocalFile:
             digest.update(self.source)
         else:
             with open(self.source, "rb") as file:
-                while chunk := file.read(1 << 20):
-                    digest.update(chunk)
+                hashlib.file_digest(file, lambda: digest)
         return digest.hexdigest()
 
     def same_as(self, remote: RemoteFile | None) -> bool:

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from hubsae.core.text import format_bytes
-from hubsae.hub.retry import describe, without_password
+from hubsae.hub.client import HubClient
+from hubsae.hub.retry import describe
 
 State = Literal["ok", "note", "problem"]
 
+TIMEOUT = 5.0
+"""Seconds that the Hub may take to answer."""
 LOW_SPACE = 5 << 30
 """Bytes free below which a download of a few SAEs and a model may not fit."""
 
@@ -26,41 +29,34 @@ class Check(NamedTuple):
     """What to do about it; empty where nothing is to be done."""
 
 
-def hub_checks(*, timeout: float = 5.0) -> list[Check]:
-    """Endpoint, token, cache and upload protocol, as huggingface_hub sees them."""
+def hub_checks() -> list[Check]:
+    """Endpoint, token, cache and upload protocol, as a client sees them."""
     from huggingface_hub import constants
 
-    endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
-    if constants.HF_HUB_OFFLINE:
-        checks = [
-            Check(
-                "endpoint",
-                "note",
-                f"{without_password(endpoint)}, offline (HF_HUB_OFFLINE is set)",
-                "only cached files load",
-            )
-        ]
+    client = HubClient()
+    if client.offline:
+        found = f"{client.address}, offline (HF_HUB_OFFLINE is set)"
+        checks = [Check("endpoint", "note", found, "only cached files load")]
     else:
-        reachable = _reach(endpoint, timeout)
-        checks = [reachable]
-        if reachable.state == "ok":
-            checks.append(_token(endpoint))
-    return [*checks, _cache(Path(constants.HF_HUB_CACHE)), _xet(bool(constants.HF_HUB_DISABLE_XET))]
+        checks = [_reach(client)]
+        if checks[0].state == "ok":
+            checks.append(_token(client))
+    return [*checks, _cache(Path(client.cache_dir)), _xet(bool(constants.HF_HUB_DISABLE_XET))]
 
 
-def _reach(endpoint: str, timeout: float) -> Check:
+def _reach(client: HubClient) -> Check:
     from huggingface_hub.utils import get_session
 
+    shown = client.address
     try:
-        answer = get_session().get(f"{endpoint}/api/models", params={"limit": 1}, timeout=timeout)
+        answer = get_session().get(f"{client.endpoint}/api/models", params={"limit": 1}, timeout=TIMEOUT)
     except Exception as error:  # whatever the transport raises, the finding is the same
         return Check(
             "endpoint",
             "problem",
-            f"{without_password(endpoint)} does not answer ({type(error).__name__})",
+            f"{shown} does not answer ({type(error).__name__})",
             "check the network, proxies and HF_ENDPOINT; `hubsae hub serve` runs a Hub on this machine",
         )
-    shown = without_password(endpoint)
     if answer.status_code >= 400:
         return Check("endpoint", "problem", f"{shown} answers {answer.status_code}", "is HF_ENDPOINT a Hub?")
     if "json" not in answer.headers.get("content-type", ""):
@@ -69,17 +65,16 @@ def _reach(endpoint: str, timeout: float) -> Check:
     return Check("endpoint", "ok", shown)
 
 
-def _token(endpoint: str) -> Check:
-    from huggingface_hub import HfApi, get_token
+def _token(client: HubClient) -> Check:
+    from huggingface_hub import get_token
 
     if get_token() is None:
-        return Check(
-            "token", "note", "none: public repos load, nothing can be pushed", "hf auth login, or set HF_TOKEN"
-        )
+        found, todo = "none: public repos load, nothing can be pushed", "hf auth login, or set HF_TOKEN"
+        return Check("token", "note", found, todo)
     try:
-        me = HfApi(endpoint=endpoint).whoami()
+        me = client.api.whoami()
     except Exception as error:  # refused or unreachable: the person needs the reason, not the type
-        return Check("token", "problem", f"refused by {without_password(endpoint)}: {describe(error)}", "hf auth login")
+        return Check("token", "problem", f"refused by {client.address}: {describe(error)}", "hf auth login")
     role = ((me.get("auth") or {}).get("accessToken") or {}).get("role", "unknown")
     found = f"{me['name']}, role {role}"
     if role == "read":

@@ -84,12 +84,12 @@ class HubSAE(SAE):
         meta, own = self.metadata, self.metadata.own_scope
         where = meta.hook.module_path or meta.hook.transformer_lens
         model = " ".join(part for part in (meta.base_model.id, meta.base_model.stage) if part)
-        rows = [("selection", self.config.selection), ("size", f"{self.d_in} -> {self.d_sae}, {self.dtype}")]
-        rows += [("model", model)] if model else []
-        rows += [("hook point", where)] if where else []
-        rows += [("tokens it is for", own)] if own != "all" else []
-        rows += [(m.name, f"{m.value:.4g}") for m in meta.metrics if (m.scope or "all") == own]
-        return html_table((), [(name, value) for name, value in rows])
+        known = {
+            "selection": self.config.selection, "size": f"{self.d_in} -> {self.d_sae}, {self.dtype}", "model": model,
+            "hook point": where, "tokens it is for": None if own == "all" else own,
+        }  # fmt: skip
+        rows = [(name, value) for name, value in known.items() if value]
+        return html_table((), rows + [(m.name, f"{m.value:.4g}") for m in meta.metrics if (m.scope or "all") == own])
 
     # ---- elsewhere ---------------------------------------------------------------------------------------
 
