@@ -66,7 +66,9 @@ def with_constant_norm(sae: SAE) -> SAE:
     tensors |= {"W_enc": tensors["W_enc"] / root, "W_dec": tensors["W_dec"] * root, "b_dec": tensors["b_dec"] * root}
     config = sae.config.model_copy(update={"token_norm": "constant_norm"})
     metadata = sae.metadata.model_copy(update={"config": config})
-    return SAE.build(config, tensors, metadata=metadata, sparsity=sae.sparsity)
+    scaled = SAE.build(config, tensors, metadata=metadata, sparsity=sae.sparsity)
+    scaled.fingerprint = sae.fingerprint
+    return scaled
 
 
 def write(sae: SAE, folder: str | os.PathLike[str]) -> Path:

@@ -37,4 +37,6 @@ def estimate_threshold(sae: SAE, activations: Tensor, *, batch_size: int = 4096)
     config = sae.config.model_copy(update={"threshold": threshold})
     metadata = sae.metadata.model_copy(update={"config": config}, deep=True)
     setattr(metadata.training, "threshold_source", f"estimated on {len(cuts) * batches[0].shape[0]} tokens")  # noqa: B010
-    return SAE.build(config, sae.tensors(), metadata=metadata, normalizer=sae.normalizer, sparsity=sae.sparsity)
+    fixed = SAE.build(config, sae.tensors(), metadata=metadata, normalizer=sae.normalizer, sparsity=sae.sparsity)
+    fixed.fingerprint = sae.fingerprint
+    return fixed

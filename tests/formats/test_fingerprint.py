@@ -13,7 +13,7 @@ from hubsae.cli.main import build
 from hubsae.core.errors import ConfigError, FormatError
 from hubsae.core.fingerprint import Fingerprint
 from hubsae.core.hooks import edit_hook
-from hubsae.formats import Release, read
+from hubsae.formats import Release, estimate_threshold, read
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +123,15 @@ def test_it_travels_with_the_sae_and_weighs_little(sae, model, tokenizer, tmp_pa
     file.write_bytes((tmp_path / "one" / "sae_weights.safetensors").read_bytes())
     with pytest.raises(FormatError, match="a fingerprint"):
         HubSAE.from_pretrained(tmp_path / "one")
+
+
+@pytest.mark.parametrize("norm", ["none", "unit_norm"])
+def test_it_stays_with_an_sae_that_is_written_with_a_threshold_or_on_another_norm(norm, sae, tmp_path):
+    made = HubSAE.random(SAEConfig(architecture="batch_topk", d_in=64, d_sae=128, k=8, token_norm=norm))
+    made.fingerprint = sae.fingerprint
+    estimate_threshold(made, torch.randn(256, 64)).save_pretrained(tmp_path)
+    kept = read(tmp_path).fingerprint
+    assert kept is not None and kept.about == sae.fingerprint.about
 
 
 def test_a_release_gets_them_from_the_command_line_and_is_checked(model, quick_world, tmp_path):
