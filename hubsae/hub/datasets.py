@@ -116,8 +116,6 @@ def push_activations(
     client = client or HubClient(token=token, notify=notify)
     plan = plan or plan_push(folder, repo_id, client=client, verify=verify, allow_secrets=allow_secrets)
     repo = client.ensure_repo(plan.repo_id, private=private, repo_type=REPO_TYPE)
-    if revision != "main" and not revision.startswith("refs/"):
-        client.ensure_branch(repo, revision, repo_type=REPO_TYPE)
 
     def build(state: State) -> Contents:
         manifest, delete = _merged(client, repo, plan, state)

@@ -142,8 +142,6 @@ def push(
             return PushResult(plan, None)
         if not target.exists:
             merge.repo_id = client.ensure_repo(target.repo_id, private=private)
-        if target.revision != "main" and not pr:
-            client.ensure_branch(merge.repo_id, target.revision)
         published = upload.publish(
             client, merge.repo_id, merge, message=message or _message(staging.release.manifest),
             revision=target.revision, pr=pr, bar=bar,

@@ -76,9 +76,11 @@ def publish(
     pr: bool = False,
     bar: bool | None = None,
 ) -> Published:
-    """Bring a branch (or a pull request against it) to what `build` asks for; see the module's docstring."""
+    """Bring a branch (or a pull request against it) to what `build` asks for; a branch is made if it is missing."""
     from huggingface_hub import CommitOperationAdd
 
+    if revision != "main" and not pr and not revision.startswith("refs/"):
+        client.ensure_branch(repo_id, revision, repo_type=repo_type)
     branch = _Branch(client, repo_id, repo_type, revision, message)
     pr_url = None
     if pr:
