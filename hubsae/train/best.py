@@ -26,8 +26,11 @@ class Best:
         self.kept: list[dict[str, Any]] = []
         self.memory: dict[int, dict[str, Tensor]] = {}
 
-    def offer(self, weights: dict[str, Tensor], entry: dict[str, Any]) -> bool:
-        """Keep these weights if they are among the best; `entry` has `step` and `value`."""
+    def offer(self, weights: dict[str, Tensor], entry: dict[str, Any], *, written: bool = False) -> bool:
+        """Keep these weights if they are among the best; `entry` has `step` and `value`.
+
+        `written` says that another rank has written them already.
+        """
         if self.keep == 0:
             return False
         ranked = sorted([*self.kept, entry], key=lambda e: (e["value"], e["step"]))
@@ -38,13 +41,15 @@ class Best:
             self.memory[entry["step"]] = weights
         else:
             file = self._file(entry["step"])
-            need = sum(t.numel() * t.element_size() for t in weights.values())
+            need = 0 if written else sum(t.numel() * t.element_size() for t in weights.values())
             with writing(file, need, "the last state of the run is whole"):
-                self.folder.mkdir(parents=True, exist_ok=True)
-                with atomic_path(file) as temporary:
-                    save_file(weights, temporary)
+                if not written:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    with atomic_path(file) as temporary:
+                        save_file(weights, temporary)
                 entry["sha256"] = sha256_file(file)
-                write_json_atomic(file.with_suffix(".json"), entry)
+                if not written:
+                    write_json_atomic(file.with_suffix(".json"), entry)
         self.kept = ranked[: self.keep]
         if self.folder is None:
             self.memory = {e["step"]: self.memory[e["step"]] for e in self.kept}

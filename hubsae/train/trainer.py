@@ -322,7 +322,12 @@ class Run:
             entry = {"step": self.step, "metric": metric, "value": values[metric], "values": values}
             entry |= {"threshold": cell.threshold, "tokens": cell.tokens}
             if self.out is not None or (cell.config.select == "best" and cell.config.keep_best > 0):
-                cell.best.offer(self._gathered(cell), entry)
+                weights = self._gathered(cell)
+                if self.comm.rank == 0:
+                    cell.best.offer(weights, entry)
+                self.comm.barrier()
+                if self.comm.rank > 0:
+                    cell.best.offer(weights, entry, written=True)
 
     def _calibrate(self) -> None:
         """Inference thresholds of batch_topk SAEs: where k latents fire per token, over a fixed set of rows."""

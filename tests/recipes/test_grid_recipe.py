@@ -264,7 +264,7 @@ def test_the_release_is_pushed_and_every_sae_loads_in_stock_saelens(
 def test_under_torchrun_the_cells_spread_over_ranks(run: Path, cache: Path, tmp_path: Path) -> None:
     out = tmp_path / "spread"
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--no-python",
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "--no-python",
         sys.executable, "-m", "hubsae.cli.main", "recipe", "run", "grid_search", *SMALL, "--out", str(out), "--json",
     ]  # fmt: skip
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HUBSAE_CACHE": str(cache)}

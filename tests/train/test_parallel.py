@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -36,13 +35,16 @@ def tokens() -> torch.Tensor:
 
 
 CHILD = """
-import sys, torch
+import os, sys, torch
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
 from test_parallel import CASES, config, tokens
 from hubsae.train import train
 import torch.distributed as dist
 from pathlib import Path
+from hubsae.train import best
+if os.environ["RANK"] != "0":
+    best.save_file = None  # what is the same on all ranks is written by the first
 for case in CASES:
     train(config(case, sys.argv[2]), tokens(), out=Path(sys.argv[3]) / case, val=tokens()[:256], quiet=True)
 dist.destroy_process_group()
@@ -51,25 +53,16 @@ dist.destroy_process_group()
 
 @pytest.fixture(scope="module", params=["data", "latent"])
 def ranks(request, tmp_path_factory) -> tuple[str, Path]:
-    """All cases trained by two ranks, launched as torchrun launches them."""
+    """All cases trained by two ranks under torchrun, which finds itself a port."""
     out = tmp_path_factory.mktemp(request.param)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    arguments = [sys.executable, "-c", CHILD, str(Path(__file__).parent), request.param, str(out)]
-    processes = [
-        subprocess.Popen(
-            arguments,
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        output, _ = process.communicate(timeout=240)
-        assert process.returncode == 0, output.decode()
+    script = out / "child.py"
+    script.write_text(CHILD)
+    launched = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script),
+         str(Path(__file__).parent), request.param, str(out)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=480,
+    )  # fmt: skip
+    assert launched.returncode == 0, launched.stdout.decode()
     return request.param, out
 
 
