@@ -4,8 +4,9 @@ PyTorch's CPU linear goes to MKL, which leaves AVX-512 unused on AMD; oneDNN thr
 compiler emits is 2.0 to 2.5 times faster there (64 ms against 30 ms for 512 x 896 x 7168 on one Zen 5 core).
 The operator is private, and oneDNN may round to bf16 on CPUs with AMX when told to, so it is never trusted:
 a trial at the real shape compares numbers and time once per shape, and `F.linear` is always the fallback. Where the two
-take nearly the same time the processor's make decides and not the clock, so that two runs on one machine decide alike:
-oneDNN on AMD (1.1 to 1.25 times faster there without AVX-512, and on Zen 4 with it), MKL on Intel.
+take nearly the same time, or too little to be measured, the processor's make decides and not the clock, so that two
+runs on one machine decide alike: oneDNN on AMD (1.1 to 1.25 times faster there without AVX-512, and on Zen 4 with it),
+MKL on Intel.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ ROWS = 256
 # page, each time (3 % of the product at 32,768 columns). Below LEAST rows the product loses more than that
 KEPT = 30 << 18
 LEAST = 112
-# products below this many multiply-adds are over before a trial pays
-SMALL = 1 << 21
+# products below this many multiply-adds are over before a trial pays, and MKL is as fast or faster (up to 1.4 times)
+SMALL = 1 << 23
+# of a batch of rows below these many, about a millisecond: what else the machine does would decide which seems faster
+TIMED, BATCH = 1 << 26, 32
 # largest difference, relative to |x| |w|, that counts as "the same numbers" in float32
 TOLERANCE = 2e-6
 # how many times slower the backend that a processor's make speaks for must be to lose
@@ -120,6 +123,7 @@ def _trial(rows: int, d_in: int, n: int) -> str:
     operator = _operator()
     if operator is None:
         return "torch"
+    timed = rows < BATCH or rows * d_in * n >= TIMED
     # the winner does not depend on the number of latents beyond a thousand; a narrow slice keeps this short and small
     n = min(n, 2048)
     generator = torch.Generator().manual_seed(0)
@@ -132,7 +136,8 @@ def _trial(rows: int, d_in: int, n: int) -> str:
         return "torch"
     if fast.shape != (rows, n) or not _close(fast, x, weight, bias):
         return "torch"
-
+    if not timed:
+        return "onednn" if _on_amd() else "torch"
     ours = fastest(lambda: operator(x, weight, bias, "none", [], ""))
     theirs = fastest(lambda: F.linear(x, weight, bias))
     return "onednn" if ours < theirs * (CLEARLY if _on_amd() else 1 / CLEARLY) else "torch"

@@ -52,4 +52,12 @@ def test_near_a_tie_the_make_of_the_processor_decides_and_not_the_clock(monkeypa
     clock = iter([onednn, mkl])
     monkeypatch.setattr(module, "fastest", lambda work: next(clock))
     monkeypatch.setattr(module, "_on_amd", lambda: amd)
-    assert module._trial(64, 64, 256) == wins
+    assert module._trial(256, 128, 2048) == wins
+
+
+@pytest.mark.skipif(module._operator() is None, reason="this build of torch has no oneDNN product")
+@pytest.mark.parametrize(("amd", "wins"), [(True, "onednn"), (False, "torch")])
+def test_a_product_too_short_to_be_timed_goes_by_the_make_alone(monkeypatch, amd, wins):
+    monkeypatch.setattr(module, "fastest", lambda work: pytest.fail("it was timed"))
+    monkeypatch.setattr(module, "_on_amd", lambda: amd)
+    assert module._trial(256, 64, 256) == wins

@@ -267,7 +267,7 @@ def test_under_torchrun_the_cells_spread_over_ranks(run: Path, cache: Path, tmp_
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "--no-python",
         sys.executable, "-m", "hubsae.cli.main", "recipe", "run", "grid_search", *SMALL, "--out", str(out), "--json",
     ]  # fmt: skip
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HUBSAE_CACHE": str(cache)}
+    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "HUBSAE_CACHE": str(cache)}
     ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert json.loads(ran.stdout)["run"] == str(out), "said once, by the first rank"
