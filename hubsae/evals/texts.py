@@ -102,7 +102,7 @@ def _each(texts: Any) -> Iterable[Any]:
 
 def _encode(text: Any, number: int, tokenizer: Any) -> Tokens:
     """A text as a harvest makes it: strings and pairs as they are, messages through the chat template."""
-    keys = text if isinstance(text, Mapping) else ()
+    keys: Mapping[str, Any] = text if isinstance(text, Mapping) else {}
     if "input_ids" in keys:
         return _encode_ids(text)
     listed = isinstance(text, Sequence) and not isinstance(text, str)
@@ -116,7 +116,7 @@ def _encode(text: Any, number: int, tokenizer: Any) -> Tokens:
     if tokenizer is None:
         raise DataError("texts given as strings need a tokenizer", hint="pass tokenizer=, or token ids")
     chat = any(key in keys for key in MESSAGE_KEYS) or (listed and isinstance(text[0], Mapping))
-    chat = chat or any(isinstance(text[key], (list, tuple)) for key in PROMPT_KEYS if key in keys)
+    chat = chat or any(isinstance(keys[key], (list, tuple)) for key in PROMPT_KEYS if key in keys)
     paired = all(any(key in keys for key in known) for known in (PROMPT_KEYS, RESPONSE_KEYS))
     bare = isinstance(text, str) or ("text" in keys and not paired)
     preparer = _preparer(tokenizer, "text" if bare else "prompt+response", chat)
