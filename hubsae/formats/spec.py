@@ -115,12 +115,14 @@ class PackageSpec(BaseModel):
     def beside(folder: Path) -> PackageSpec:
         """hubsae.yaml of a folder, or an empty one."""
         file = folder / SPEC_NAME
-        return PackageSpec.read(file) if file.is_file() and file.stat().st_size else PackageSpec()
+        return PackageSpec.read(file) if file.is_file() else PackageSpec()
 
     @staticmethod
     def read(file: str | Path) -> PackageSpec:
         """Read a hubsae.yaml."""
-        data = read_small_yaml(file, MAX_BYTES) or {}
+        file = Path(file)
+        empty = file.is_file() and not file.stat().st_size
+        data = {} if empty else read_small_yaml(file, MAX_BYTES) or {}
         if not isinstance(data, dict):
             raise FormatError(file, "a mapping", type(data).__name__)
         return _checked(data, f"{file}: ")

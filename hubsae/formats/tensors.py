@@ -55,7 +55,7 @@ def _readable(file: Path, what: str) -> Iterator[None]:
     """Whatever a library trips over in a file is the file's fault: each raises errors of its own on damaged ones."""
     try:
         yield
-    except FormatError:
+    except (FormatError, MemoryError):
         raise
     except Exception as error:
         raise FormatError(
@@ -79,8 +79,11 @@ def read_small_yaml(path: Paths, most: int = 64 << 10) -> Any:
     file = require_file(path, "a YAML file")
     if file.stat().st_size > most:
         raise FormatError(file, f"YAML below {most >> 10} KiB", f"{file.stat().st_size >> 10} KiB")
-    with _readable(file, "a YAML file"):
+    try:
         return yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: text that is not UTF-8 too
+        why = printable(" ".join(str(error).split()), 300)
+        raise FormatError(file, "YAML", f"text that does not parse ({type(error).__name__}: {why})") from error
 
 
 # ---- safetensors ------------------------------------------------------------------------------------------
@@ -251,13 +254,10 @@ def _npy_header(handle: Any) -> tuple[tuple[int, ...], np.dtype]:
 
 
 def npz_shapes(path: Paths) -> dict[str, tuple[int, ...]]:
-    """Names and shapes in an npz archive, without its data; archives that inflate without measure are refused."""
+    """Names and shapes in an npz archive, without its data."""
     file = require_file(path, "an npz archive")
     shapes = {}
     with _readable(file, "an npz archive"), zipfile.ZipFile(file) as archive:
-        inflated = sum(info.file_size for info in archive.infolist())
-        if inflated > MAX_INFLATION * file.stat().st_size:
-            raise FormatError(file, f"at most {MAX_INFLATION}x its size when unpacked", f"{inflated} bytes")
         for info in archive.infolist():
             if not info.filename.endswith(".npy"):
                 continue
@@ -272,11 +272,15 @@ def npz_shapes(path: Paths) -> dict[str, tuple[int, ...]]:
 
 
 def read_npz(path: Paths) -> dict[str, Tensor]:
-    """Arrays of an npz archive; objects are refused."""
-    file = Path(path)
+    """Arrays of an npz archive; objects are refused, and archives that inflate without measure."""
+    file = require_file(path, "an npz archive")
     npz_shapes(file)
-    with _readable(file, "an npz archive"), np.load(file, allow_pickle=False) as arrays:
-        return {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in arrays.files}
+    with _readable(file, "an npz archive"), zipfile.ZipFile(file) as archive:
+        inflated = sum(info.file_size for info in archive.infolist())
+        if inflated > MAX_INFLATION * file.stat().st_size:
+            raise FormatError(file, f"at most {MAX_INFLATION}x its size when unpacked", f"{inflated} bytes")
+        with np.load(file, allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in arrays.files}
 
 
 def read_raw(path: Paths, count: int | None = None) -> Tensor:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from hubsae.core.errors import ConfigError
 from hubsae.core.text import printable
 
 T = TypeVar("T")
@@ -50,14 +51,22 @@ class RetryPolicy:
     def from_environment(cls) -> RetryPolicy:
         """The default policy; `HUBSAE_RETRY_ATTEMPTS` and `HUBSAE_RETRY_BASE` (seconds) change it."""
         return cls(
-            attempts=max(1, int(os.environ.get("HUBSAE_RETRY_ATTEMPTS", cls.attempts))),
-            base=float(os.environ.get("HUBSAE_RETRY_BASE", cls.base)),
+            attempts=max(1, int(_number("HUBSAE_RETRY_ATTEMPTS", cls.attempts))),
+            base=_number("HUBSAE_RETRY_BASE", cls.base),
         )
 
     def pause(self, attempt: int) -> float:
         """Seconds to wait after the failed try number `attempt`, when the server says nothing."""
         plain = min(self.cap, self.base * 2 ** (attempt - 1))
         return plain * (1 + self.jitter * random.random())
+
+
+def _number(name: str, default: float) -> float:
+    given = os.environ.get(name, "")
+    try:
+        return float(given) if given else default
+    except ValueError:
+        raise ConfigError(f"{name} is {given!r} and not a number", hint=f"unset it, or {name}={default:g}") from None
 
 
 def asked_pause(headers: Mapping[str, str]) -> float | None:

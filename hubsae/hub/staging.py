@@ -162,7 +162,7 @@ def _adjusted(root: Path, asked: PackageSpec, extras: Extras, folder: Path) -> S
     copy = folder / "release"
     for file in files_under(root):
         _link(root / file.path, copy / file.path)
-    (copy / MANIFEST_NAME).unlink()  # it is written anew
+    (copy / MANIFEST_NAME).unlink(missing_ok=True)  # it is written anew
     shutil.copyfile(root / MANIFEST_NAME, copy / MANIFEST_NAME)
     release = Release.open(copy)
     release.manifest = release.manifest.model_copy(update=asked.manifest_fields())

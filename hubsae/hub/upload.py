@@ -201,7 +201,7 @@ class _Branch:
             except Exception as error:
                 if now.head == parent:
                     raise
-                if not _holds(now, diff):
+                if status_of(error) in (409, 412) or not _holds(now, diff):
                     return None
                 client.say(f"the answer to the commit was lost ({describe(error)}), but it was made")
         return self._ours(now.head, parent)

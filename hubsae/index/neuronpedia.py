@@ -91,6 +91,8 @@ def export(
     if not (index / SUMMARY).is_file():
         raise HubSAEError(f"{index} is not a reverse index", hint="make one: hubsae index")
     summary = FeatureIndex.open(index).summary
+    if not isinstance((summary.get("sae") or {}).get("d_sae"), int) or len(summary.get("bin_edges") or ()) < 2:
+        raise HubSAEError(f"{index} is not a whole reverse index", hint="make one: hubsae index")
     layer = summary["sae"].get("layer")
     source = f"{0 if layer is None else layer}-{names.source_set}"
     folder = Path(out) / names.model / source

@@ -114,6 +114,7 @@ def test_npz_with_objects_or_that_inflates_without_measure(tmp_path):
         tmp_path / "params.npz", **{n: np.zeros(s, np.float32) for n, s in zip(names, shapes, strict=True)}
     )
     refused(tmp_path / "params.npz", "when unpacked")
+    assert io.npz_shapes(tmp_path / "params.npz")["w_enc"] == shapes[0], "what is in it may be looked at"
     with zipfile.ZipFile(tmp_path / "params.npz", "w") as archive:
         archive.writestr("w_enc.npy", b"nonsense")
     refused(tmp_path / "params.npz", "npz archive")

@@ -16,6 +16,7 @@ from hubsae.core.metadata import Metric
 from hubsae.formats import Manifest, Release, package, plan, read, write
 from hubsae.formats.manifest import ManifestWarning
 from hubsae.formats.package import PackageWarning
+from hubsae.formats.spec import PackageSpec
 
 BASE = "Qwen/Qwen2.5-0.5B-Instruct"
 
@@ -107,12 +108,23 @@ def test_hubsae_yaml_beside_the_files(chains, tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("base_modle: x", "base_modle"), ("choices: {kk: 3}", "kk"), ("- a\n- b", "mapping"), ("a: [", "YAML")],
+    [
+        ("base_modle: x", "base_modle"),
+        ("choices: {kk: 3}", "kk"),
+        ("- a\n- b", "mapping"),
+        ("a: [", "YAML"),
+        ("a: b: c", "line 1"),
+    ],
 )
 def test_hubsae_yaml_with_a_mistake_is_named(chains, tmp_path, text, message):
     (chains / "hubsae.yaml").write_text(text)
     with pytest.raises((ConfigError, FormatError), match=message):
         plan(chains)
+
+
+def test_an_empty_hubsae_yaml_says_nothing(tmp_path):
+    (tmp_path / "hubsae.yaml").touch()
+    assert PackageSpec.read(tmp_path / "hubsae.yaml") == PackageSpec.beside(tmp_path) == PackageSpec()
 
 
 def test_pattern_for_other_naming_schemes(tmp_path):

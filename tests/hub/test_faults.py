@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from hubsae import HubSAE, push
-from hubsae.core.errors import HubRequestError, HubSAEError
+from hubsae.core.errors import ConfigError, HubRequestError, HubSAEError
 from hubsae.hub.client import HubClient
+from hubsae.hub.retry import RetryPolicy
 from hubsae.localhub import LocalHub
 from tests.hub.conftest import ABOUT, seed_folder, titles
 
@@ -132,6 +133,12 @@ def test_one_failing_request(
         check_result(repo, seen)
     finally:
         hub.clear_faults()
+
+
+def test_a_number_of_attempts_that_is_none_is_named(monkeypatch):
+    monkeypatch.setenv("HUBSAE_RETRY_ATTEMPTS", "many")
+    with pytest.raises(ConfigError, match="HUBSAE_RETRY_ATTEMPTS is 'many'"):
+        RetryPolicy.from_environment()
 
 
 def test_a_hub_that_is_down_for_good_publishes_nothing(hub: LocalHub, seeds: Path, fast: None, monkeypatch):
