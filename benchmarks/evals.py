@@ -82,6 +82,7 @@ def main() -> None:
     from hubsae.evals.passes import BLOCK_ROWS
     from hubsae.hub.sae import HubSAE
     from hubsae.kernels import inference
+    from hubsae.kernels.linear import rows_at_once
 
     config = SAEConfig(architecture="topk", d_in=options.d, d_sae=options.d_sae, k=options.k)
     saes = {f"sae{i}": HubSAE.random(config, seed=i) for i in range(options.saes)}
@@ -102,8 +103,9 @@ def main() -> None:
             for batch in data.batches(BLOCK_ROWS, shuffle=False):
                 wide = batch.float()  # pyright: ignore[reportAttributeAccessIssue]
                 for sae in saes.values():
-                    for start in range(0, len(wide), inference.ROWS):
-                        inference.encode_linear(wide[start : start + inference.ROWS], sae.W_enc, sae.b_enc)
+                    step = rows_at_once(len(wide), sae.d_sae)
+                    for start in range(0, len(wide), step):
+                        inference.encode_linear(wide[start : start + step], sae.W_enc, sae.b_enc)
 
         def whole() -> None:
             reconstruction(saes, data)

@@ -265,14 +265,11 @@ def conversation(item: Any, how: Preparation) -> list[dict[str, str]]:
     elif isinstance(item, (tuple, list)) and len(item) == 2 and all(isinstance(p, str) for p in item):
         found = [{"role": "user", "content": item[0]}, {"role": "assistant", "content": item[1]}]
     elif isinstance(item, (tuple, list)) and item and isinstance(item[0], Mapping):
-        found = [dict(m) for m in item]
-    elif isinstance(item, Mapping) and (key := next((k for k in MESSAGE_KEYS if k in item), None)):
-        turns = item[key] or []
-        roles = [m.get("role", m.get("from")) for m in turns]
-        found = [
-            {"role": ROLES.get(role, role), "content": m.get("content", m.get("value"))}
-            for role, m in zip(roles, turns, strict=True)
-        ]
+        found = [dict(m) if "role" in m else _message(m) for m in item]
+    elif isinstance(item, Mapping) and (
+        key := next((k for k in MESSAGE_KEYS if k in item and not isinstance(item[k], str)), None)
+    ):
+        found = [_message(m) for m in item[key] or []]
     else:
         prompt = _field(item, how.prompt_column, PROMPT_KEYS, "prompt")
         found = [dict(m) for m in prompt] if not isinstance(prompt, str) else [{"role": "user", "content": str(prompt)}]
@@ -284,6 +281,12 @@ def conversation(item: Any, how: Preparation) -> list[dict[str, str]]:
     if how.system is not None and found and found[0]["role"] != "system":
         found.insert(0, {"role": "system", "content": how.system})
     return found
+
+
+def _message(turn: Mapping[str, Any]) -> dict[str, Any]:
+    """A turn of ShareGPT's, or a message as it is."""
+    role = turn.get("role", turn.get("from"))
+    return {"role": ROLES.get(role, role), "content": turn.get("content", turn.get("value"))}
 
 
 def _field(item: Any, wanted: str | None, names: Sequence[str], what: str, *, required: bool = True) -> Any:

@@ -115,16 +115,18 @@ def _encode(text: Any, number: int, tokenizer: Any) -> Tokens:
         )
     if tokenizer is None:
         raise DataError("texts given as strings need a tokenizer", hint="pass tokenizer=, or token ids")
-    chat = any(key in keys for key in MESSAGE_KEYS) or (listed and isinstance(text[0], Mapping))
-    chat = chat or any(isinstance(keys[key], (list, tuple)) for key in PROMPT_KEYS if key in keys)
+    chat = any(isinstance(keys[key], (list, tuple)) for key in (*MESSAGE_KEYS, *PROMPT_KEYS) if key in keys)
+    chat = chat or (listed and isinstance(text[0], Mapping))
     paired = all(any(key in keys for key in known) for known in (PROMPT_KEYS, RESPONSE_KEYS))
-    bare = isinstance(text, str) or ("text" in keys and not paired)
+    bare = not chat and (isinstance(text, str) or ("text" in keys and not paired))
     preparer = _preparer(tokenizer, "text" if bare else "prompt+response", chat)
     answered = not bare
     if chat:
         messages = conversation(text, preparer.how)
         if not messages:
             raise DataError(f"text {number} is an empty chat", hint="leave it out")
+        if any(not isinstance(message.get(key), str) for message in messages for key in ("role", "content")):
+            raise DataError(f"text {number} has a message without role or content", hint="leave it out")
         sample = preparer.chat(messages, number)
         answered = messages[-1]["role"] == "assistant" and len(messages) > 1
     else:

@@ -45,7 +45,7 @@ class OneLayer:
         model, texts = self.load_model(subject), self.training_texts(subject)
         harvest(
             model, texts, [self.hook], out=ctx.folder, tokenizer=subject.tokenizer(),
-            mode="prompt+response" if isinstance(texts[0], dict) else "text", max_length=data.max_length,
+            mode="prompt+response" if texts and isinstance(texts[0], dict) else "text", max_length=data.max_length,
             max_tokens=data.max_tokens, validation_fraction=data.validation_fraction, split_by="sample",
             split_seed=self.config.seed, progress=False,
             source={"model": subject.label, "text_dataset": subject.dataset},

@@ -10,6 +10,7 @@ publishing     the step that pushes a release, and the activations
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -95,6 +96,7 @@ def in_parts(saes: Mapping[str, Callable[[], SAE]]) -> Iterator[dict[str, SAE]]:
         if held and size + mine > WEIGHTS_AT_ONCE:
             yield held
             held, size = {}, 0
+            gc.collect()
         held[name] = sae
         size += mine
     if held:

@@ -14,7 +14,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hubsae.core.errors import FormatError
+from hubsae.core.errors import ConfigError, FormatError
 from hubsae.core.files import atomic_path, json_text, sha256_file, write_json_atomic, writing
 
 
@@ -41,6 +41,10 @@ class Best:
             self.memory[entry["step"]] = weights
         else:
             file = self._file(entry["step"])
+            if written and not file.is_file():
+                raise ConfigError(
+                    f"{file} is not here, where the first rank wrote it", hint="give all ranks one folder"
+                )
             need = 0 if written else sum(t.numel() * t.element_size() for t in weights.values())
             with writing(file, need, "the last state of the run is whole"):
                 if not written:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hubsae.activations.activation_set import Batch
+from hubsae.activations.stats import ActivationStats
 from hubsae.core.errors import ConfigError, DataError
 from hubsae.core.normalizer import Normalizer
 from hubsae.core.scopes import ALL, NORM, Scope, excluding
@@ -100,7 +101,7 @@ def as_source(activations: Any) -> Source:
     """A tensor or array as a source; a source as it is."""
     if isinstance(activations, Tensor):
         return TensorSource(activations)
-    if all(hasattr(activations, name) for name in ("d", "n_rows", "batches", "state_dict")) and (
+    if all(hasattr(activations, name) for name in ("d", "n_rows", "batches", "state_dict", "load_state_dict")) and (
         hasattr(activations, "take") or hasattr(activations, "reserve")
     ):
         return cast(Source, activations)
@@ -191,7 +192,8 @@ def spaces(config: TrainConfig, source: Any, scope: Scope) -> tuple[Normalizer |
     """
     if config.normalize == "none":
         return None, None
-    if not scope.terms and (stats := getattr(source, "stats", None)) is not None:
+    stats = getattr(source, "stats", None)
+    if not scope.terms and isinstance(stats, ActivationStats):
         return normalizer(config, stats.mean.double(), stats.std.double(), stats.mean_norm, stats.count), None
     rows = sample(source, 1 << 20, 0, scope)
     return _of_rows(config, rows.x), None if rows.target is None else _of_rows(config, rows.target)

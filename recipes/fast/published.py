@@ -54,6 +54,9 @@ def table(rows: Sequence[Mapping[str, str]] | None = None, file: str | Path = CS
             found.setdefault(key, {})[METHODS[row["method"]]] = float(row["value"])
     except (KeyError, ValueError) as error:
         raise FormatError(file, "the columns of the published tables", f"{type(error).__name__}: {error}") from error
+    for setting, values in found.items():
+        if absent := set(METHODS.values()) - set(values):
+            raise FormatError(file, f"{', '.join(METHODS)} in every setting", f"no {', '.join(absent)} for {setting}")
     return found
 
 

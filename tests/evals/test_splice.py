@@ -216,8 +216,13 @@ def test_texts_of_every_kind(tokenizer, qwen, make_sae):
     assert whole.is_response.tolist() == [False] * 5 + [True] * 3
     said = [{"from": "human", "value": "w5 w6"}, {"from": "gpt", "value": "w7 w8"}]
     asked = {"prompt": chat["messages"][:1], "response": "w7 w8"}
-    for other in encode_texts([{"conversations": said}, chat["messages"], asked], tokenizer)[0]:
+    alike = [{"conversations": said}, said, chat["messages"], asked, {**chat, "text": "w9"}]
+    for other in encode_texts(alike, tokenizer)[0]:
         assert torch.equal(other.ids, whole.ids) and torch.equal(other.is_response, whole.is_response)
+        assert other.labels.keys() == whole.labels.keys()
+    assert encode_texts([{"conversation": "c-17", "text": "w5 w6 w7"}], tokenizer)[0][0].ids.tolist() == [5, 6, 7]
+    with pytest.raises(DataError, match="text 0 has a message without role or content"):
+        encode_texts([[{"role": "user", "text": "w5"}]], tokenizer)
     assert [t.ids.tolist() for t in encoded[5:]] == [[5, 6, 7]] * 3
     batch = tokenizer(["w5 w6 w7", "w8"], padding=True, padding_side="left", return_tensors="pt")
     assert [t.ids.tolist() for t in encode_texts(batch)[0]] == [[5, 6, 7], [8]]

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from hubsae.core.errors import DataError, FormatError
+from hubsae.core.files import read_csv
 from hubsae.recipes.registry import find_recipe
 
 tables = find_recipe("rl_chain").module("tables")
@@ -99,6 +100,13 @@ def test_instruct_win_counts():
     assert wins["standard", "MSE"] == [31, 9, 0] and wins["jumprelu", "MSE"] == [34, 5, 1]
     assert wins["standard", "MSE_st"][0] == 37 and wins["jumprelu", "MSE_st"][0] == 40
     assert "standard, MSE: lowest in FAST 31, BT(F) 9, BT(P) 0 of 40 settings" in report.findings[0]["finding"]
+
+
+def test_a_table_that_lacks_a_method_says_which():
+    published = find_recipe("fast").module("published")
+    rows = [row for row in read_csv(published.CSV) if row["method"] != "sequential"]
+    with pytest.raises(FormatError, match="no FAST for"):
+        published.table(rows)
 
 
 def test_accuracy_never_reaches_seventy_percent():
