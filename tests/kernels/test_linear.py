@@ -38,9 +38,19 @@ def test_gradients_flow_where_they_are_asked_for():
 
 def test_decisions_survive_a_restart(monkeypatch):
     monkeypatch.setattr(module, "_decided", {})
-    module.adopt([[512, 896, 7168, 1, "torch"]])
+    module.adopt([[512, 896, 7168, 1, False, "torch"]])
     assert module.backend(512, 896, 7168, 1) == "torch"
-    assert [512, 896, 7168, 1, "torch"] in module.decisions()
+    assert [512, 896, 7168, 1, False, "torch"] in module.decisions()
+
+
+def test_a_weight_that_lies_the_other_way_is_decided_about_apart(monkeypatch):
+    monkeypatch.setattr(module, "_decided", {})
+    tried = []
+    monkeypatch.setattr(module, "_trial", lambda *shape: tried.append(shape) or "torch")
+    x = torch.randn(64, 512)
+    for weight in (torch.randn(1024, 512), torch.randn(512, 1024).t()):
+        torch.testing.assert_close(module.linear(x, weight), x @ weight.t())
+    assert tried == [(64, 512, 1024, False), (64, 512, 1024, True)]
 
 
 @pytest.mark.skipif(module._operator() is None, reason="this build of torch has no oneDNN product")
