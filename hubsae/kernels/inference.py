@@ -1,7 +1,7 @@
 """Encoding and decoding at inference: one dense product, a selection, and a gather of decoder rows.
 
 Top-k codes are made some rows at a time, so that the block of pre-activations is selected from while it is in cache
-and never exists for all tokens: 2.3 times the peers' encode, exact (benchmarks/encode.py).
+and never exists for all tokens: 1.06 to 1.4 times the fastest peer on Zen 4, exact (benchmarks/encode.py).
 """
 
 from __future__ import annotations

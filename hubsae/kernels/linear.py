@@ -29,7 +29,7 @@ ROWS = 256
 # page, each time (3 % of the product at 32,768 columns). Below LEAST rows the product loses more than that
 KEPT = 30 << 18
 LEAST = 112
-# products below this many multiply-adds are over before a trial pays, and MKL is as fast or faster (up to 1.4 times)
+# products below this many multiply-adds are over before a trial pays; MKL is as fast or faster (1.4 times on Zen 4)
 SMALL = 1 << 23
 # of a batch of rows below these many, about a millisecond: what else the machine does would decide which seems faster
 TIMED, BATCH = 1 << 26, 32
@@ -109,7 +109,7 @@ def backend(rows: int, d_in: int, n: int, threads: int, *, turned: bool = False)
     """`onednn` or `torch` for a float32 product of this shape; decided once by a short trial.
 
     `turned` says that the weight lies as [d_in, n]: without AVX-512, and n a multiple of 1,024, oneDNN may then take
-    1.4 times as long as MKL. `HUBSAE_LINEAR=torch` or `onednn` in the environment decides instead of the trial.
+    1.4 times as long as MKL (Zen 4). `HUBSAE_LINEAR=torch` or `onednn` in the environment decides instead of the trial.
     """
     forced = os.environ.get("HUBSAE_LINEAR", "")
     if forced in ("torch", "onednn"):

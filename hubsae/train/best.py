@@ -41,23 +41,26 @@ class Best:
             self.memory[entry["step"]] = weights
         else:
             file = self._file(entry["step"])
-            if written and not file.is_file():
-                raise ConfigError(
-                    f"{file} is not here, where the first rank wrote it", hint="give all ranks one folder"
-                )
-            need = 0 if written else sum(t.numel() * t.element_size() for t in weights.values())
-            with writing(file, need, "the last state of the run is whole"):
-                if not written:
-                    self.folder.mkdir(parents=True, exist_ok=True)
-                    with atomic_path(file) as temporary:
-                        save_file(weights, temporary)
+            if not written:
+                self._write(file, weights, entry)
+            elif file.is_file():
                 entry["sha256"] = sha256_file(file)
-                if not written:
-                    write_json_atomic(file.with_suffix(".json"), entry)
+            else:
+                hint = "give all ranks one folder: out= on a disk that they share"
+                raise ConfigError(f"{file} is not here, where the first rank wrote it", hint=hint)
         self.kept = ranked[: self.keep]
         if self.folder is None:
             self.memory = {e["step"]: self.memory[e["step"]] for e in self.kept}
         return True
+
+    def _write(self, file: Path, weights: dict[str, Tensor], entry: dict[str, Any]) -> None:
+        need = sum(t.numel() * t.element_size() for t in weights.values())
+        with writing(file, need, "the last state of the run is whole"):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(file) as temporary:
+                save_file(weights, temporary)
+            entry["sha256"] = sha256_file(file)
+            write_json_atomic(file.with_suffix(".json"), entry)
 
     def load(self, entry: dict[str, Any]) -> dict[str, Tensor]:
         """The weights of a kept entry."""

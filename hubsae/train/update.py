@@ -72,8 +72,8 @@ def collect(bank: Bank, f: Forward, s: Signals) -> None:
             g_dec[tile.rows] += _decoder_gradient(bank, f, s, run, tile)[0]
 
 
-def apply_stored(bank: Bank, vectors: list[dict[str, Tensor]], fired: Tensor, comm: Solo) -> list[float | None]:
-    """Reduce the stored gradients over ranks, clip, step, and clear them. Returns each live cell's gradient norm.
+def apply_stored(bank: Bank, vectors: list[dict[str, Tensor]], fired: Tensor, comm: Solo) -> None:
+    """Reduce the stored gradients over ranks, clip, step, and clear them.
 
     `fired` [n] bool says which rows can be other than zero.
     """
@@ -83,10 +83,8 @@ def apply_stored(bank: Bank, vectors: list[dict[str, Tensor]], fired: Tensor, co
         for grads in vectors:
             for name in sorted(grads):
                 grads[name] = comm.sum(grads[name])
-    norms: list[float | None] = []
     for cell, grads in zip(bank.live, vectors, strict=True):
         rows = slice(cell.low, cell.high)
-        norm = None
         if cell.config.clip is not None:
             shared = sum(g.double().square().sum() for name, g in grads.items() if name in SHARED)
             own = sum(g.double().square().sum() for name, g in grads.items() if name not in SHARED)
@@ -96,14 +94,12 @@ def apply_stored(bank: Bank, vectors: list[dict[str, Tensor]], fired: Tensor, co
             if factor < 1:
                 for gradient in (g_enc[rows], g_dec[rows], *grads.values()):
                     gradient *= factor
-        norms.append(norm)
-        for rows in _tiles(cell.low, cell.high, bank.d_in):
-            _step_encoder(bank, cell, rows, g_enc[rows])
-            _step_decoder(bank, cell, rows, g_dec[rows], None)
+        for tile in _tiles(cell.low, cell.high, bank.d_in):
+            _step_encoder(bank, cell, tile, g_enc[tile])
+            _step_decoder(bank, cell, tile, g_dec[tile], None)
     _step_vectors(bank.live, vectors)
     g_enc.zero_()
     g_dec.zero_()
-    return norms
 
 
 def _square(matrix: Tensor) -> Tensor:

@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hubsae.core.errors import ConfigError
 from hubsae.train import AuxConfig, DeadConfig, ResampleConfig, SparsityConfig, TrainConfig, train
+from hubsae.train.best import Best
 
 AUX = AuxConfig(k=12)
 DEAD = DeadConfig(tokens=600, resample=ResampleConfig(at_steps=(12,), tokens=256))
@@ -88,8 +90,18 @@ def test_two_ranks_have_the_loss_curve_and_the_weights_of_one_process(case, rank
     assert evals[-1]["val_dead"] == pytest.approx(alone.metrics["val_dead"], abs=1e-9)
 
 
+def test_ranks_that_do_not_share_a_folder_are_told_so(tmp_path):
+    weights, entry = {"W_enc": torch.ones(2, 2)}, {"step": 1, "value": 0.5}
+    with pytest.raises(ConfigError, match="where the first rank wrote it") as error:
+        Best(tmp_path / "best", 1).offer(weights, dict(entry), written=True)
+    assert "out= on a disk that they share" in str(error.value)
+    first, second = (Best(tmp_path / "best", 1) for _ in range(2))
+    first.offer(weights, entry)
+    second.offer(weights, {"step": 1, "value": 0.5}, written=True)
+    assert first.kept == second.kept
+
+
 def test_latents_that_do_not_split_evenly_are_refused(monkeypatch, tmp_path):
-    from hubsae.core.errors import ConfigError
     from hubsae.train import trainer
     from hubsae.train.parallel import Solo
 
